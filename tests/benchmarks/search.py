@@ -1,0 +1,120 @@
+"""Neighbor search, loss and backward to q of one CMSF-2Q step, beside the published arithmetic.
+
+    python tests/benchmarks/search.py [--rounds 3] [--bank 128000] [--batch 256] [--dim 512]
+
+One thread; the two sides alternate in one process; medians. Memory is what the process grows by at
+its peak above bank and queries (Linux), each side measured once in a process of its own.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.neighbors import mean_shift_loss, nearest, nearest_among
+
+
+def make_data(args: argparse.Namespace) -> dict[str, Tensor]:
+    """A full bank of unit vectors with its previous embeddings, and a batch of q, t, u."""
+    torch.manual_seed(0)
+    data = {
+        name: normalize(torch.randn(args.bank, args.dim), dim=1) for name in ("bank", "previous")
+    }
+    return data | {name: normalize(torch.randn(args.batch, args.dim), dim=1) for name in "qtu"}
+
+
+def published(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
+    """Clone the banks, full distance matrices of t, q and u, scatter a mask, top-k, gather."""
+    q = data["q"].detach().requires_grad_()
+    bank, previous = data["bank"].clone(), data["previous"].clone()
+    to_target = 2 - 2 * torch.einsum("bd,kd->bk", data["t"], bank)
+    to_query = 2 - 2 * torch.einsum("bd,kd->bk", q, bank)
+    to_previous = 2 - 2 * torch.einsum("bd,kd->bk", data["u"], previous)
+    _, near = to_target.topk(k, dim=1, largest=False)
+    loss = to_query.gather(1, near).mean()
+    _, related = to_previous.topk(candidates, dim=1, largest=False)
+    penalty = torch.full_like(to_target, 5.0).scatter_(1, related, 0.0)
+    _, far = (to_target + penalty).topk(k, dim=1, largest=False)
+    loss = (loss + to_query.gather(1, far).mean()) / 2
+    loss.backward()
+    return loss.detach()
+
+
+def ours(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
+    """The project's functions, as CMSF2Q.forward calls them."""
+    q = data["q"].detach().requires_grad_()
+    everywhere = torch.ones(len(data["bank"]), dtype=torch.bool)
+    near = nearest(data["t"], data["bank"], k=k)
+    related = nearest(data["u"], data["previous"], k=candidates, allowed=everywhere)
+    far = nearest_among(data["t"], data["bank"], candidates=related, k=k, fill=near)
+    loss = (mean_shift_loss(q, data["bank"], near) + mean_shift_loss(q, data["bank"], far)) / 2
+    loss.backward()
+    return loss.detach()
+
+
+SIDES: dict[str, Callable[[dict[str, Tensor], int, int], Tensor]] = {
+    "published": published,
+    "ours": ours,
+}
+
+
+def status_megabytes(field: str) -> float:
+    """VmRSS (resident now) or VmHWM (its peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def child(args: argparse.Namespace) -> None:
+    """Print by how much one step of one side raises the peak."""
+    data = make_data(args)
+    small = {name: value[: 4 * args.topkp] for name, value in data.items()}
+    SIDES[args.only](small, args.topk, args.topkp)  # libraries allocate at their first use
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+    before = status_megabytes("VmRSS")
+    SIDES[args.only](data, args.topk, args.topkp)
+    print(status_megabytes("VmHWM") - before)
+
+
+def main() -> None:
+    """Time both sides and print medians, spread and ratio."""
+    parser = argparse.ArgumentParser()
+    for name, default in (("rounds", 3), ("bank", 128000), ("batch", 256), ("dim", 512)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--topk", type=int, default=5)
+    parser.add_argument("--topkp", type=int, default=10)
+    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.only:
+        child(args)
+        return
+    data = make_data(args)
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    losses = {name: side(data, args.topk, args.topkp) for name, side in SIDES.items()}
+    assert torch.isclose(losses["ours"], losses["published"], atol=1e-6), losses
+    for _ in range(args.rounds):
+        for name, side in SIDES.items():
+            start = time.perf_counter()
+            side(data, args.topk, args.topkp)
+            seconds[name].append(time.perf_counter() - start)
+    print(f"2Q, B {args.batch}, K {args.bank}, D {args.dim}, float32, one thread")
+    for name, times in seconds.items():
+        command = [sys.executable, *sys.argv, "--only", name]
+        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        low, middle, high = min(times), statistics.median(times), max(times)
+        print(f"{name:10} median {middle:.3f} s ({low:.3f} to {high:.3f}), {memory:.0f} MB on top")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"ratio {medians['published'] / medians['ours']:.2f}, n {args.rounds}")
+
+
+if __name__ == "__main__":
+    main()

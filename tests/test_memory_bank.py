@@ -1,0 +1,115 @@
+"""The bank against a deque, and previous embeddings against a dictionary."""
+
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.memory_bank import MemoryBank, PreviousEmbeddings
+
+
+def columns(start, batch, dim):
+    """Rows numbered from `start`: every column tells which row it belongs to."""
+    numbers = torch.arange(start, start + batch)
+    features = numbers[:, None] + torch.arange(dim) / 100
+    return {
+        "features": features,
+        "label": numbers * 2,
+        "index": numbers * 3,
+        "previous": -features,
+        "has_previous": numbers % 2 == 0,
+    }
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.integers(1, 13), st.lists(st.integers(1, 30), max_size=6))
+def test_any_bank_against_any_batches(size, batches):
+    bank = MemoryBank(size, 2, with_previous=True)
+    expected: deque[int] = deque(maxlen=size)
+    for batch in batches:
+        start = bank.written
+        bank.enqueue(**columns(start, batch, 2))
+        expected.extend(range(start, start + batch))
+        filled = bank.filled
+        assert filled == len(expected)
+        numbers = bank.label[:filled] // 2
+        assert sorted(numbers.tolist()) == sorted(expected)
+        for row, number in enumerate(numbers.tolist()):
+            own = columns(number, 1, 2)
+            for name, values in own.items():
+                assert torch.equal(getattr(bank, name)[row], values[0].to(getattr(bank, name)))
+    assert (bank.label[bank.filled :] == -1).all()
+
+
+def test_oldest_rows_go_first():
+    bank = MemoryBank(5, 1)
+    for start in (0, 3, 6):
+        numbers = torch.arange(start, start + 3)
+        bank.enqueue(numbers[:, None].float(), label=numbers, index=numbers)
+    # Written 0..8 over five rows: 5 6 7 8 in their places and 4 the oldest left.
+    assert bank.label.tolist() == [5, 6, 7, 8, 4]
+
+
+def test_columns_must_be_complete():
+    bank = MemoryBank(4, 2)
+    with pytest.raises(TypeError, match="label"):
+        bank.enqueue(torch.zeros(1, 2), index=torch.zeros(1))
+    with pytest.raises(TypeError, match="previous"):
+        bank.enqueue(torch.zeros(1, 2), index=torch.zeros(1), label=torch.zeros(1), previous=None)
+
+
+def test_state_dict_restores_the_place_to_write():
+    one, two = MemoryBank(5, 2, with_previous=True), MemoryBank(5, 2, with_previous=True)
+    one.enqueue(**columns(0, 7, 2))
+    two.load_state_dict(one.state_dict())
+    for bank in (one, two):
+        bank.enqueue(**columns(7, 2, 2))
+    assert two.written == 9
+    for name, buffer in one.named_buffers():
+        assert torch.equal(buffer, getattr(two, name)), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.permutations(range(6)), min_size=1, max_size=5), st.integers(1, 6))
+def test_previous_embeddings_against_a_dictionary(orders, batch):
+    store, last, stamp = PreviousEmbeddings(6, 3), {}, 1.0
+    for order in orders:
+        index = torch.tensor(order[:batch])
+        now = torch.full((batch, 3), stamp) + torch.arange(batch)[:, None] / 10
+        previous, seen = store.swap(index, now)
+        for row, image in enumerate(index.tolist()):
+            assert bool(seen[row]) == (image in last)
+            expected = last.get(image, torch.zeros(3))
+            assert torch.equal(previous[row], expected)
+            last[image] = now[row].clone()
+        stamp += 1
+
+
+def test_index_minus_one_does_not_alias_the_last_image():
+    store = PreviousEmbeddings(4, 2)
+    with pytest.raises(IndexError):
+        store.swap(torch.tensor([-1]), torch.zeros(1, 2))
+    with pytest.raises(IndexError):
+        store.swap(torch.tensor([4]), torch.zeros(1, 2))
+    assert not store.seen.any()
+
+
+def test_previous_embeddings_follow_dtype_and_keep_their_values():
+    store = PreviousEmbeddings(4, 2)
+    store.swap(torch.tensor([1]), torch.tensor([[0.6, 0.8]]))
+    store.double()
+    assert store.embeddings.dtype == torch.float64
+    assert store.seen.dtype == torch.bool
+    third = torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64)
+    store.swap(torch.tensor([2]), third)
+    assert torch.equal(store.swap(torch.tensor([2]), third)[0], third)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_previous_embeddings_stay_on_the_host():
+    store = PreviousEmbeddings(4, 2).cuda()
+    previous, seen = store.swap(torch.tensor([1]), torch.ones(1, 2, device="cuda"))
+    assert store.embeddings.device.type == "cpu"
+    assert previous.device.type == seen.device.type == "cuda"

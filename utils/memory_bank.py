@@ -1,0 +1,108 @@
+"""What the method remembers: a bank of past targets, and the last embedding of each image.
+
+Both are modules so that `state_dict`, `.double()` and `.to(device)` treat them as part of the
+model.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class MemoryBank(nn.Module):
+    """First-in, first-out store of K embeddings with columns aligned to its rows.
+
+    features: (K, D), unit norm. label, index: (K,) int64, of the image a row came from (-1:
+    unknown). With `with_previous` also M' of CMSF-2Q: previous: (K, D), the embedding that the
+    row's image had when it was visited before, and has_previous: (K,) bool. (The published code
+    kept one previous embedding for each image, which two rows of an image shared; here each row
+    keeps its own.)
+
+    Rows are written from 0 upward and then over the oldest, so the rows in use are always [0,
+    filled): an empty row is never searched. Any number of rows can be enqueued at once, also more
+    than K.
+    """
+
+    def __init__(self, size: int, dim: int, *, with_previous: bool = False) -> None:
+        super().__init__()
+        self.size = size
+        self.written = 0  # rows ever written: on the host, so that slicing never waits for a GPU
+        self.register_buffer("features", torch.zeros(size, dim))
+        self.register_buffer("label", torch.full((size,), -1))
+        self.register_buffer("index", torch.full((size,), -1))
+        if with_previous:
+            self.register_buffer("previous", torch.zeros(size, dim))
+            self.register_buffer("has_previous", torch.zeros(size, dtype=torch.bool))
+
+    @property
+    def filled(self) -> int:
+        """How many rows hold an embedding, 0 to K."""
+        return min(self.written, self.size)
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, **columns: Tensor) -> None:
+        """Write a batch over the oldest rows.
+
+        features: (B, D), unit norm. columns: one (B, ...) tensor for every other column, by its
+        name; a missing or unknown name is a TypeError.
+        """
+        columns["features"] = features
+        own = dict(self.named_buffers())
+        if columns.keys() != own.keys():
+            raise TypeError(f"enqueue got columns {sorted(columns)}, the bank has {sorted(own)}")
+        batch = features.shape[0]
+        kept = min(batch, self.size)  # of a batch larger than the bank only the newest rows stay
+        start = (self.written + batch - kept) % self.size
+        before_end = min(kept, self.size - start)
+        for name, values in columns.items():
+            newest = values[batch - kept :].to(own[name].device, non_blocking=True)
+            own[name][start : start + before_end] = newest[:before_end]
+            own[name][: kept - before_end] = newest[before_end:]
+        self.written += batch
+
+    def get_extra_state(self) -> Tensor:
+        """Save `written` with the buffers: without it a resumed bank would start over at row 0."""
+        return torch.tensor(self.written)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore `written`."""
+        self.written = int(state)
+
+
+class PreviousEmbeddings(nn.Module):
+    """Each image's last embedding, kept in host memory (CMSF sec. 3.1, the source of M').
+
+    embeddings: (N, D), unit norm. seen: (N,) bool, whether the image was visited at all. On
+    ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to; one
+    batch of it at a time is copied. (The published code held two such stores on the GPU, started as
+    noise.)
+    """
+
+    def __init__(self, num_images: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", torch.zeros(num_images, dim))
+        self.register_buffer("seen", torch.zeros(num_images, dtype=torch.bool))
+
+    @torch.no_grad()
+    def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the previous embeddings of a batch and put its present ones in their place.
+
+        index: (B,) int64, 0 to N - 1, each at most once. embeddings: (B, D), unit norm, any device.
+        Returns previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the
+        device of `embeddings`. Raises IndexError for an index out of range: -1 must not alias the
+        last image.
+        """
+        index = index.cpu()
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self.seen):
+            raise IndexError(
+                f"image index out of range 0 to {len(self.seen) - 1}: {index.tolist()}"
+            )
+        previous = self.embeddings[index].to(embeddings.device)
+        seen = self.seen[index].to(embeddings.device)
+        self.embeddings[index] = embeddings.detach().to(self.embeddings)  # a sync point on a GPU
+        self.seen[index] = True
+        return previous, seen
+
+    def _apply(self, fn, recurse: bool = True) -> "PreviousEmbeddings":
+        """Follow a change of dtype (`model.double()`), never one of device."""
+        self.embeddings = self.embeddings.to(fn(self.embeddings[:0]).dtype)
+        return self

@@ -1,0 +1,119 @@
+"""Nearest rows of the memory bank, the mean-shift loss on them, and their purity.
+
+Pure functions on tensors. B is the batch, K the rows searched, D the embedding size, k the
+neighbors. All vectors have unit norm, so the nearest row is the one of largest inner product and
+||q - z||^2 = 2 - 2 q.z. Searches never need gradients; the loss touches only the k rows selected,
+so its backward pass handles B x k x D numbers and nothing of size B x K exists in it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# How many similarities exist at once. On a CPU a slice that stays near the cache costs no time
+# (measured flat from 1,000 to 128,000 rows at B 256) and bounds memory to 16 MB; a GPU wants few
+# launches.
+_CPU_SIMILARITIES = 2**22
+_GPU_SIMILARITIES = 2**26
+
+
+class Neighbors(NamedTuple):
+    """For each query its neighbors, nearest first.
+
+    rows: (B, k) int64, row numbers in the bank. valid: (B, k) bool, whether this neighbor counts;
+    where it is False the row number means nothing.
+    """
+
+    rows: Tensor
+    valid: Tensor
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, rows: Tensor, *, k: int, allowed: Tensor | None = None) -> Neighbors:
+    """Find the k rows nearest to each query, exactly.
+
+    queries: (B, D), unit norm. rows: (K, D), unit norm. allowed: (K,) bool, rows that may be found
+    at all; None allows every row. Returns (B, min(k, K)) neighbors; where fewer rows are allowed,
+    the rest are not valid. The bank is searched slice by slice: B x K similarities need not exist
+    at once.
+    """
+    k = min(k, rows.shape[0])
+    budget = _CPU_SIMILARITIES if rows.device.type == "cpu" else _GPU_SIMILARITIES
+    step = max(budget // max(queries.shape[0], 1), k, 1)
+    best_similarity, best_rows = [], []
+    for start in range(0, rows.shape[0], step):
+        similarity = queries @ rows[start : start + step].T
+        if allowed is not None:
+            similarity.masked_fill_(~allowed[start : start + step], -torch.inf)
+        top = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        best_similarity.append(top.values)
+        best_rows.append(top.indices + start)
+    similarity, found = torch.cat(best_similarity, dim=1), torch.cat(best_rows, dim=1)
+    if len(best_rows) > 1:
+        similarity, order = similarity.topk(k, dim=1)
+        found = found.gather(1, order)
+    return Neighbors(found, similarity > -torch.inf)
+
+
+@torch.no_grad()
+def nearest_among(
+    queries: Tensor, rows: Tensor, *, candidates: Neighbors, k: int, fill: Neighbors
+) -> Neighbors:
+    """Find the k rows nearest to each query among its own candidates; the nearest others fill up.
+
+    queries: (B, D), unit norm. rows: (K, D), unit norm. candidates: (B, k') rows that satisfy the
+    constraint, in any order. fill: (B, >= k) plain neighbors of the same queries, nearest first, as
+    `nearest` gives them: where a query has fewer than k valid candidates, its nearest other rows
+    follow (CMSF sec. 3.1, k' < k). Returns (B, k) neighbors (fewer if `candidates` and `fill`
+    together have fewer columns): candidates first, then the rows that fill up.
+    """
+    similarity = _similarity_at(queries, rows, candidates.rows)
+    similarity.masked_fill_(~candidates.valid, -torch.inf)
+    top = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    chosen = candidates.rows.gather(1, top.indices)
+
+    is_candidate = fill.rows.unsqueeze(2) == candidates.rows.unsqueeze(1)  # (B, k, k')
+    other = fill.valid & ~(is_candidate & candidates.valid.unsqueeze(1)).any(dim=2)
+    found = torch.cat([chosen, fill.rows], dim=1)
+    valid = torch.cat([top.values > -torch.inf, other], dim=1)
+    # A stable sort moves what is valid to the front and keeps candidates before others, near before
+    # far.
+    order = (~valid).int().argsort(dim=1, stable=True)[:, :k]
+    return Neighbors(found.gather(1, order), valid.gather(1, order))
+
+
+def _similarity_at(queries: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Inner products (B, n) of each query (B, D) with its own rows (B, n), by slices of columns."""
+    step = max(_CPU_SIMILARITIES // queries.numel(), 1)
+    return torch.cat(
+        [torch.einsum("bd,bnd->bn", queries, rows[part]) for part in index.split(step, dim=1)],
+        dim=1,
+    )
+
+
+def mean_shift_loss(query: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
+    """Mean squared distance of each query to its neighbors (MSF eq. 1, CMSF eq. 1).
+
+    query: (B, D), unit norm, carries the gradient. rows: (K, D), unit norm, no gradient. Returns a
+    scalar in 0 to 4: the mean over the batch of the mean over each query's valid neighbors of ||q -
+    z||^2. Differs from the published code where fewer than k rows satisfy a constraint: it filled
+    up with arbitrary rows, here only valid ones enter the mean.
+    """
+    distance = 2 - 2 * torch.einsum("bd,bkd->bk", query, rows[neighbors.rows])
+    count = neighbors.valid.sum(dim=1).clamp(min=1)
+    return (distance.masked_fill(~neighbors.valid, 0).sum(dim=1) / count).mean()
+
+
+@torch.no_grad()
+def purity(labels: Tensor, row_labels: Tensor, neighbors: Neighbors) -> Tensor:
+    """Mean fraction of a query's valid neighbors that have its label, in percent.
+
+    labels: (B,) int64, row_labels: (K,) int64; queries of label -1 (unknown) are left out, and
+    without any other the result is nan. A target in the bank is its own nearest neighbor and
+    counts, as in the published figures.
+    """
+    same = (row_labels[neighbors.rows] == labels.unsqueeze(1)) & neighbors.valid
+    share = same.sum(dim=1) / neighbors.valid.sum(dim=1).clamp(min=1)
+    known = labels >= 0
+    return 100 * (share * known).sum() / known.sum()

@@ -1,0 +1,195 @@
+"""Loading every known layout strictly, refusing the rest by name, saving atomically."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from utils import checkpoint
+from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return build_backbone("resnet18")
+
+
+@pytest.fixture(scope="module")
+def encoders(backbone):
+    """Query and target with different weights."""
+    torch.manual_seed(1)
+    encoders = QueryTargetEncoders(build_backbone("resnet18").module, backbone.feature_dim)
+    with torch.no_grad():
+        for value in encoders.target_encoder.state_dict().values():
+            value.copy_(torch.randn_like(value.float()))
+    return encoders
+
+
+def published_layout(encoders, *, outer=""):
+    """The published code's checkpoint of these encoders: DataParallel names, projector as fc."""
+    names = {"query_encoder": "encoder_q", "target_encoder": "encoder_t", "predictor": "predict_q"}
+    state = {}
+    for name, value in encoders.state_dict().items():
+        module, rest = name.split(".", 1)
+        rest = rest.removeprefix("backbone.").replace("projector.", "fc.")
+        state[f"{outer}{names[module]}.module.{rest}"] = value
+    state |= {"queue": torch.zeros(256, 128), "labels": torch.zeros(256), "pool": torch.zeros(2)}
+    return {"opt": argparse.Namespace(arch="resnet18"), "state_dict": state, "epoch": 200}
+
+
+def test_published_names_are_those_recorded(encoders):
+    """Our rendering of the published layout is the recorded one, name for name and shape."""
+    recorded = Path(__file__).with_name("published_layout.json")
+    expected = {name: shape for name, shape in json.loads(recorded.read_text())["resnet18"]}
+    state = published_layout(encoders)["state_dict"]
+    ours = {name: list(value.shape) for name, value in state.items() if "module" in name}
+    assert ours == expected
+
+
+@pytest.mark.parametrize("outer", ["", "module."])
+@pytest.mark.parametrize("which", ["query", "target"])
+def test_published_checkpoint(tmp_path, backbone, encoders, which, outer):
+    path = tmp_path / "published.pth"
+    torch.save(published_layout(encoders, outer=outer), path)
+    state = checkpoint.load(path, flag="--weights")
+    checkpoint.load_backbone(backbone, state, encoder=which, what="--weights")
+    expected = getattr(encoders, f"{which}_encoder").backbone.state_dict()
+    for name, value in backbone.module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert checkpoint.settings(state)["arch"] == "resnet18"
+
+
+def test_our_own_checkpoint(tmp_path, backbone, encoders):
+    path = tmp_path / "ours.pth"
+    state = {f"encoders.{name}": value for name, value in encoders.state_dict().items()}
+    checkpoint.save(path, {"state_dict": state, "args": {"arch": "resnet18"}, "epoch": 3})
+    loaded = checkpoint.load(path, flag="--weights")
+    checkpoint.load_backbone(backbone, loaded, what="--weights")
+    expected = encoders.query_encoder.backbone.state_dict()
+    for name, value in backbone.module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    fresh = QueryTargetEncoders(build_backbone("resnet18").module, 512)
+    words = checkpoint.load_initial_weights(fresh, "fc", loaded, what="--weights")
+    assert "predictor" in words
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, encoders.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_plain_torchvision_state_dict(tmp_path, backbone, wrap, prefix):
+    torch.manual_seed(5)
+    model = torchvision.models.resnet18(weights=None).eval()
+    path = tmp_path / "plain.pth"
+    torch.save(wrap({prefix + name: value for name, value in model.state_dict().items()}), path)
+    checkpoint.load_backbone(backbone, checkpoint.load(path, flag="--weights"), what="--weights")
+    images = torch.randn(2, 3, 64, 64)
+    features = backbone.module.eval()(images)
+    torch.testing.assert_close(model.fc(features), model(images))
+
+
+def test_plain_weights_start_both_backbones(encoders):
+    plain = torchvision.models.resnet18(weights=None).state_dict()
+    fresh = QueryTargetEncoders(build_backbone("resnet18").module, 512)
+    words = checkpoint.load_initial_weights(fresh, "fc", plain, what="--weights")
+    assert words.startswith("backbone only")
+    for encoder in (fresh.query_encoder, fresh.target_encoder):
+        assert torch.equal(encoder.backbone.conv1.weight, plain["conv1.weight"])
+
+
+def test_missing_unknown_and_reshaped_weights_are_named(backbone):
+    plain = torchvision.models.resnet18(weights=None).state_dict()
+    incomplete = {name: value for name, value in plain.items() if name != "layer1.0.conv1.weight"}
+    with pytest.raises(InputError, match=r"1 weights missing, first layer1\.0\.conv1\.weight"):
+        checkpoint.load_backbone(backbone, incomplete, what="--weights x")
+    with pytest.raises(InputError, match=r"1 weights unknown, first extra\.weight"):
+        checkpoint.load_backbone(backbone, plain | {"extra.weight": torch.zeros(1)}, what="x")
+    with pytest.raises(InputError, match=r"1 weights of another shape, first conv1\.weight"):
+        checkpoint.load_backbone(backbone, plain | {"conv1.weight": torch.zeros(1)}, what="x")
+    with pytest.raises(InputError, match="missing"):
+        checkpoint.load_backbone(build_backbone("resnet50"), plain, what="x")
+
+
+def test_files_from_before_batch_counters_load(backbone):
+    plain = torchvision.models.resnet18(weights=None).state_dict()
+    old = {name: value for name, value in plain.items() if "num_batches_tracked" not in name}
+    checkpoint.load_backbone(backbone, dict(old), what="x")
+    assert torch.equal(backbone.module.conv1.weight, plain["conv1.weight"])
+
+
+class Malicious:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+def test_code_in_a_file_is_not_run(tmp_path, kind):
+    path, trace = tmp_path / "evil.pth", tmp_path / "was_run"
+    state = {"state_dict": {"a": torch.zeros(1)}, "opt": Malicious(trace)}
+    if kind == "torch":
+        torch.save(state, path)
+    else:
+        path.write_bytes(pickle.dumps(state))
+    with pytest.raises(InputError, match="evil.pth: not a readable checkpoint"):
+        checkpoint.load(path, flag="--weights")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint", b"\x80\x04]", b"PK\x03\x04" + b"x" * 100]
+)
+def test_no_checkpoint(tmp_path, content):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="--weights .*file.pth: not a") as error:
+        checkpoint.load(path, flag="--weights")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="--resume .*other.pth: no such file"):
+        checkpoint.load(tmp_path / "other.pth", flag="--resume")
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(InputError, match="holds a Tensor"):
+        checkpoint.load(path, flag="--weights")
+
+
+def test_truncated_checkpoint(tmp_path):
+    path = tmp_path / "file.pth"
+    checkpoint.save(path, {"state_dict": {"a": torch.randn(1000)}})
+    whole = path.read_bytes()
+    for share in (0.3, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(InputError, match="not a readable checkpoint"):
+            checkpoint.load(path, flag="--weights")
+
+
+def test_failed_save_keeps_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "file.pth"
+    checkpoint.save(path, {"epoch": 1})
+
+    def disk_full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["file.pth"]
+    assert checkpoint.load(path, flag="--resume") == {"epoch": 1}
+
+
+def test_sha256(tmp_path):
+    path = tmp_path / "abc"
+    path.write_bytes(b"abc")
+    assert checkpoint.sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -1,0 +1,184 @@
+"""Backbones by name, MLP heads, and the pair of encoders of the method.
+
+A backbone maps images (B, 3, S, S) to features (B, F). An encoder is a backbone and its projector
+and maps images to embeddings (B, D); the query side has a predictor behind it, the target encoder
+is the moving average of the query encoder.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from utils.errors import InputError
+
+# torchvision classifiers whose training output is not one tensor.
+_WITH_AUXILIARY_OUTPUT = ("googlenet", "inception_v3")
+
+
+class Backbone(NamedTuple):
+    """A network that ends in features.
+
+    module: (B, 3, S, S) -> (B, feature_dim). classifier: the name that the removed last linear
+    layer has in the architecture's own state dict ("fc", "classifier.6"), which tells its weights
+    in a checkpoint.
+    """
+
+    module: nn.Module
+    feature_dim: int
+    classifier: str
+
+
+class Conv4(nn.Module):
+    """Four 3x3 convolutions of 16-32-64-128 channels for small images: 128 features.
+
+    Batch norm and ReLU after each, 2x2 max pooling between them, global average at the end.
+    """
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        channels = [3, 16, 32, 64, 128]
+        layers: list[nn.Module] = []
+        for block, (inputs, outputs) in enumerate(zip(channels, channels[1:], strict=False)):
+            if block:
+                layers.append(nn.MaxPool2d(2))
+            convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, num_classes), S at least 8."""
+        return self.fc(self.features(images).mean(dim=(2, 3)))
+
+
+def backbone_names() -> list[str]:
+    """Every architecture `build_backbone` knows by name."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return ["conv4"] + [name for name in names if name not in _WITH_AUXILIARY_OUTPUT]
+
+
+def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
+    """Build a backbone with random weights; its last linear layer becomes the identity.
+
+    arch: "conv4" or a torchvision classification model. small_stem: ResNets only, a 3x3 first
+    convolution of stride 1 and no pooling behind it, for images of about 32 px. Raises InputError
+    for an unknown arch, one that ends in no linear layer, or a small stem on what is no ResNet.
+    """
+    if arch not in backbone_names():
+        raise InputError(f"--arch {arch}: unknown; a torchvision classification model or conv4")
+    module = Conv4() if arch == "conv4" else torchvision.models.get_model(arch, weights=None)
+    if small_stem:
+        if not isinstance(module, torchvision.models.ResNet):
+            raise InputError(f"--small_stem: only for ResNets, not for --arch {arch}")
+        module.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+        module.maxpool = nn.Identity()
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise InputError(f"--arch {arch}: ends in no linear layer that a projector could replace")
+    classifier = linear[-1]
+    feature_dim = module.get_submodule(classifier).in_features
+    module.set_submodule(classifier, nn.Identity())
+    return Backbone(module, feature_dim, classifier)
+
+
+def check_image_size(backbone: Backbone, arch: str, image_size: int) -> None:
+    """Pass one black image through the backbone; InputError if it cannot take this size."""
+    was_training = backbone.module.training
+    try:
+        with torch.no_grad():
+            features = backbone.module.eval()(torch.zeros(1, 3, image_size, image_size))
+        if features.shape != (1, backbone.feature_dim):
+            raise RuntimeError(f"features of shape {tuple(features.shape)}")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--image_size {image_size}: --arch {arch} cannot take it ({reason})"
+        ) from error
+    finally:
+        backbone.module.train(was_training)
+
+
+def mlp(sizes: Sequence[int], *, output_norm: bool = False) -> nn.Sequential:
+    """Linear-BN-ReLU-...-Linear through the given sizes, [input, hidden, ..., output].
+
+    output_norm: a batch norm without affine parameters on the output, which keeps the embeddings'
+    rank up (not in the published code).
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(sizes[-2], sizes[-1]))
+    if output_norm:
+        layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """A backbone and its projector: (B, 3, S, S) -> (B, D)."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, D), not normalized."""
+        return self.projector(self.backbone(images))
+
+
+class QueryTargetEncoders(nn.Module):
+    """Query encoder with predictor, and the target encoder that follows it (CMSF sec. 3).
+
+    backbone: any module (B, 3, S, S) -> (B, feature_dim); the target encoder starts as a copy of
+    it. proj_dim: D, default feature_dim / 4; hidden_dim: of projector and predictor, default 2
+    feature_dim (the published sizes). proj_bn: batch norm without affine parameters on the
+    projector's output. momentum: m of the moving average, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        proj_dim: int | None = None,
+        hidden_dim: int | None = None,
+        proj_bn: bool = False,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__()
+        self.proj_dim = proj_dim or feature_dim // 4
+        hidden_dim = hidden_dim or 2 * feature_dim
+        self.momentum = momentum
+        projector = mlp([feature_dim, hidden_dim, self.proj_dim], output_norm=proj_bn)
+        self.query_encoder = Encoder(backbone, projector)
+        self.predictor = mlp([self.proj_dim, hidden_dim, self.proj_dim])
+        self.target_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+
+    def query(self, images: Tensor) -> Tensor:
+        """q = norm(h(f(images))): (B, D), unit norm, with gradient."""
+        return normalize(self.predictor(self.query_encoder(images)), dim=1)
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """t = norm(g(images)): (B, D), unit norm, no gradient."""
+        return normalize(self.target_encoder(images), dim=1)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Moving average of the parameters: g <- m g + (1 - m) f.
+
+        Parameters only: g has batch-norm statistics of its own, from its own (weak) views, so an
+        average that copies or averages buffers, as torch.optim.swa_utils does, would be another
+        method.
+        """
+        torch._foreach_lerp_(
+            list(self.target_encoder.parameters()),
+            list(self.query_encoder.parameters()),
+            1 - self.momentum,
+        )

@@ -1,0 +1,100 @@
+"""What a run reports: means over an interval, health of the embeddings, log.jsonl, the console."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Means:
+    """Means of scalar tensors over an interval; nothing is read from the device before `read`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        """Add one step's scalars (0-dim tensors, the same names in every step)."""
+        for name, value in stats.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last `read` (waits for the device) and start over."""
+        means = {name: float(value) / self.count for name, value in self._sums.items()}
+        self._sums, self.count = {}, 0
+        return means
+
+
+@torch.no_grad()
+def spread(embeddings: Tensor) -> Tensor:
+    """Root mean squared distance of unit vectors (N, D) from their mean: 0 to 1.
+
+    1 where they are spread evenly, 0 where all are one point: the collapse of methods without
+    negatives.
+    """
+    return (1 - embeddings.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def effective_rank(embeddings: Tensor) -> Tensor:
+    """Effective rank of embeddings (N, D): 1 to min(N, D).
+
+    The exponential of the entropy of the normalized singular values (Roy and Vetterli 2007; used on
+    embeddings as RankMe, Garrido et al. 2023).
+    """
+    singular = torch.linalg.svdvals(embeddings)
+    share = singular / singular.sum()
+    return torch.special.entr(share).sum().exp()
+
+
+def embedding_health(embeddings: Tensor, *, most: int = 2048) -> dict[str, Tensor]:
+    """`spread` and `effective_rank` of at most `most` rows of (N, D), evenly taken."""
+    step = -(-embeddings.shape[0] // most)
+    sample = embeddings[::step].float()
+    return {"spread": spread(sample), "effective_rank": effective_rank(sample)}
+
+
+class Log:
+    """One JSON object a line in `path`, one short line on the console.
+
+    On a terminal the console lines go above tqdm's bar, otherwise they are plain.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = time.monotonic()
+
+    def keep_until(self, epoch: int) -> None:
+        """Drop the lines of later epochs: a resumed run writes them again."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+            self.path.write_text("".join(kept))
+
+    def write(self, record: dict) -> None:
+        """Append a record with `seconds` since the start; what is not finite becomes null."""
+        record = {**record, "seconds": round(time.monotonic() - self._start, 3)}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+    @staticmethod
+    def say(text: str) -> None:
+        """Print one line, above the progress bar if there is one."""
+        if sys.stderr.isatty():
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
+
+
+def _plain(value):
+    """JSON has no nan or infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,68 @@
+"""Shared by the tests: few threads, real image files, scripts as real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import options
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(1)
+
+
+def write_image(path: Path, *, seed: int, size: tuple[int, int] = (24, 20)) -> None:
+    """A small JPEG or PNG of smooth random color."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory) -> Path:
+    """train/ and val/ with classes a, b, c: 10 and 4 images each. Not to be changed by a test."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 10), ("val", 4)):
+        for number, name in enumerate("abc"):
+            for i in range(count):
+                seed = 1000 * (split == "val") + 100 * number + i
+                write_image(root / split / name / f"{i}.jpg", seed=seed)
+    return root
+
+
+@pytest.fixture
+def run_script():
+    """Run a script of the repository as a process: (path, *flags) -> the finished process."""
+
+    def run(script: str, *flags: object, cwd: Path = ROOT, timeout: float = 120):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [sys.executable, os.path.relpath(ROOT / script, cwd), *map(str, flags)],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def call_script(monkeypatch, capsys):
+    """Call a script's main in this process: (module, *flags) -> (exit code, stdout, stderr)."""
+
+    def call(module, *flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as exit_code:
+            options.run_script(module.main)
+        streams = capsys.readouterr()
+        return exit_code.value.code, streams.out, streams.err
+
+    return call

@@ -1,0 +1,37 @@
+"""Features land in the row of their image, and every row is filled exactly once."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.data import EvalBatch
+from utils.features import extract_features
+
+
+def batches(*index_lists):
+    for index in index_lists:
+        images = torch.tensor(index, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 2, 2)
+        yield EvalBatch(images, torch.tensor(index), torch.tensor(index) * 10)
+
+
+def test_rows_follow_the_index_in_any_order():
+    features, labels = extract_features(nn.Flatten(), batches([2, 0], [3, 1]), num_images=4)
+    assert features.shape == (4, 12)
+    assert features[:, 0].tolist() == [0, 1, 2, 3]
+    assert labels.tolist() == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("visits", [([0, 1],), ([0, 1], [1, 2]), ([0, 1, 2], [2])])
+def test_missing_and_repeated_images_are_an_error(visits):
+    with pytest.raises(RuntimeError, match="of 3 images not visited exactly once"):
+        extract_features(nn.Flatten(), batches(*visits), num_images=3)
+
+
+def test_eval_mode_inside_and_mode_restored():
+    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))
+    extract_features(module, batches([0, 1], [2, 3]), num_images=4)
+    assert module.training
+    assert module[1].num_batches_tracked == 0
+    module.eval()
+    extract_features(module, batches([0, 1]), num_images=2)
+    assert not module.training

@@ -1,0 +1,336 @@
+"""Image folders, the two-view loader for training and the loader for evaluation.
+
+Training data are stateless: the order of an epoch is a permutation drawn from (seed, epoch), and
+the views of an image follow from (seed, epoch, image index). So the number of workers changes no
+bit, and any step of any epoch can be produced on its own.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import folder
+
+from utils import augment
+from utils.errors import InputError
+
+IMAGENET_CLASSES = 1000
+
+
+class ImageSet:
+    """Image files with labels; image i is the same file in every process.
+
+    paths: relative to root, in the order of torchvision's ImageFolder. labels: (N,) int64, -1
+    throughout where there are no classes. classes: the sorted class names, empty where there are
+    none.
+    """
+
+    def __init__(self, root: Path, paths: list[str], labels: list[int], classes: list[str]) -> None:
+        self.root = root
+        # One array of bytes instead of a million Python objects: workers share its pages.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.array(labels, dtype=np.int64)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """The file of image `index`."""
+        return os.path.join(self.root, os.fsdecode(self._paths[index].item()))
+
+    def subset(self, classes: list[str]) -> "ImageSet":
+        """Only the images of these classes, relabeled 0, 1, ... in the order given."""
+        new_label = np.full(len(self.classes), -1)
+        new_label[[self.classes.index(name) for name in classes]] = np.arange(len(classes))
+        kept = np.flatnonzero(new_label[self.labels] >= 0)
+        paths = [os.fsdecode(self._paths[i].item()) for i in kept]
+        return ImageSet(self.root, paths, new_label[self.labels[kept]].tolist(), list(classes))
+
+
+def read_image_folder(root: Path) -> ImageSet:
+    """List the images of `root/<class>/**`, or of a flat folder `root/*` without classes.
+
+    Raises InputError for a missing folder, one without images, and a class without images.
+    """
+    if not root.is_dir():
+        raise InputError(f"data {root}: no such folder")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+        flat = [name for name in names if name.lower().endswith(folder.IMG_EXTENSIONS)]
+        if not flat:
+            raise InputError(f"data {root}: neither class folders nor images in it")
+        return ImageSet(root, flat, [-1] * len(flat), [])
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = folder.make_dataset(
+        str(root), numbers, extensions=folder.IMG_EXTENSIONS, allow_empty=True
+    )
+    empty = sorted(set(range(len(classes))) - {label for _, label in samples})
+    if empty:
+        first = ", ".join(classes[label] for label in empty[:5])
+        raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
+    paths = [os.path.relpath(path, root) for path, _ in samples]
+    return ImageSet(root, paths, [label for _, label in samples], classes)
+
+
+def read_split(data: Path, split: str, *, dataset: str = "imagenet") -> ImageSet:
+    """The images of `data/<split>`, split "train" or "val".
+
+    dataset: "imagenet" for any folder tree; "imagenet100" for the first 100 classes of numpy's
+    seeded (1234) permutation of ImageNet's 1000, which must all be there. A flat folder of images
+    without a "train" folder is a training set without labels. Raises InputError.
+    """
+    if not data.is_dir():
+        raise InputError(f"data {data}: no such folder")
+    root = data / split
+    if not root.is_dir():
+        if split == "train" and _is_flat(data):
+            root = data
+        else:
+            raise InputError(f"data {data}: no folder {split}/ in it")
+    images = read_image_folder(root)
+    if dataset == "imagenet100":
+        if len(images.classes) != IMAGENET_CLASSES:
+            raise InputError(
+                f"--dataset imagenet100: {root} has {len(images.classes)} classes, not the "
+                f"{IMAGENET_CLASSES} it is chosen from (a folder of its 100: --dataset imagenet)"
+            )
+        chosen = np.random.RandomState(1234).permutation(IMAGENET_CLASSES)[:100]
+        images = images.subset([images.classes[position] for position in sorted(chosen)])
+    return images
+
+
+def _is_flat(data: Path) -> bool:
+    """Whether a folder holds images and no folders."""
+    entries = list(os.scandir(data))
+    return any(entry.name.lower().endswith(folder.IMG_EXTENSIONS) for entry in entries) and not any(
+        entry.is_dir() for entry in entries
+    )
+
+
+def check_same_classes(train: ImageSet, val: ImageSet) -> None:
+    """InputError unless both splits have the same class names, since labels are their positions."""
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        raise InputError(
+            f"data {train.root.parent}: train/ and val/ differ in {len(differing)} classes, "
+            f"first {', '.join(differing[:5])}"
+        )
+
+
+class Batch(NamedTuple):
+    """One training batch, on the training device but for `index`, which the host needs.
+
+    query_view, target_view: (B, 3, S, S) float32, normalized. index: (B,) int64. label: (B,) int64,
+    -1 where there is none.
+    """
+
+    query_view: Tensor
+    target_view: Tensor
+    index: Tensor
+    label: Tensor
+
+
+class _CropBatch(NamedTuple):
+    """What a worker sends: crops (B, 2, 3, S, S) uint8, draws (B, 2, n), index and label (B,)."""
+
+    crops: Tensor
+    draws: Tensor
+    index: Tensor
+    label: Tensor
+
+
+class _TwoCrops(Dataset):
+    """The worker part: decodes an image once and cuts its two crops. Keys are (epoch, index)."""
+
+    def __init__(self, images: ImageSet, *, image_size: int, seed: int) -> None:
+        self.images = images
+        self.image_size = image_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _CropBatch | InputError:
+        epoch = keys[0][0]
+        index = np.array([index for _, index in keys])
+        draws = augment.uniforms(self.seed, epoch, index)
+        crops = torch.empty(len(keys), 2, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        try:
+            for row, image_index in enumerate(index):
+                image = _decode(self.images.path(image_index))
+                crops[row] = augment.two_crops(image, draws[row], self.image_size)
+        except InputError as error:
+            return error
+        label = torch.from_numpy(self.images.labels[index])
+        return _CropBatch(crops, torch.from_numpy(draws), torch.from_numpy(index), label)
+
+
+def _decode(path: str) -> Tensor:
+    """Decode an image file; an InputError that names the file if that fails."""
+    try:
+        return augment.decode(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"data {path}: cannot be read as an image ({error})") from error
+
+
+class _EpochSampler:
+    """Yields each batch of one epoch as a list of (epoch, index); set `epoch` and `start` first."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.epoch, self.start = 1, 0
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
+        for step in range(self.start, len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(self.epoch, int(index)) for index in batch]
+
+
+def _as_is(batch):
+    """Collate nothing: the data sets already return whole batches."""
+    return batch
+
+
+def _raise_errors(batches: Iterable) -> Iterator:
+    """Pass batches on. A worker returns its error: raised there, it would arrive as a traceback."""
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _data_loader(images: Dataset, device: torch.device, **options) -> DataLoader:
+    """A DataLoader of whole batches that leaves the global random state alone."""
+    return DataLoader(
+        images,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+class TwoViewLoader:
+    """Yields a `Batch` of two views of each image, drawn from (seed, epoch, image index).
+
+    Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
+    whole batch. An epoch is `len(loader)` full batches of a new permutation; the few images left
+    over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
+    blur: probability of blur in a strong view.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        image_size: int = 224,
+        weak_strong: bool = False,
+        blur: float = augment.BLUR_PROBABILITY,
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len(images) < batch_size:
+            raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
+        self.images = images
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self._query_view = partial(augment.strong_view, blur=blur)
+        self._target_view = augment.weak_view if weak_strong else self._query_view
+        self._sampler = _EpochSampler(len(images), batch_size, seed)
+        self._loader = _data_loader(
+            _TwoCrops(images, image_size=image_size, seed=seed),
+            self.device,
+            batch_sampler=self._sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (from 1), from step `start` (from 0)."""
+        self._sampler.epoch, self._sampler.start = epoch, start
+        for crops, draws, index, label in _raise_errors(self._loader):
+            crops = crops.to(self.device, non_blocking=True)
+            yield Batch(
+                self._query_view(crops[:, 0], draws[:, 0]),
+                self._target_view(crops[:, 1], draws[:, 1]),
+                index,
+                label.to(self.device, non_blocking=True),
+            )
+
+
+class EvalBatch(NamedTuple):
+    """Evaluation batch: images (B, 3, S, S) float32, normalized; index, label (B,) int64, host."""
+
+    images: Tensor
+    index: Tensor
+    label: Tensor
+
+
+class _CenterCrops(Dataset):
+    """The worker part of evaluation: one central crop of each image."""
+
+    def __init__(self, images: ImageSet, image_size: int) -> None:
+        self.images = images
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, index: list[int]) -> EvalBatch | InputError:
+        try:
+            crops = [
+                augment.center_crop(_decode(self.images.path(i)), self.image_size) for i in index
+            ]
+        except InputError as error:
+            return error
+        label = torch.from_numpy(self.images.labels[index])
+        return EvalBatch(torch.stack(crops), torch.tensor(index), label)
+
+
+class EvalLoader:
+    """Yields an `EvalBatch` for every image once, in order: resize, central crop, normalize."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        image_size: int = 224,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images = images
+        self.device = torch.device(device)
+        self._loader = _data_loader(
+            _CenterCrops(images, image_size),
+            self.device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for crops, index, label in _raise_errors(self._loader):
+            images = augment.normalize(crops.to(self.device, non_blocking=True))
+            yield EvalBatch(images, index, label)

@@ -1,0 +1,161 @@
+"""CMSF-2Q: self-supervised constrained mean shift, constraint from a second query (CMSF sec. 3.1).
+
+    python self_supervised/train_msf_2q.py --cos --weak_strong --learning_rate 0.05 --epochs 200 \
+        --arch resnet50 --topk 5 --momentum 0.99 --mem_bank_size 128000 --topkp 5 \
+        --checkpoint_path <CHECKPOINT PATH> <DATASET PATH>
+
+    python self_supervised/train_msf_2q.py --demo
+
+A query is pulled to the neighbors of its target in the memory bank M, and to distant neighbors that
+are related all the same: rows of M whose images lay near this image at its previous visit, under
+another augmentation and an older encoder.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import options, setup
+from utils.data import Batch
+from utils.encoders import QueryTargetEncoders
+from utils.knn import format_comparison
+from utils.memory_bank import MemoryBank, PreviousEmbeddings
+from utils.meters import embedding_health
+from utils.neighbors import Neighbors, mean_shift_loss, nearest, nearest_among, purity
+
+DEMO = {
+    "arch": "conv4",
+    "image_size": 32,
+    "epochs": 30,
+    "batch_size": 32,
+    "learning_rate": 0.02,
+    "cos": True,
+    "weak_strong": True,
+    "blur": 0.0,
+    "momentum": 0.99,
+    "mem_bank_size": 512,
+    "topk": 5,
+    "topkp": 5,
+    "proj_dim": 128,
+    "hidden_dim": 512,
+    "proj_bn": True,
+    "num_workers": 1,
+    "save_freq": 30,
+    "checkpoint_path": Path("output/demo_2q"),
+}
+
+
+class CMSF2Q(nn.Module):
+    """The method as one module: a batch in, the loss out.
+
+    encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
+    set. mem_bank_size: K. topk: k, neighbors a query is pulled to. topkp: k', candidates taken from
+    M'.
+    """
+
+    def __init__(
+        self,
+        encoders: QueryTargetEncoders,
+        num_images: int,
+        *,
+        mem_bank_size: int,
+        topk: int,
+        topkp: int,
+    ) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.topk, self.topkp = topk, topkp
+        self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_previous=True)
+        self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: the loss (scalar, 0 to 4, with gradient) and figures (purities in percent)."""
+        q = self.encoders.query(batch.query_view)  # (B, D)
+        with torch.no_grad():
+            self.encoders.update_target()
+            t = self.encoders.target(batch.target_view)  # (B, D)
+            u, visited = self.previous.swap(batch.index, t)  # (B, D), (B,)
+
+            # The targets enter the bank before the search: each is its own nearest neighbor.
+            self.bank.enqueue(
+                t, previous=u, has_previous=visited, index=batch.index, label=batch.label
+            )
+            rows = self.bank.features[: self.bank.filled]  # M (K, D)
+            near = nearest(t, rows, k=self.topk)
+            related = self._nearest_previous(u, visited)
+            far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
+
+        loss_near = mean_shift_loss(q, rows, near)
+        loss_far = mean_shift_loss(q, rows, far)
+        return (loss_far + loss_near) / 2, {
+            "loss_constrained": loss_far.detach(),
+            "loss_plain": loss_near.detach(),
+            "purity_constrained": purity(batch.label, self.bank.label, far),
+            "purity_plain": purity(batch.label, self.bank.label, near),
+        }
+
+    def _nearest_previous(self, u: Tensor, visited: Tensor) -> Neighbors:
+        """Candidates (B, k'): rows of M' nearest to u; none for an image not visited before."""
+        filled = self.bank.filled
+        related = nearest(
+            u, self.bank.previous[:filled], k=self.topkp, allowed=self.bank.has_previous[:filled]
+        )
+        return related._replace(valid=related.valid & visited.unsqueeze(1))
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Health of the embeddings in the bank."""
+        return embedding_health(self.bank.features[: self.bank.filled])
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Train self-supervised CMSF-2Q.")
+    options.add_training_options(parser)
+    parser.add_argument(
+        "--topkp", type=options.positive, default=10, help="candidates from the previous embeddings"
+    )
+    return options.parse(parser, demo=DEMO)
+
+
+def main() -> None:
+    """Train, save, and report k-NN accuracy."""
+    args = parse_args()
+    start = time.monotonic()
+    setup.check_bank(args)
+    train, val = setup.read_training_data(args)
+    loader = setup.build_loader(args, train)
+    model = CMSF2Q(
+        setup.build_encoders(args),
+        len(train),
+        mem_bank_size=args.mem_bank_size,
+        topk=args.topk,
+        topkp=args.topkp,
+    ).to(args.device)
+    optimizer = setup.build_optimizer(args, model)
+
+    backbone = model.encoders.query_encoder.backbone
+    knn = setup.knn_evaluation(args, train, val)
+    table = {}
+    if args.demo and knn:
+        table = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
+    run = setup.build_run(args, model, optimizer, evaluate=knn and partial(knn, backbone))
+
+    for batch in run.batches(loader):
+        loss, stats = model(batch)
+        run.step(loss, stats)
+
+    if run.knn:
+        print(f"\nk-NN accuracy on {len(val)} val images, percent")
+        print(format_comparison(table | {"CMSF-2Q": run.knn}))
+    print(f"\n{run.last_checkpoint} after {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    options.run_script(main)

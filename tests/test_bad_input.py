@@ -1,0 +1,127 @@
+"""What a user can mend: one line that names the flag and the value, exit code 2, nothing lost."""
+
+import importlib
+
+import pytest
+import torch
+import torchvision
+from conftest import write_image
+
+TRAIN = "self_supervised.train_msf_2q"
+KNN = "eval.eval_knn"
+SMALL = ("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--mem_bank_size", 20)
+
+
+def assert_refused(result, *words):
+    code, _, stderr = result
+    assert code == 2, stderr
+    assert stderr.count("\n") == 1, stderr
+    assert "error: " in stderr and "Traceback" not in stderr
+    for word in words:
+        assert word in stderr, stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--topk", 0), ("--topk", "0")),
+        (("--topk", 21), ("--topk 21", "--mem_bank_size 20")),
+        (("--topkp", 21), ("--topkp 21", "--mem_bank_size 20")),
+        (("--mem_bank_size", 7), ("--mem_bank_size 7", "--batch_size 8")),
+        (("--mem_bank_size", "many"), ("--mem_bank_size", "many")),
+        (("--batch_size", 31, "--mem_bank_size", 40), ("--batch_size 31", "30 training images")),
+        (("--arch", "resnet51"), ("--arch resnet51",)),
+        (("--arch", "alexnet"), ("--image_size 16", "--arch alexnet")),
+        (("--small_stem",), ("--small_stem", "--arch conv4")),
+        (("--momentum", 1.5), ("--momentum", "1.5")),
+        (("--lr_decay_epochs", "1,x"), ("--lr_decay_epochs", "1,x")),
+        (("--dataset", "imagenet100"), ("--dataset imagenet100", "3 classes")),
+        (("--dataset", "cifar"), ("--dataset", "cifar")),
+        (("--device", "cuda:77"), ("--device", "cuda:77")),
+        (("--weights", "no/such.pth"), ("--weights no/such.pth", "no such file")),
+        (("--resume", "no/such.pth"), ("--resume no/such.pth", "no such file")),
+        (("--checkpoint_path", "/dev/null/x"), ("--checkpoint_path /dev/null/x",)),
+        (("--no_such_flag",), ("--no_such_flag",)),
+    ],
+)
+def test_training_flags(call_script, image_tree, tmp_path, flags, words):
+    module = importlib.import_module(TRAIN)
+    result = call_script(
+        module, *SMALL, "--topkp", 5, "--checkpoint_path", tmp_path / "out", *flags, image_tree
+    )
+    assert_refused(result, *words)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("name", [TRAIN, KNN])
+def test_data_path(call_script, tmp_path, name):
+    module = importlib.import_module(name)
+    weights = tmp_path / "plain.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+    flags = ("--arch", "resnet18", "--image_size", 32, "--weights", weights)
+
+    assert_refused(call_script(module, *flags), "data", "--demo")
+    missing = tmp_path / "missing"
+    assert_refused(call_script(module, *flags, missing), str(missing), "no such folder")
+    (tmp_path / "empty").mkdir()
+    assert_refused(call_script(module, *flags, tmp_path / "empty"), "train/")
+    (tmp_path / "half" / "train" / "cats").mkdir(parents=True)
+    assert_refused(call_script(module, *flags, tmp_path / "half"), "without an image", "cats")
+
+
+def test_val_classes_must_be_those_of_train(call_script, tmp_path):
+    for split, name in (("train", "cats"), ("val", "dogs")):
+        write_image(tmp_path / split / name / "1.jpg", seed=1)
+    for module in (TRAIN, KNN):
+        result = call_script(importlib.import_module(module), "--weights", "x", tmp_path)
+        assert_refused(result, "train/ and val/ differ", "cats, dogs")
+
+
+def test_knn_during_training_needs_labels(call_script, tmp_path):
+    write_image(tmp_path / "train" / "1.jpg", seed=1)
+    result = call_script(importlib.import_module(TRAIN), "--knn_freq", 1, tmp_path)
+    assert_refused(result, "--knn_freq 1", "no classes")
+
+
+def test_checkpoints_that_do_not_fit(call_script, image_tree, tmp_path):
+    knn, train = importlib.import_module(KNN), importlib.import_module(TRAIN)
+    plain, other = tmp_path / "plain.pth", tmp_path / "other.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), plain)
+    other.write_bytes(b"no checkpoint at all")
+    size = ("--image_size", 32)
+    assert_refused(call_script(knn, image_tree), "--weights")
+    assert_refused(
+        call_script(knn, "--weights", plain, "--arch", "resnet50", *size, image_tree),
+        *(str(plain), "--arch resnet50", "missing"),
+    )
+    assert_refused(
+        call_script(knn, "--weights", other, *size, image_tree), str(other), "not a readable"
+    )
+    assert_refused(
+        call_script(train, *SMALL, "--topkp", 5, "--weights", plain, image_tree),
+        *(str(plain), "--arch conv4"),
+    )
+    assert_refused(
+        call_script(knn, "--weights", plain, "--arch", "resnet18", *size, "-k", 31, image_tree),
+        *("-k 31", "30 training images"),
+    )
+    assert_refused(
+        call_script(train, *SMALL, "--topkp", 5, "--resume", plain, image_tree),
+        *("--resume", "not a checkpoint of this repository"),
+    )
+
+
+def test_no_traceback_from_a_real_process(run_script, image_tree, tmp_path):
+    """A broken image in a worker and a bad flag, as a shell sees them."""
+    done = run_script("self_supervised/train_msf_2q.py", "--topk", "x", image_tree)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "train_msf_2q.py: error: argument --topk: x is no int\n",
+    )
+    for number in range(8):
+        write_image(tmp_path / "train" / f"{number}.jpg", seed=number)
+    (tmp_path / "train" / "3.jpg").write_bytes(b"broken")
+    flags = (*SMALL, "--topkp", 5, "--num_workers", 1, "--checkpoint_path", tmp_path / "out")
+    done = run_script("self_supervised/train_msf_2q.py", *flags, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "train/3.jpg" in done.stderr

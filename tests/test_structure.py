@@ -1,0 +1,69 @@
+"""Promises about the tree itself: one direction of imports, safe loading, a README that is true."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [
+    path
+    for folder in ("self_supervised", "supervised", "semi_supervised", "eval")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
+UTILS = sorted(path for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")
+
+# What each part of utils may import of the others; an order without circles.
+MAY_IMPORT = {
+    "errors": set(),
+    "neighbors": set(),
+    "memory_bank": set(),
+    "schedule": set(),
+    "augment": set(),
+    "demo_data": set(),
+    "meters": set(),
+    "encoders": {"errors"},
+    "data": {"augment", "errors"},
+    "checkpoint": {"encoders", "errors"},
+    "features": set(),
+    "knn": {"data", "errors", "features"},
+    "options": {"augment", "demo_data", "errors"},
+    "engine": {"checkpoint", "data", "errors", "meters"},
+    "setup": {"checkpoint", "data", "encoders", "engine", "errors", "knn", "schedule"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module a file imports, dotted; `from utils import a` counts as utils.a."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", UTILS, ids=lambda path: path.stem)
+def test_utils_import_downwards_only(path):
+    own = {name.split(".")[1] for name in imported(path) if name.startswith("utils.")}
+    assert own <= MAY_IMPORT[path.stem]
+    folders = {script.parent.name for script in SCRIPTS}
+    assert not [name for name in imported(path) if name.split(".")[0] in folders]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_no_script_imports_another(path):
+    folders = {script.parent.name for script in SCRIPTS} - {"semi_supervised"}
+    assert not [name for name in imported(path) if name.split(".")[0] in folders]
+
+
+@pytest.mark.parametrize("path", UTILS + SCRIPTS, ids=lambda path: path.stem)
+def test_every_load_is_weights_only_and_none_is_lax(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+        if ast.unparse(node.func) == "torch.load":
+            assert keywords.get("weights_only") is True
+        assert not ("load" in ast.unparse(node.func) and keywords.get("strict") is False)

@@ -1,0 +1,234 @@
+"""Command-line flags that scripts share, each with its default, and the frame around a main().
+
+Published flags keep their names and defaults; new ones use underscores.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from utils import demo_data
+from utils.augment import BLUR_PROBABILITY
+from utils.errors import InputError, RunError
+
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `script: error: message` and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, *, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: int or float from `low` to `high`; the message names flag and value."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__}") from None
+        if not low <= value <= high:
+            limits = f"{low} or more" if high == float("inf") else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({limits})")
+        return value
+
+    return parse
+
+
+def int_list(text: str) -> list[int]:
+    """An argparse type: "90,120" -> [90, 120]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no list of integers like 90,120") from None
+
+
+def device(text: str) -> torch.device:
+    """An argparse type: a device that is there."""
+    try:
+        chosen = torch.device(text)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
+    return chosen
+
+
+positive = number(int, low=1)
+not_negative = number(float, low=0)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Where the images are and how they are read; training and evaluation."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "data", nargs="?", type=Path, help="folder with train/<class>/ and val/<class>/"
+    )
+    group.add_argument(
+        "--dataset",
+        choices=["imagenet", "imagenet100"],
+        default="imagenet",
+        help="imagenet: any folder tree; imagenet100: 100 of ImageNet's classes",
+    )
+    group.add_argument(
+        "--demo",
+        action="store_true",
+        help="draw the synthetic demo data once (data/demo/) and use its settings",
+    )
+    group.add_argument(
+        "-j",
+        "--num_workers",
+        "--workers",
+        type=number(int, low=0),
+        default=min(4, os.cpu_count() or 1),
+        help="processes that decode images",
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=device, default=default, help="default: the GPU if there is one"
+    )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint an evaluation reads, and how its network looks."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--weights", help="checkpoint to evaluate")
+    group.add_argument("--arch", help="default: as the checkpoint says, or resnet50")
+    group.add_argument(
+        "--image_size", type=positive, help="default: as the checkpoint says, or 224"
+    )
+    group.add_argument("--small_stem", action="store_true", help="default: as the checkpoint says")
+    add_device_option(group)
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Everything the training scripts have in common."""
+    add_data_options(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=positive, default=256)
+    group.add_argument("--epochs", type=positive, default=200)
+    group.add_argument("--learning_rate", type=not_negative, default=0.01)
+    group.add_argument("--cos", action="store_true", help="cosine learning rate")
+    group.add_argument("--lr_decay_epochs", type=int_list, default="90,120", help="without --cos")
+    group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
+    group.add_argument("--weight_decay", type=not_negative, default=1e-4)
+    group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
+    group.add_argument("--seed", type=number(int, low=0), default=0)
+    add_device_option(group)
+    group.add_argument(
+        "--debug", action="store_true", help="two epochs of five steps, to try a setup"
+    )
+
+    group = parser.add_argument_group("views")
+    group.add_argument(
+        "--image_size", type=positive, default=224, help="side of the crops in pixels"
+    )
+    group.add_argument(
+        "--weak_strong", action="store_true", help="weak view for the target encoder"
+    )
+
+    group.add_argument(
+        "--blur",
+        type=number(float, low=0, high=1),
+        default=BLUR_PROBABILITY,
+        help="probability of blur in the strong view; 0 suits images of about 32 px",
+    )
+
+    group = parser.add_argument_group("encoders")
+    group.add_argument(
+        "--arch", default="resnet50", help="torchvision classification model, or conv4"
+    )
+    group.add_argument(
+        "--small_stem",
+        action="store_true",
+        help="ResNets: 3x3 first convolution, no pooling (images of about 32 px)",
+    )
+    group.add_argument("--proj_dim", type=positive, help="embedding size; default: features / 4")
+    group.add_argument(
+        "--hidden_dim",
+        type=positive,
+        help="hidden size of projector and predictor; default: 2 x features",
+    )
+    group.add_argument(
+        "--proj_bn",
+        action="store_true",
+        help="batch norm without parameters on the projector's output",
+    )
+    group.add_argument(
+        "--momentum", type=number(float, low=0, high=1), default=0.99, help="of the moving average"
+    )
+    group.add_argument("--weights", help="checkpoint to start the encoders from")
+
+    group = parser.add_argument_group("mean shift")
+    group.add_argument("--mem_bank_size", type=positive, default=128000)
+    group.add_argument("--topk", type=positive, default=5, help="neighbors a query is pulled to")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--checkpoint_path", type=Path, default=Path("output/mean_shift_default"))
+    group.add_argument("--resume", help="checkpoint of this run to continue after")
+    group.add_argument("--print_freq", type=positive, default=100, help="steps between log lines")
+    group.add_argument("--save_freq", type=positive, default=10, help="epochs between checkpoints")
+    group.add_argument(
+        "--knn_freq",
+        type=number(int, low=-1),
+        default=0,
+        help="epochs between val k-NN figures; 0: only at the end, -1: never",
+    )
+
+
+def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.Namespace:
+    """Parse the command line; with --demo, draw its data and take the defaults from `demo`."""
+    args = parser.parse_args()
+    if args.demo:
+        parser.set_defaults(**demo)
+        args = parser.parse_args()
+    if args.data is None:
+        if not args.demo:
+            parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
+        try:
+            args.data = demo_data.draw_data_set(DEMO_FOLDER)
+        except (OSError, ValueError) as error:
+            parser.error(f"--demo: {error}")
+    return args
+
+
+def write_json(folder: Path, name: str, record: dict[str, Any]) -> Path:
+    """Write a result to folder/name and return its path; InputError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--save {folder}: {error.strerror}") from error
+    return folder / name
+
+
+def command() -> str:
+    """The command this process was started with, as one would type it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run main(): what a user can mend is one line and exit code 2, a broken run exit code 1."""
+    code = 0
+    try:
+        main()
+    except (InputError, RunError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,157 @@
+"""From a training script's flags to the objects it works with.
+
+Each training script builds its run of these parts; what is its own (method, constraint) stays in
+the script.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils import checkpoint
+from utils.data import EvalLoader, ImageSet, TwoViewLoader, check_same_classes, read_split
+from utils.encoders import QueryTargetEncoders, build_backbone, check_image_size
+from utils.engine import Run
+from utils.errors import InputError
+from utils.knn import evaluate_knn, ks_for
+from utils.schedule import learning_rate
+
+
+def check_bank(args: argparse.Namespace) -> None:
+    """InputError for a bank that cannot hold a batch or the neighbors asked for."""
+    if args.mem_bank_size < args.batch_size:
+        raise InputError(
+            f"--mem_bank_size {args.mem_bank_size}: below --batch_size {args.batch_size}, so not "
+            f"every target would be in the bank"
+        )
+    for flag in ("topk", "topkp"):
+        value = getattr(args, flag, 1)
+        if value > args.mem_bank_size:
+            raise InputError(f"--{flag} {value}: above --mem_bank_size {args.mem_bank_size}")
+
+
+def read_training_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet | None]:
+    """The training images, and those of val/ for k-NN figures, None where there can be none.
+
+    InputError if k-NN figures are asked for during training but labels or val/ are missing.
+    """
+    train = read_split(args.data, "train", dataset=args.dataset)
+    if args.knn_freq < 0:
+        return train, None
+    if not train.classes:
+        reason = "the training images have no classes"
+    elif not (args.data / "val").is_dir():
+        reason = f"{args.data} has no folder val/"
+    else:
+        val = read_split(args.data, "val", dataset=args.dataset)
+        check_same_classes(train, val)
+        return train, val
+    if args.knn_freq > 0:
+        raise InputError(f"--knn_freq {args.knn_freq}: {reason}")
+    print(f"no k-NN figures: {reason}", flush=True)
+    return train, None
+
+
+def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
+    """The two-view loader of the training images."""
+    return TwoViewLoader(
+        images,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        weak_strong=args.weak_strong,
+        blur=args.blur,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        device=args.device,
+    )
+
+
+def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
+    """The encoders, seeded by --seed, filled from --weights if given."""
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    check_image_size(backbone, args.arch, args.image_size)
+    encoders = QueryTargetEncoders(
+        backbone.module,
+        backbone.feature_dim,
+        proj_dim=args.proj_dim,
+        hidden_dim=args.hidden_dim,
+        proj_bn=args.proj_bn,
+        momentum=args.momentum,
+    )
+    if args.weights:
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        state = checkpoint.load(args.weights, flag="--weights")
+        loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
+        print(f"{args.weights}: {loaded}", flush=True)
+    return encoders
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.SGD:
+    """SGD over everything that has a gradient, weight decay on all of it, as published."""
+    return torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        momentum=args.sgd_momentum,
+        weight_decay=args.weight_decay,
+    )
+
+
+def knn_evaluation(
+    args: argparse.Namespace, train: ImageSet, val: ImageSet | None
+) -> Callable[[nn.Module], dict] | None:
+    """A function of a backbone that gives its k-NN figures; None without val images."""
+    if val is None:
+        return None
+    train_loader, val_loader = (
+        EvalLoader(
+            images,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            num_workers=args.num_workers,
+            device=args.device,
+        )
+        for images in (train, val)
+    )
+    return partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
+
+
+def build_run(
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    evaluate: Callable[[], dict] | None,
+) -> Run:
+    """The run that the flags describe."""
+    return Run(
+        model,
+        optimizer,
+        folder=args.checkpoint_path,
+        epochs=args.epochs,
+        learning_rate=partial(
+            learning_rate,
+            args.learning_rate,
+            epochs=args.epochs,
+            cosine=args.cos,
+            decay_epochs=args.lr_decay_epochs,
+            decay_rate=args.lr_decay_rate,
+        ),
+        settings={name: _builtin(value) for name, value in vars(args).items()},
+        print_freq=args.print_freq,
+        save_freq=args.save_freq,
+        knn_freq=args.knn_freq,
+        evaluate=evaluate,
+        resume=args.resume,
+        debug=args.debug,
+    )
+
+
+def _builtin(value: Any) -> Any:
+    """Checkpoints hold builtins only."""
+    return str(value) if isinstance(value, (Path, torch.device)) else value

@@ -1,0 +1,75 @@
+"""Every command in the README runs as it stands there, made small by flags added at its end."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+# A later flag overrides an earlier one, so these make any of the commands a matter of seconds.
+SMALL_RUN = (
+    "--debug --batch_size 8 --mem_bank_size 64 --image_size 32 --num_workers 0 --knn_freq -1"
+)
+EVALUATION = "--num_workers 0"
+
+
+def commands(**places: object) -> list[list[str]]:
+    """The words of each command of the README's bash blocks, split at && as well.
+
+    places: what stands for <DATASET PATH> and the like, by dataset_path and the like.
+    """
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("&&", "\n")
+    for name, place in places.items():
+        lines = lines.replace(f"<{name.upper().replace('_', ' ')}>", shlex.quote(str(place)))
+    return [shlex.split(line, comments=True) for line in lines.splitlines() if line.strip()]
+
+
+def test_installation_and_tests_are_what_ci_runs():
+    ci = (ROOT / ".ci" / "run").read_text()
+    listed = [" ".join(command) for command in commands()]
+    assert "pip install -r requirements.txt" in listed
+    assert "pip install -r requirements-dev.txt" in listed and "requirements-dev.txt" in ci
+    assert "python -m pytest" in listed and "python -m pytest" in ci
+
+
+def test_every_file_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`([\w/]+\.(?:py|sh|txt))`|\]\(([\w/]+\.py)\)", text)
+    for path in filter(None, (name for pair in named for name in pair)):
+        assert (ROOT / path).exists() or (ROOT / "utils" / path).exists(), path
+
+
+def test_scripts_of_the_readme_run(run_script, image_tree, tmp_path):
+    """In the order of the text: what is evaluated is what the training command before wrote."""
+    places = {
+        "dataset_path": image_tree,
+        "checkpoint_path": tmp_path / "run",
+        "checkpoint": tmp_path / "run" / "ckpt_epoch_2.pth",
+    }
+    scripts = [words[1:] for words in commands(**places) if words[1].endswith(".py")]
+    assert len(scripts) >= 3
+    for words in scripts:
+        flags = words[1:]
+        extra = EVALUATION if words[0].startswith("eval/") else SMALL_RUN
+        if "--checkpoint_path" not in flags and not words[0].startswith("eval/"):
+            extra += f" --checkpoint_path {tmp_path / 'demo'}"
+        done = run_script(words[0], *flags, *extra.split(), timeout=300)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+@pytest.mark.slow
+def test_the_demo_ends_in_a_table_where_learning_shows(run_script, tmp_path):
+    """The README's first command at its full length."""
+    done = run_script(
+        "self_supervised/train_msf_2q.py",
+        *("--demo", "--num_workers", 0, "--checkpoint_path", tmp_path),
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    table = {
+        name: float(accuracy)
+        for name, accuracy in re.findall(r"^([\w -]+?)  .*?([\d.]+)$", done.stdout, re.MULTILINE)
+        if name in ("raw pixels", "random network", "CMSF-2Q")
+    }
+    assert table["CMSF-2Q"] > table["random network"] + 15 > table["raw pixels"] + 15

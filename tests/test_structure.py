@@ -26,10 +26,14 @@ MAY_IMPORT = {
     "data": {"augment", "errors"},
     "checkpoint": {"encoders", "errors"},
     "features": set(),
+    "splits": {"data", "errors"},
     "knn": {"data", "errors", "features"},
     "options": {"augment", "demo_data", "errors"},
     "engine": {"checkpoint", "data", "errors", "meters"},
-    "setup": {"checkpoint", "data", "encoders", "engine", "errors", "knn", "schedule"},
+    "setup": {
+        *("checkpoint", "data", "encoders", "engine", "errors", "knn", "options"),
+        *("schedule", "splits"),
+    },
 }
 
 

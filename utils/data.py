@@ -41,17 +41,26 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """The path of image `index` below the root."""
+        return os.fsdecode(self._paths[index].item())
+
     def path(self, index: int) -> str:
         """The file of image `index`."""
-        return os.path.join(self.root, os.fsdecode(self._paths[index].item()))
+        return os.path.join(self.root, self.name(index))
+
+    def take(self, index: np.ndarray) -> "ImageSet":
+        """Only the images of these numbers (n,), in this order, with their labels and classes."""
+        names = [self.name(number) for number in index]
+        return ImageSet(self.root, names, self.labels[index].tolist(), self.classes)
 
     def subset(self, classes: list[str]) -> "ImageSet":
         """Only the images of these classes, relabeled 0, 1, ... in the order given."""
         new_label = np.full(len(self.classes), -1)
         new_label[[self.classes.index(name) for name in classes]] = np.arange(len(classes))
         kept = np.flatnonzero(new_label[self.labels] >= 0)
-        paths = [os.fsdecode(self._paths[i].item()) for i in kept]
-        return ImageSet(self.root, paths, new_label[self.labels[kept]].tolist(), list(classes))
+        names = [self.name(number) for number in kept]
+        return ImageSet(self.root, names, new_label[self.labels[kept]].tolist(), list(classes))
 
 
 def read_image_folder(root: Path) -> ImageSet:

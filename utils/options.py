@@ -105,13 +105,39 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint an evaluation reads, and how its network looks."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument("--weights", help="checkpoint to evaluate")
+    group.add_argument(
+        "--weights",
+        help='checkpoint to evaluate; "random": an untrained network, "pixels": the image itself',
+    )
+    group.add_argument(
+        "--use_target", "--use-target", action="store_true", help="evaluate the target encoder"
+    )
+    group.add_argument("--seed", type=number(int, low=0), default=0)
     group.add_argument("--arch", help="default: as the checkpoint says, or resnet50")
     group.add_argument(
         "--image_size", type=positive, help="default: as the checkpoint says, or 224"
     )
     group.add_argument("--small_stem", action="store_true", help="default: as the checkpoint says")
     add_device_option(group)
+
+
+def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None:
+    """Which training images are labeled; file_flags: the spellings of the split file's flag."""
+    group = parser.add_argument_group("labeled images")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        *file_flags,
+        type=Path,
+        help="labeled images, one a line: path below train/ or base name",
+    )
+    either.add_argument(
+        "--label_fraction",
+        type=number(float, low=1e-9, high=1),
+        help="draw this share of every class instead",
+    )
+    group.add_argument(
+        "--split_seed", type=number(int, low=0), default=0, help="of the draw of --label_fraction"
+    )
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

@@ -10,16 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from utils import checkpoint
+from utils import checkpoint, options
 from utils.data import EvalLoader, ImageSet, TwoViewLoader, check_same_classes, read_split
-from utils.encoders import QueryTargetEncoders, build_backbone, check_image_size
+from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
 from utils.engine import Run
 from utils.errors import InputError
 from utils.knn import evaluate_knn, ks_for
 from utils.schedule import learning_rate
+from utils.splits import class_balanced_split, read_split_file
 
 
 def check_bank(args: argparse.Namespace) -> None:
@@ -108,16 +110,7 @@ def knn_evaluation(
     """A function of a backbone that gives its k-NN figures; None without val images."""
     if val is None:
         return None
-    train_loader, val_loader = (
-        EvalLoader(
-            images,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            num_workers=args.num_workers,
-            device=args.device,
-        )
-        for images in (train, val)
-    )
+    train_loader, val_loader = eval_loaders(args, train, val)
     return partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
 
 
@@ -150,6 +143,76 @@ def build_run(
         resume=args.resume,
         debug=args.debug,
     )
+
+
+def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
+    """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
+
+    What the flags leave open (arch, image size, stem) is taken from the checkpoint where it says
+    so, and written into args. "random": untrained, seeded by --seed. "pixels": flattened images.
+    """
+    if not args.weights:
+        raise InputError("--weights: name the checkpoint to evaluate")
+    named = args.weights in ("random", "pixels")
+    state = {} if named else checkpoint.load(args.weights, flag="--weights")
+    trained = checkpoint.settings(state)
+    args.arch = args.arch or trained.get("arch") or "resnet50"
+    args.image_size = args.image_size or trained.get("image_size") or 224
+    args.small_stem = args.small_stem or bool(trained.get("small_stem"))
+    if args.weights == "pixels":
+        return Backbone(nn.Flatten(), 3 * args.image_size**2, ""), {}
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    check_image_size(backbone, args.arch, args.image_size)
+    if not named:
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        encoder = "target" if args.use_target else "query"
+        checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
+    return backbone, state
+
+
+def labeled_index(
+    args: argparse.Namespace, images: ImageSet, *, file: Path | None, flag: str
+) -> np.ndarray:
+    """Numbers of the labeled images by a split file or --label_fraction; all without either."""
+    if not images.classes:
+        raise InputError(f"data {args.data}: labels need class folders in train/")
+    if file is not None:
+        return read_split_file(file, images, flag=flag)
+    if args.label_fraction is not None:
+        return class_balanced_split(images, args.label_fraction, seed=args.split_seed)
+    return np.arange(len(images))
+
+
+def eval_loaders(args: argparse.Namespace, *image_sets: ImageSet) -> list[EvalLoader]:
+    """Evaluation loaders with the flags' batch size, image size, workers and device."""
+    return [
+        EvalLoader(
+            images,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            num_workers=args.num_workers,
+            device=args.device,
+        )
+        for images in image_sets
+    ]
+
+
+def result_record(args: argparse.Namespace, state: dict, *, counts: dict[str, int]) -> dict:
+    """What every result file says of its origin: checkpoint, sha256, network, counts, command."""
+    from_file = bool(state)
+    return {
+        "checkpoint": args.weights,
+        "sha256": checkpoint.sha256(args.weights) if from_file else None,
+        "epoch": state.get("epoch"),
+        "encoder": "target" if args.use_target else "query",
+        "arch": args.arch,
+        "image_size": args.image_size,
+        "seed": args.seed,
+        "counts": counts,
+        "command": options.command(),
+        "torch": torch.__version__,
+    }
 
 
 def _builtin(value: Any) -> Any:

@@ -1,0 +1,70 @@
+"""Which training images count as labeled: a split file, or a class-balanced draw.
+
+A split file names one image a line, by its path below train/ or by its base name. For ImageNet
+these are the public 1% and 10% lists published with SimCLR.
+"""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from utils.data import ImageSet
+from utils.errors import InputError
+
+
+def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
+    """Numbers (n,) int64 of the images that a split file names, ascending.
+
+    Strict: entries that name no image, name one twice, or are a base name of several images are
+    counted and the first five named in an InputError, as are a missing, empty or unreadable file.
+    (The published code ignored entries without an image.) flag: the flag that named the file.
+    """
+    what = f"{flag} {path}"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no text in UTF-8" if isinstance(error, ValueError) else error.strerror
+        raise InputError(f"{what}: {reason}") from error
+    entries = [line.strip().removeprefix("train/") for line in lines if line.strip()]
+    if not entries:
+        raise InputError(f"{what}: names no image")
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for number in range(len(images)):
+        name = images.name(number)
+        by_name[name].append(number)
+        if "/" in name:
+            by_name[name.rsplit("/", 1)[1]].append(number)
+    found = [by_name.get(entry, []) for entry in entries]
+    times = Counter(rows[0] for rows in found if len(rows) == 1)
+    faults = {
+        "name no image": [e for e, rows in zip(entries, found, strict=True) if not rows],
+        "name several images": [e for e, rows in zip(entries, found, strict=True) if len(rows) > 1],
+        "come twice": [images.name(number) for number, count in times.items() if count > 1],
+    }
+    problems = [
+        f"{len(names)} entries {fault} (first: {', '.join(names[:5])})"
+        for fault, names in faults.items()
+        if names
+    ]
+    if problems:
+        raise InputError(f"{what}: {'; '.join(problems)}")
+    return np.array(sorted(times), dtype=np.int64)
+
+
+def class_balanced_split(images: ImageSet, fraction: float, *, seed: int) -> np.ndarray:
+    """Numbers (n,) int64 of a drawn share of every class, ascending; at least one image of each.
+
+    fraction: above 0, at most 1. The draw of a class depends on the seed and the class alone.
+    """
+    chosen = []
+    for label in range(len(images.classes)):
+        members = np.flatnonzero(images.labels == label)
+        count = max(1, round(fraction * len(members)))
+        chosen.append(np.random.default_rng([seed, label]).permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def write_split_file(path: Path, images: ImageSet, index: np.ndarray) -> None:
+    """Write the images' paths below train/, one a line; `read_split_file` gives the same images."""
+    path.write_text("".join(f"{images.name(number)}\n" for number in index), encoding="utf-8")

@@ -13,8 +13,6 @@ another augmentation and an older encoder.
 
 import argparse
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,30 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import options, setup
 from utils.data import Batch
 from utils.encoders import QueryTargetEncoders
-from utils.knn import format_comparison
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
 from utils.meters import embedding_health
-from utils.neighbors import Neighbors, mean_shift_loss, nearest, nearest_among, purity
+from utils.neighbors import mean_shift_loss, nearest, nearest_among, purity
 
-DEMO = {
-    "arch": "conv4",
-    "image_size": 32,
-    "epochs": 30,
-    "batch_size": 32,
-    "learning_rate": 0.02,
-    "cos": True,
-    "weak_strong": True,
-    "blur": 0.0,
-    "momentum": 0.99,
-    "mem_bank_size": 512,
+DEMO = options.DEMO | {
     "topk": 5,
     "topkp": 5,
-    "proj_dim": 128,
-    "hidden_dim": 512,
-    "proj_bn": True,
-    "num_workers": 1,
-    "save_freq": 30,
-    "checkpoint_path": Path("output/demo_2q"),
+    "checkpoint_path": options.ROOT / "output" / "demo_2q",
 }
 
 
@@ -87,31 +69,26 @@ class CMSF2Q(nn.Module):
             self.bank.enqueue(
                 t, previous=u, has_previous=visited, index=batch.index, label=batch.label
             )
-            rows = self.bank.features[: self.bank.filled]  # M (K, D)
-            near = nearest(t, rows, k=self.topk)
-            related = self._nearest_previous(u, visited)
+            rows, older, has_older = self.bank.in_use("features", "previous", "has_previous")
+            near = nearest(t, rows, k=self.topk)  # in M, rows (K, D)
+            related = nearest(u, older, k=self.topkp, allowed=has_older)  # in M'
+            related = related._replace(valid=related.valid & visited.unsqueeze(1))
             far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
 
         loss_near = mean_shift_loss(q, rows, near)
         loss_far = mean_shift_loss(q, rows, far)
         return (loss_far + loss_near) / 2, {
+            "no_previous_visit": 100 * (~visited).float().mean(),
+            "filled_up": 100 * (related.valid.sum(dim=1) < self.topk).float().mean(),
             "loss_constrained": loss_far.detach(),
             "loss_plain": loss_near.detach(),
             "purity_constrained": purity(batch.label, self.bank.label, far),
             "purity_plain": purity(batch.label, self.bank.label, near),
         }
 
-    def _nearest_previous(self, u: Tensor, visited: Tensor) -> Neighbors:
-        """Candidates (B, k'): rows of M' nearest to u; none for an image not visited before."""
-        filled = self.bank.filled
-        related = nearest(
-            u, self.bank.previous[:filled], k=self.topkp, allowed=self.bank.has_previous[:filled]
-        )
-        return related._replace(valid=related.valid & visited.unsqueeze(1))
-
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings in the bank."""
-        return embedding_health(self.bank.features[: self.bank.filled])
+        return embedding_health(*self.bank.in_use("features"))
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,7 +104,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    start = time.monotonic()
     setup.check_bank(args)
     train, val = setup.read_training_data(args)
     loader = setup.build_loader(args, train)
@@ -139,22 +115,13 @@ def main() -> None:
         topkp=args.topkp,
     ).to(args.device)
     optimizer = setup.build_optimizer(args, model)
-
-    backbone = model.encoders.query_encoder.backbone
-    knn = setup.knn_evaluation(args, train, val)
-    table = {}
-    if args.demo and knn:
-        table = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
-    run = setup.build_run(args, model, optimizer, evaluate=knn and partial(knn, backbone))
+    run = setup.build_run(args, model, optimizer, train=train, val=val)
 
     for batch in run.batches(loader):
         loss, stats = model(batch)
         run.step(loss, stats)
 
-    if run.knn:
-        print(f"\nk-NN accuracy on {len(val)} val images, percent")
-        print(format_comparison(table | {"CMSF-2Q": run.knn}))
-    print(f"\n{run.last_checkpoint} after {time.monotonic() - start:.0f} s")
+    run.finish("CMSF-2Q")
 
 
 if __name__ == "__main__":

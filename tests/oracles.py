@@ -2,6 +2,9 @@
 
 import math
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 
 def squared_distance(a, b) -> float:
     """||a - b||^2 by components."""
@@ -28,3 +31,18 @@ def loss_of(queries, rows, chosen) -> float:
         for q, numbers in zip(queries, chosen, strict=True)
     ]
     return math.fsum(per_query) / len(per_query)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation and keeps the size of the largest tensor it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [tensor.numel() for tensor in made if isinstance(tensor, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result

@@ -6,10 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import neighbors
-from utils.neighbors import Neighbors, mean_shift_loss, nearest, nearest_among, purity
+from utils.neighbors import (
+    Neighbors,
+    mean_shift_loss,
+    mean_shift_loss_all,
+    nearest,
+    nearest_among,
+    nearest_with_label,
+    purity,
+)
 
 
 def unit(*shape, seed=0):
@@ -44,6 +51,38 @@ def test_nearest_allowed_rows_only(seed, k, allowed):
     expected = [oracles.nearest_rows(q, rows, k=k, allowed=allowed) for q in queries]
     assert valid_rows(found) == expected
     assert found.rows.shape == (3, min(k, 9))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 12),
+    labels=st.lists(st.integers(-1, 3), min_size=1, max_size=5),
+    row_labels=st.lists(st.integers(-1, 3), min_size=1, max_size=10),
+)
+def test_rows_of_the_same_label_only(seed, k, labels, row_labels):
+    """Also labels that no row has, and queries of label -1, which may find every row."""
+    queries, rows = unit(len(labels), 5, seed=seed), unit(len(row_labels), 5, seed=seed + 1)
+    expected = [
+        oracles.nearest_rows(q, rows, k=k, allowed=[label in (-1, row) for row in row_labels])
+        for q, label in zip(queries, labels, strict=True)
+    ]
+    labels, row_labels = torch.tensor(labels), torch.tensor(row_labels)
+    found = nearest_with_label(queries, rows, k=k, labels=labels, row_labels=row_labels)
+    assert valid_rows(found) == expected
+    masked = (labels[:, None] == row_labels) | (labels < 0)[:, None]  # as on a GPU
+    assert valid_rows(nearest(queries, rows, k=k, allowed=masked)) == expected
+
+
+def test_loss_to_all_rows_of_a_label():
+    queries, rows = unit(3, 7).requires_grad_(), unit(20, 7, seed=1)
+    labels, row_labels = torch.tensor([0, 2, 0]), torch.arange(20) % 3
+    loss = mean_shift_loss_all(queries, rows, labels=labels, row_labels=row_labels, num_classes=4)
+    chosen = [[i for i in range(20) if i % 3 == label] for label in labels]
+    assert loss.item() == pytest.approx(oracles.loss_of(queries.detach(), rows, chosen))
+    loss.backward()
+    mean = rows[row_labels == 2].mean(dim=0)
+    torch.testing.assert_close(queries.grad[1], -2 / 3 * mean)
 
 
 def test_fewer_rows_than_neighbors():
@@ -135,29 +174,14 @@ def test_gradient_is_minus_two_times_the_mean_neighbor():
         torch.testing.assert_close(query_gradient, -2 / 3 * mean)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation and keeps the size of the largest tensor it makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        made = result if isinstance(result, (tuple, list)) else [result]
-        sizes = [tensor.numel() for tensor in made if isinstance(tensor, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
 def test_loss_and_backward_form_nothing_of_size_batch_times_bank():
     batch, bank, dim, k = 4, 5000, 3, 2
     queries, rows = unit(batch, dim).requires_grad_(), unit(bank, dim, seed=1)
     found = nearest(queries.detach(), rows, k=k)
-    with LargestTensor() as seen:
+    with oracles.LargestTensor() as seen:
         mean_shift_loss(queries, rows, found).backward()
     assert 0 < seen.elements <= batch * k * dim
-    with LargestTensor() as dense:  # the watch itself works: the published way is caught
+    with oracles.LargestTensor() as dense:  # the watch itself works: the published way is caught
         (2 - 2 * queries @ rows.T).gather(1, found.rows).mean().backward()
     assert dense.elements >= batch * bank
 

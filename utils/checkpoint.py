@@ -9,7 +9,6 @@ published CMSF and MSF code, and plain torchvision state dicts. Nothing in a fil
 import argparse
 import hashlib
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -59,7 +58,7 @@ def load(path: str | Path, *, flag: str) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can raise about anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise InputError(f"{flag} {path}: not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
@@ -76,7 +75,8 @@ def sha256(path: str | Path) -> str:
 def settings(checkpoint: dict) -> dict:
     """Flags the run was started with, {} for a plain state dict."""
     args = checkpoint.get("args", checkpoint.get("opt", {}))
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return dict(args) if isinstance(args, dict) else {}
 
 
 def encoder_weights(checkpoint: dict, classifier: str) -> dict[str, Tensor]:

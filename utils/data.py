@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import folder
@@ -186,7 +187,7 @@ def _decode(path: str) -> Tensor:
     """Decode an image file; an InputError that names the file if that fails."""
     try:
         return augment.decode(path)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"data {path}: cannot be read as an image ({error})") from error
 
 
@@ -205,6 +206,19 @@ class _EpochSampler:
         for step in range(self.start, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield [(self.epoch, int(index)) for index in batch]
+
+
+def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+    """Every image once, in batches (B,) int64 of an order drawn from (seed, epoch).
+
+    The last batch holds what is left over. A single one joins the batch before it, unless all
+    batches are of one image: batch norm cannot train on one.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+    ends = list(range(batch_size, num_images, batch_size))
+    if batch_size > 1 and ends and num_images - ends[-1] == 1:
+        ends.pop()
+    return np.split(order, ends)
 
 
 def _as_is(batch):
@@ -286,11 +300,98 @@ class TwoViewLoader:
 
 
 class EvalBatch(NamedTuple):
-    """Evaluation batch: images (B, 3, S, S) float32, normalized; index, label (B,) int64, host."""
+    """One view an image: images (B, 3, S, S) float32, normalized; index, label (B,) int64, host."""
 
     images: Tensor
     index: Tensor
     label: Tensor
+
+
+class _OneCrop(Dataset):
+    """The worker part of `LabeledLoader`: one random crop. Keys are (epoch, index)."""
+
+    def __init__(
+        self, images: ImageSet, *, image_size: int, seed: int, scale: tuple[float, float]
+    ) -> None:
+        self.images = images
+        self.image_size = image_size
+        self.seed = seed
+        self.scale = scale
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> EvalBatch | InputError:
+        index = np.array([index for _, index in keys])
+        draws = augment.uniforms(self.seed, keys[0][0], index, views=1)[:, 0]
+        crops = torch.empty(len(keys), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        try:
+            for row, image_index in enumerate(index):
+                image = _decode(self.images.path(image_index))
+                box = augment.crop_box(draws[row], *image.shape[1:], scale=self.scale)
+                crops[row] = augment.resized_crop(image, box, self.image_size)
+        except InputError as error:
+            return error
+        label = torch.from_numpy(self.images.labels[index])
+        return EvalBatch(crops, torch.from_numpy(index), label)
+
+
+class _WholeEpochSampler(_EpochSampler):
+    """Yields the batches of `epoch_batches`, every image of the epoch, as lists of keys."""
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self._batches()[self.start :]:
+            yield [(self.epoch, int(index)) for index in batch]
+
+    def _batches(self) -> list[np.ndarray]:
+        return epoch_batches(self.num_images, self.batch_size, seed=self.seed, epoch=self.epoch)
+
+
+class LabeledLoader:
+    """Yields an `EvalBatch` of one random view of each image, for training with labels.
+
+    The view is torchvision's RandomResizedCrop and a flip, drawn from (seed, epoch, image index).
+    An epoch is every image once, in the batches of `epoch_batches`. scale: share of the area that a
+    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        image_size: int = 224,
+        scale: tuple[float, float] = (0.08, 1.0),
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images = images
+        self.seed = seed
+        self.device = torch.device(device)
+        self._sampler = _WholeEpochSampler(len(images), batch_size, seed)
+        self._loader = _data_loader(
+            _OneCrop(images, image_size=image_size, seed=seed, scale=scale),
+            self.device,
+            batch_sampler=self._sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int) -> Iterator[EvalBatch]:
+        """The batches of one epoch (from 1)."""
+        self._sampler.epoch = epoch
+        for crops, index, label in _raise_errors(self._loader):
+            draws = augment.uniforms(self.seed, epoch, index, views=1)[:, 0]
+            images = augment.weak_view(crops.to(self.device, non_blocking=True), draws)
+            yield EvalBatch(images, index, label)
 
 
 class _CenterCrops(Dataset):
@@ -316,6 +417,8 @@ class _CenterCrops(Dataset):
 
 class EvalLoader:
     """Yields an `EvalBatch` for every image once, in order: resize, central crop, normalize."""
+
+    VIEW = "shorter side to 256/224 of the size, bilinear; central crop; ImageNet mean and spread"
 
     def __init__(
         self,

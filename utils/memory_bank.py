@@ -22,7 +22,9 @@ class MemoryBank(nn.Module):
     than K.
     """
 
-    def __init__(self, size: int, dim: int, *, with_previous: bool = False) -> None:
+    def __init__(
+        self, size: int, dim: int, *, with_previous: bool = False, with_true_label: bool = False
+    ) -> None:
         super().__init__()
         self.size = size
         self.written = 0  # rows ever written: on the host, so that slicing never waits for a GPU
@@ -32,11 +34,22 @@ class MemoryBank(nn.Module):
         if with_previous:
             self.register_buffer("previous", torch.zeros(size, dim))
             self.register_buffer("has_previous", torch.zeros(size, dtype=torch.bool))
+        if with_true_label:
+            self.register_buffer("true_label", torch.full((size,), -1))
 
     @property
     def filled(self) -> int:
         """How many rows hold an embedding, 0 to K."""
         return min(self.written, self.size)
+
+    def in_use(self, *names: str) -> list[Tensor]:
+        """The named columns, features among them, as far as they are filled: views, not copies."""
+        return [getattr(self, name)[: self.filled] for name in names]
+
+    def newest(self, count: int) -> Tensor:
+        """Numbers (n,) of the rows written last, oldest of them first; n is at most `filled`."""
+        count = min(count, self.filled)
+        return torch.arange(self.written - count, self.written) % self.size
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, **columns: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from utils.errors import RunError
 
 
 class Means:
@@ -19,17 +22,19 @@ class Means:
         self.count = 0
 
     def add(self, stats: dict[str, Tensor]) -> None:
-        """Add one step's scalars (0-dim tensors, the same names in every step)."""
+        """Add one step's scalars (0-dim tensors); a nan says that the step has no such figure."""
         for name, value in stats.items():
             value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            there = ~value.isnan()
+            one = torch.stack([value.masked_fill(~there, 0), there.to(value)])
+            self._sums[name] = self._sums[name] + one if name in self._sums else one
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """The means since the last `read` (waits for the device) and start over."""
-        means = {name: float(value) / self.count for name, value in self._sums.items()}
+        """The means since the last `read` (waits for the device), nan for no figure; start over."""
+        sums = {name: value.tolist() for name, value in self._sums.items()}
         self._sums, self.count = {}, 0
-        return means
+        return {name: s / count if count else float("nan") for name, (s, count) in sums.items()}
 
 
 @torch.no_grad()
@@ -72,17 +77,22 @@ class Log:
         self._start = time.monotonic()
 
     def keep_until(self, epoch: int) -> None:
-        """Drop the lines of later epochs: a resumed run writes them again."""
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
-            self.path.write_text("".join(kept))
+        """Drop lines of later epochs, which a resumed run writes again, and half-written ones."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) <= epoch]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, self.path)
 
     def write(self, record: dict) -> None:
         """Append a record with `seconds` since the start; what is not finite becomes null."""
         record = {**record, "seconds": round(time.monotonic() - self._start, 3)}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path} could not be written: {error.strerror}") from error
 
     @staticmethod
     def say(text: str) -> None:
@@ -91,6 +101,14 @@ class Log:
             tqdm.write(text)
         else:
             print(text, flush=True)
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch a log line belongs to; infinity for what a killed process left half written."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _plain(value):

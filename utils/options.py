@@ -18,7 +18,26 @@ from utils import demo_data
 from utils.augment import BLUR_PROBABILITY
 from utils.errors import InputError, RunError
 
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo"
+# The demo data's settings that the training scripts share: a small network, a small bank.
+DEMO = {
+    "arch": "conv4",
+    "image_size": 32,
+    "epochs": 60,
+    "batch_size": 32,
+    "learning_rate": 0.05,
+    "cos": True,
+    "weak_strong": True,
+    "blur": 0.0,
+    "momentum": 0.99,
+    "mem_bank_size": 512,
+    "proj_dim": 128,
+    "hidden_dim": 512,
+    "proj_bn": True,
+    "num_workers": 1,
+    "save_freq": 60,
+}
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_FOLDER = ROOT / "data" / "demo"
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +56,7 @@ def number(kind: type, *, low: float, high: float = float("inf")) -> Callable[[s
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__}") from None
-        if not low <= value <= high:
+        if not low <= value <= high or value == float("inf"):
             limits = f"{low} or more" if high == float("inf") else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range ({limits})")
         return value
@@ -53,17 +72,38 @@ def int_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text} is no list of integers like 90,120") from None
 
 
+def rate_list(text: str) -> list[float]:
+    """An argparse type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text} is no list of learning rates like 0.01,0.03")
+    if len(set(rates)) < len(rates):
+        raise argparse.ArgumentTypeError(f"{text} names a learning rate twice")
+    return rates
+
+
 def device(text: str) -> torch.device:
     """An argparse type: a device that is there."""
     try:
         chosen = torch.device(text)
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
         raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
     return chosen
 
 
+def positive_or_all(text: str) -> int | str:
+    """An argparse type: a positive integer or "all"."""
+    return text if text == "all" else positive(text)
+
+
 positive = number(int, low=1)
+seed = number(int, low=0, high=2**63 - 1)
 not_negative = number(float, low=0)
 
 
@@ -112,7 +152,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--use_target", "--use-target", action="store_true", help="evaluate the target encoder"
     )
-    group.add_argument("--seed", type=number(int, low=0), default=0)
+    group.add_argument("--seed", type=seed, default=0)
     group.add_argument("--arch", help="default: as the checkpoint says, or resnet50")
     group.add_argument(
         "--image_size", type=positive, help="default: as the checkpoint says, or 224"
@@ -135,13 +175,11 @@ def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None
         type=number(float, low=1e-9, high=1),
         help="draw this share of every class instead",
     )
-    group.add_argument(
-        "--split_seed", type=number(int, low=0), default=0, help="of the draw of --label_fraction"
-    )
+    group.add_argument("--split_seed", type=seed, default=0, help="of the draw of --label_fraction")
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Everything the training scripts have in common."""
+def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
+    """Everything the training scripts have in common; topk_all: --topk may be "all"."""
     add_data_options(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=positive, default=256)
@@ -152,7 +190,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
     group.add_argument("--weight_decay", type=not_negative, default=1e-4)
     group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
-    group.add_argument("--seed", type=number(int, low=0), default=0)
+    group.add_argument("--seed", type=seed, default=0)
     add_device_option(group)
     group.add_argument(
         "--debug", action="store_true", help="two epochs of five steps, to try a setup"
@@ -200,7 +238,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("mean shift")
     group.add_argument("--mem_bank_size", type=positive, default=128000)
-    group.add_argument("--topk", type=positive, default=5, help="neighbors a query is pulled to")
+    group.add_argument(
+        "--topk",
+        type=positive_or_all if topk_all else positive,
+        default=5,
+        help="neighbors a query is pulled to" + (', or "all" of its class' if topk_all else ""),
+    )
 
     group = parser.add_argument_group("run")
     group.add_argument("--checkpoint_path", type=Path, default=Path("output/mean_shift_default"))
@@ -231,6 +274,14 @@ def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.
     return args
 
 
+def make_folder(folder: Path, *, flag: str) -> None:
+    """Make a folder to write to; InputError that names the flag if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: {error.strerror}") from error
+
+
 def write_json(folder: Path, name: str, record: dict[str, Any]) -> Path:
     """Write a result to folder/name and return its path; InputError if that fails."""
     try:
@@ -254,6 +305,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except (InputError, RunError) as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         code = 2 if isinstance(error, InputError) else 1
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no memory left"
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason}", file=sys.stderr)
+        print("try a smaller --batch_size, --mem_bank_size or --arch", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -5,7 +5,6 @@ the script.
 """
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,30 +18,38 @@ from utils.data import EvalLoader, ImageSet, TwoViewLoader, check_same_classes, 
 from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
 from utils.engine import Run
 from utils.errors import InputError
+from utils.feature_cache import image_digest
 from utils.knn import evaluate_knn, ks_for
 from utils.schedule import learning_rate
 from utils.splits import class_balanced_split, read_split_file
 
 
 def check_bank(args: argparse.Namespace) -> None:
-    """InputError for a bank that cannot hold a batch or the neighbors asked for."""
+    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
+    if args.batch_size < 2:
+        raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images")
     if args.mem_bank_size < args.batch_size:
         raise InputError(
             f"--mem_bank_size {args.mem_bank_size}: below --batch_size {args.batch_size}, so not "
             f"every target would be in the bank"
         )
-    for flag in ("topk", "topkp"):
-        value = getattr(args, flag, 1)
-        if value > args.mem_bank_size:
+    for flag in ("topk", "topkp", "topk_plain"):
+        value = getattr(args, flag, None)
+        if isinstance(value, int) and value > args.mem_bank_size:
             raise InputError(f"--{flag} {value}: above --mem_bank_size {args.mem_bank_size}")
 
 
-def read_training_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet | None]:
+def read_training_data(
+    args: argparse.Namespace, *, labeled: bool = False
+) -> tuple[ImageSet, ImageSet | None]:
     """The training images, and those of val/ for k-NN figures, None where there can be none.
 
-    InputError if k-NN figures are asked for during training but labels or val/ are missing.
+    labeled: the method needs labels. InputError if it has none, or if k-NN figures are asked for
+    during training but labels or val/ are missing.
     """
     train = read_split(args.data, "train", dataset=args.dataset)
+    if labeled and not train.classes:
+        raise InputError(f"data {args.data}: labels need class folders in train/")
     if args.knn_freq < 0:
         return train, None
     if not train.classes:
@@ -51,8 +58,10 @@ def read_training_data(args: argparse.Namespace) -> tuple[ImageSet, ImageSet | N
         reason = f"{args.data} has no folder val/"
     else:
         val = read_split(args.data, "val", dataset=args.dataset)
-        check_same_classes(train, val)
-        return train, val
+        if val.classes:
+            check_same_classes(train, val)
+            return train, val
+        reason = "the val images have no classes"
     if args.knn_freq > 0:
         raise InputError(f"--knn_freq {args.knn_freq}: {reason}")
     print(f"no k-NN figures: {reason}", flush=True)
@@ -104,24 +113,26 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.S
     )
 
 
-def knn_evaluation(
-    args: argparse.Namespace, train: ImageSet, val: ImageSet | None
-) -> Callable[[nn.Module], dict] | None:
-    """A function of a backbone that gives its k-NN figures; None without val images."""
-    if val is None:
-        return None
-    train_loader, val_loader = eval_loaders(args, train, val)
-    return partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
-
-
 def build_run(
     args: argparse.Namespace,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    evaluate: Callable[[], dict] | None,
+    train: ImageSet,
+    val: ImageSet | None,
 ) -> Run:
-    """The run that the flags describe."""
+    """The run that the flags describe; val: images for k-NN figures, or None.
+
+    For the demo data the untrained network and raw pixels are measured first, to compare with.
+    """
+    evaluate, untrained = None, {}
+    if val is not None:
+        train_loader, val_loader = eval_loaders(args, train, val)
+        knn = partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
+        backbone = model.encoders.query_encoder.backbone
+        evaluate = partial(knn, backbone)
+        if args.demo and not args.weights:
+            untrained = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
     return Run(
         model,
         optimizer,
@@ -140,6 +151,7 @@ def build_run(
         save_freq=args.save_freq,
         knn_freq=args.knn_freq,
         evaluate=evaluate,
+        compare_with=untrained,
         resume=args.resume,
         debug=args.debug,
     )
@@ -196,6 +208,22 @@ def eval_loaders(args: argparse.Namespace, *image_sets: ImageSet) -> list[EvalLo
         )
         for images in image_sets
     ]
+
+
+def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> dict[str, str]:
+    """All that an encoder's features of these splits ("train", "val") depend on, by name.
+
+    args and state: after `evaluated_backbone`. Raises InputError for an image that is gone.
+    """
+    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
+    return {
+        "checkpoint": checkpoint.sha256(args.weights) if state else origin,
+        "encoder": "target" if args.use_target else "query",
+        "arch": args.arch,
+        "stem": "small" if args.small_stem else "as built",
+        "image size": str(args.image_size),
+        "view": EvalLoader.VIEW,
+    } | {f"{split} images": image_digest(images) for split, images in splits.items()}
 
 
 def result_record(args: argparse.Namespace, state: dict, *, counts: dict[str, int]) -> dict:

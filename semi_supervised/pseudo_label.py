@@ -1,0 +1,83 @@
+"""The classifier head that gives pseudo-labels, and its rounds of training (CMSF sec. 3.2)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from utils.encoders import mlp
+
+
+class PseudoLabelHead(nn.Module):
+    """A classifier on target embeddings.
+
+    kind: "linear", "mlp" (one hidden layer) or "mlp_3l" (two); hidden layers have 2 D units, as
+    published. dim: D.
+    """
+
+    def __init__(self, kind: str, dim: int, num_classes: int) -> None:
+        super().__init__()
+        hidden = {"linear": [], "mlp": [2 * dim], "mlp_3l": [2 * dim, 2 * dim]}[kind]
+        self.layers = mlp([dim, *hidden, num_classes])
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, D) -> logits (B, C)."""
+        return self.layers(embeddings)
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted class (B,) int64 and its confidence (B,), 0 to 1; in eval mode throughout."""
+        self.eval()
+        confidence, label = self(embeddings).softmax(dim=1).max(dim=1)
+        return label, confidence
+
+
+def train_head(
+    head: PseudoLabelHead,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    decay_epochs: Sequence[int],
+    momentum: float,
+    weight_decay: float,
+    seed: Sequence[int],
+) -> dict[str, float]:
+    """One round: train the head further by cross-entropy, with an optimizer of its own.
+
+    embeddings: (n, D), unit norm; labels: (n,) int64; both on the head's device. The learning rate
+    falls to a tenth after each of `decay_epochs`. seed: integers that the order of the rows
+    follows from. A last batch of one row, of which batch norm can make nothing, is left out.
+    Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
+    """
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(decay_epochs), gamma=0.1)
+    random = np.random.default_rng(seed)
+    head.train()
+    for _ in range(epochs):
+        order = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
+        loss_sum, right = torch.zeros(2, device=labels.device)
+        for rows in order.split(batch_size):
+            if len(rows) == 1 < len(order):
+                continue
+            logits = head(embeddings[rows])
+            loss = cross_entropy(logits, labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach() * len(rows)
+            right += (logits.argmax(dim=1) == labels[rows]).sum()
+        schedule.step()
+    head.eval()
+    count = len(labels)
+    return {
+        "head_loss": float(loss_sum) / count,
+        "head_accuracy": 100 * float(right) / count,
+        "head_rows": count,
+    }

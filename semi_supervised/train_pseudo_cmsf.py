@@ -1,0 +1,250 @@
+"""Semi-supervised CMSF: the constraint is the label or a confident pseudo-label (CMSF sec. 3.2).
+
+    python semi_supervised/train_pseudo_cmsf.py --cos --weak_strong --learning_rate 0.05 \
+        --epochs 200 --arch resnet50 --topk 10 --momentum 0.99 --mem_bank_size 128000 \
+        --sup_mem_bank_size 128000 --mlp_xent mlp --pseudo_lbl_epochs 10 --use_conf --conf_th 0.85 \
+        --cache_sup --sup-split-file <SPLIT FILE> --checkpoint_path <CHECKPOINT PATH> <DATASET PATH>
+
+    python semi_supervised/train_pseudo_cmsf.py --demo
+
+A classifier head on the target embeddings, trained on those of the labeled images, predicts a label
+for each unlabeled one. A query is pulled to the rows of the bank with its label; without a
+confident label, to plain neighbors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from semi_supervised.pseudo_label import PseudoLabelHead, train_head
+from utils import options, setup
+from utils.data import Batch, EvalLoader
+from utils.encoders import QueryTargetEncoders
+from utils.errors import InputError
+from utils.features import extract_features
+from utils.memory_bank import MemoryBank
+from utils.meters import embedding_health
+from utils.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
+from utils.splits import write_split_file
+
+DEMO = options.DEMO | {
+    "topk": 50,
+    "topk_plain": 1,
+    "constraint_start": 10,
+    "label_fraction": 0.1,
+    "use_conf": True,
+    "conf_th": 0.95,
+    "cache_sup": True,
+    "sup_mem_bank_size": 512,
+    "mlp_xent": "mlp",
+    "pseudo_lbl_epochs": 10,
+    "checkpoint_path": options.ROOT / "output" / "demo_semi",
+}
+
+
+class PseudoCMSF(nn.Module):
+    """The method as one module: a batch in, the loss out.
+
+    encoders: any `QueryTargetEncoders`, so any backbone. labeled: (N,) bool, on the host, the
+    images whose label may be used. mem_bank_size: K. topk: k with a label; topk_plain: k without.
+    conf_th: confidence from which a prediction counts, or None: every one does. cache_size: rows of
+    the cache of labeled embeddings, or None: `train_head` takes them from the images.
+    cache_confident: unlabeled embeddings with a confident label enter the cache too.
+    """
+
+    def __init__(
+        self,
+        encoders: QueryTargetEncoders,
+        head: PseudoLabelHead,
+        labeled: Tensor,
+        *,
+        mem_bank_size: int,
+        topk: int,
+        topk_plain: int | None = None,
+        conf_th: float | None = None,
+        cache_size: int | None = None,
+        cache_confident: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoders, self.head = encoders, head
+        self.labeled = labeled
+        self.topk, self.topk_plain = topk, topk_plain or topk
+        self.conf_th, self.cache_confident = conf_th, cache_confident
+        self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_true_label=True)
+        self.cache = MemoryBank(cache_size, encoders.proj_dim) if cache_size else None
+
+    def forward(
+        self, batch: Batch, *, constrained: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent.
+
+        constrained: False searches plain neighbors for every image.
+        """
+        q = self.encoders.query(batch.query_view)  # (B, D)
+        with torch.no_grad():
+            self.encoders.update_target()
+            t = self.encoders.target(batch.target_view)  # (B, D)
+
+        known = self.labeled[batch.index].to(t.device)  # (B,) bool
+        guess, confidence = self.head.predict(t)  # (B,), (B,)
+        counts = known | self._is_confident(confidence, constrained=constrained)
+        label = torch.where(known, batch.label, guess).masked_fill(~counts, -1)
+
+        # The targets enter the bank before the search: each is its own nearest neighbor.
+        self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
+        self._fill_cache(t, batch.index, label, known if not self.cache_confident else counts)
+        rows, row_labels, truth = self.bank.in_use("features", "label", "true_label")
+        wanted = label if constrained else torch.full_like(label, -1)
+        near = self._neighbors(t, rows, wanted, row_labels)
+        loss = mean_shift_loss(q, rows, near)
+        return loss, {
+            "purity_constrained": purity(batch.label.masked_fill(wanted < 0, -1), truth, near),
+            "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), wanted >= 0),
+            "confident": _percent(counts, ~known),
+            "accuracy_confident": _percent(guess == batch.label, counts & ~known),
+            "accuracy_all": _percent(guess == batch.label, ~known),
+        }
+
+    def _is_confident(self, confidence: Tensor, *, constrained: bool) -> Tensor:
+        """(B,) bool: predictions that count as labels; none while nothing is constrained."""
+        if not constrained:
+            return torch.zeros_like(confidence, dtype=torch.bool)
+        return confidence >= (self.conf_th if self.conf_th is not None else 0)
+
+    def _neighbors(self, t: Tensor, rows: Tensor, wanted: Tensor, row_labels: Tensor):
+        """The topk nearest rows of the wanted label, or the topk_plain nearest where it is -1."""
+        k = max(self.topk, self.topk_plain)
+        near = nearest_with_label(t, rows, k=k, labels=wanted, row_labels=row_labels)
+        allowance = torch.where(wanted < 0, self.topk_plain, self.topk).unsqueeze(1)  # (B, 1)
+        place = torch.arange(near.rows.shape[1], device=t.device)
+        return near._replace(valid=near.valid & (place < allowance))
+
+    def _fill_cache(self, t: Tensor, index: Tensor, label: Tensor, chosen: Tensor) -> None:
+        """Keep the chosen embeddings with the labels they were constrained by."""
+        if self.cache is not None:
+            self.cache.enqueue(t[chosen], index=index.to(t.device)[chosen], label=label[chosen])
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Health of the embeddings, and the purity that plain neighbors of the newest have."""
+        rows, truth = self.bank.in_use("features", "true_label")
+        newest = self.bank.newest(256)
+        plain = purity(truth[newest], truth, nearest(rows[newest], rows, k=self.topk))
+        return {"purity_plain": plain, **embedding_health(rows)}
+
+    def labeled_embeddings(self, images: EvalLoader) -> tuple[Tensor, Tensor]:
+        """Embeddings (n, D) and labels (n,) to train the head on: the cache, or of the images."""
+        if self.cache is not None:
+            return self.cache.in_use("features", "label")
+        features, labels = extract_features(
+            self.encoders.target_encoder, images, num_images=len(images.images)
+        )
+        device = self.bank.features.device
+        return nn.functional.normalize(features, dim=1).to(device), labels.to(device)
+
+
+def _percent(hits: Tensor, among: Tensor) -> Tensor:
+    """Share of hits (B,) bool among some (B,) bool, in percent; nan without any."""
+    return 100 * (hits & among).sum() / among.sum()
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Train semi-supervised CMSF with pseudo-labels.")
+    options.add_training_options(parser)
+    options.add_split_options(parser, "--sup_split_file", "--sup-split-file")
+    group = parser.add_argument_group("pseudo-labels")
+    share = options.number(float, low=0, high=1)
+    group.add_argument("--mlp_xent", choices=["linear", "mlp", "mlp_3l"], default="linear")
+    group.add_argument("--pseudo_batch_size", type=options.positive, default=256)
+    group.add_argument("--pseudo_lbl_epochs", type=options.positive, default=40)
+    group.add_argument("--pseudo_lbl_lr", type=options.not_negative, default=0.01)
+    group.add_argument("--pseudo_lbl_lr_schedule", type=options.int_list, default="15,30,40")
+    group.add_argument("--pseudo_lbl_momentum", type=share, default=0.9)
+    group.add_argument("--pseudo_lbl_weight_decay", type=options.not_negative, default=1e-4)
+    group.add_argument("--use_conf", action="store_true", help="only confident labels count")
+    group.add_argument("--conf_th", type=share, default=0.85, help="confidence that counts")
+    group.add_argument(
+        "--cache_sup", action="store_true", help="train the head on embeddings kept from training"
+    )
+    group.add_argument(
+        "--cache_conf_unsup", action="store_true", help="and on those of confident pseudo-labels"
+    )
+    group.add_argument("--sup_mem_bank_size", type=options.positive, default=128000)
+    group.add_argument(
+        "--topk_plain", type=options.positive, help="k without a confident label; default: --topk"
+    )
+    group.add_argument(
+        "--constraint_start",
+        type=options.positive,
+        default=1,
+        help="epoch from which the head is trained and the constraint counts",
+    )
+    return options.parse(parser, demo=DEMO)
+
+
+def main() -> None:
+    """Train, save, and report k-NN accuracy."""
+    args = parse_args()
+    if args.cache_conf_unsup and not (args.cache_sup and args.use_conf):
+        raise InputError("--cache_conf_unsup: only with --cache_sup and --use_conf")
+    setup.check_bank(args)
+    train, val = setup.read_training_data(args, labeled=True)
+    index = setup.labeled_index(args, train, file=args.sup_split_file, flag="--sup_split_file")
+    labeled = torch.zeros(len(train), dtype=torch.bool)
+    labeled[index] = True
+    loader = setup.build_loader(args, train)
+    encoders = setup.build_encoders(args)
+    model = PseudoCMSF(
+        encoders,
+        PseudoLabelHead(args.mlp_xent, encoders.proj_dim, len(train.classes)),
+        labeled,
+        mem_bank_size=args.mem_bank_size,
+        topk=args.topk,
+        topk_plain=args.topk_plain,
+        conf_th=args.conf_th if args.use_conf else None,
+        cache_size=args.sup_mem_bank_size if args.cache_sup else None,
+        cache_confident=args.cache_conf_unsup,
+    ).to(args.device)
+    optimizer = setup.build_optimizer(args, model.encoders)
+    run = setup.build_run(args, model, optimizer, train=train, val=val)
+    write_split_file(args.checkpoint_path / "labeled.txt", train, index)
+    (labeled_images,) = setup.eval_loaders(args, train.take(index))
+
+    for batch in run.batches(loader):
+        constrained = run.epoch >= args.constraint_start
+        loss, stats = model(batch, constrained=constrained)
+        run.step(loss, stats)
+        if constrained and run.epoch_step in (run.epoch_steps // 2, run.epoch_steps):
+            run.note(train_round(model, labeled_images, args, seed=[args.seed, run.total_steps]))
+
+    run.finish("semi-supervised CMSF")
+
+
+def train_round(
+    model: PseudoCMSF, images: EvalLoader, args: argparse.Namespace, *, seed: list[int]
+) -> dict[str, float]:
+    """Train the head on what is labeled so far; the figures of the round."""
+    embeddings, labels = model.labeled_embeddings(images)
+    if len(labels) < 2:
+        return {"head_rows": len(labels)}
+    return train_head(
+        model.head,
+        embeddings,
+        labels,
+        epochs=args.pseudo_lbl_epochs,
+        batch_size=args.pseudo_batch_size,
+        learning_rate=args.pseudo_lbl_lr,
+        decay_epochs=args.pseudo_lbl_lr_schedule,
+        momentum=args.pseudo_lbl_momentum,
+        weight_decay=args.pseudo_lbl_weight_decay,
+        seed=seed,
+    )
+
+
+if __name__ == "__main__":
+    options.run_script(main)

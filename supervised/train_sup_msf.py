@@ -1,0 +1,118 @@
+"""Supervised CMSF: the constraint is the label (CMSF sec. 3.3).
+
+    python supervised/train_sup_msf.py --cos --weak_strong --learning_rate 0.05 --epochs 200 \
+        --arch resnet50 --topk 10 --momentum 0.99 --mem_bank_size 128000 \
+        --checkpoint_path <CHECKPOINT PATH> <DATASET PATH>
+
+    python supervised/train_sup_msf.py --demo
+
+A query is pulled to the k rows of its own class nearest to its target (top-k), or to all rows of
+its class (`--topk all`). There are no class weights and no negatives.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import options, setup
+from utils.data import Batch
+from utils.encoders import QueryTargetEncoders
+from utils.memory_bank import MemoryBank
+from utils.meters import embedding_health
+from utils.neighbors import (
+    mean_shift_loss,
+    mean_shift_loss_all,
+    nearest,
+    nearest_with_label,
+    purity,
+)
+
+DEMO = options.DEMO | {"topk": 50, "checkpoint_path": options.ROOT / "output" / "demo_sup"}
+
+
+class SupervisedCMSF(nn.Module):
+    """The method as one module: a batch in, the loss out.
+
+    encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, or None for all
+    rows of the class.
+    """
+
+    def __init__(
+        self,
+        encoders: QueryTargetEncoders,
+        num_classes: int,
+        *,
+        mem_bank_size: int,
+        topk: int | None,
+    ) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.num_classes, self.topk = num_classes, topk
+        self.bank = MemoryBank(mem_bank_size, encoders.proj_dim)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent."""
+        q = self.encoders.query(batch.query_view)  # (B, D)
+        with torch.no_grad():
+            self.encoders.update_target()
+            t = self.encoders.target(batch.target_view)  # (B, D)
+
+        # The targets enter the bank before the search: each is its own nearest neighbor.
+        self.bank.enqueue(t, index=batch.index, label=batch.label)
+        rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
+        if self.topk is None:
+            loss = mean_shift_loss_all(
+                q, rows, labels=batch.label, row_labels=row_labels, num_classes=self.num_classes
+            )
+            return loss, {}
+        same = nearest_with_label(t, rows, k=self.topk, labels=batch.label, row_labels=row_labels)
+        return mean_shift_loss(q, rows, same), {
+            "purity_constrained": purity(batch.label, row_labels, same),
+            "fewer_than_k": 100 * (~same.valid).any(dim=1).float().mean(),
+        }
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Health of the embeddings, and the purity that plain neighbors of the newest have."""
+        rows, row_labels = self.bank.in_use("features", "label")
+        newest = self.bank.newest(256)
+        near = nearest(rows[newest], rows, k=self.topk or 10)
+        plain = purity(row_labels[newest], row_labels, near)
+        return {"purity_plain": plain, **embedding_health(rows)}
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Train supervised CMSF.")
+    options.add_training_options(parser, topk_all=True)
+    return options.parse(parser, demo=DEMO)
+
+
+def main() -> None:
+    """Train, save, and report k-NN accuracy."""
+    args = parse_args()
+    setup.check_bank(args)
+    train, val = setup.read_training_data(args, labeled=True)
+    loader = setup.build_loader(args, train)
+    model = SupervisedCMSF(
+        setup.build_encoders(args),
+        len(train.classes),
+        mem_bank_size=args.mem_bank_size,
+        topk=None if args.topk == "all" else args.topk,
+    ).to(args.device)
+    optimizer = setup.build_optimizer(args, model)
+    run = setup.build_run(args, model, optimizer, train=train, val=val)
+
+    for batch in run.batches(loader):
+        loss, stats = model(batch)
+        run.step(loss, stats)
+
+    run.finish("supervised CMSF")
+
+
+if __name__ == "__main__":
+    options.run_script(main)

@@ -1,0 +1,108 @@
+"""Small models, batches and runs that the tests of the training scripts share."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.data import Batch
+from utils.encoders import QueryTargetEncoders
+
+# A run of seconds on the `image_tree` of conftest.
+FLAGS = (
+    *("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--mem_bank_size", 20),
+    *("--topk", 3, "--num_workers", 0, "--print_freq", 2),
+)
+
+
+def encoders(*, momentum: float = 0.9) -> QueryTargetEncoders:
+    """On a backbone that is any module with a known feature size; in float64."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU())
+    return QueryTargetEncoders(backbone, 8, proj_dim=4, momentum=momentum).double()
+
+
+def random_batches(
+    count: int, *, num_images: int = 12, size: int = 4, classes: int = 3
+) -> Iterator[Batch]:
+    """Epochs of random permutations: batches of `size` images, two views of each, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(num_images, 3, 2, 2, generator=generator, dtype=torch.float64)
+    for step in range(count):
+        place = step % (num_images // size)
+        if place == 0:
+            order = torch.randperm(num_images, generator=generator)
+        index = order[place * size : (place + 1) * size]
+        noise = torch.randn(2, size, 3, 2, 2, generator=generator, dtype=torch.float64) / 3
+        yield Batch(base[index] + noise[0], base[index] + noise[1], index, index % classes)
+
+
+def sgd(*modules: nn.Module) -> torch.optim.SGD:
+    """SGD over what has a gradient."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of an optimizer."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def state(path: Path) -> dict:
+    """A checkpoint, read by torch alone."""
+    return torch.load(path, weights_only=True)
+
+
+def tensors(value, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its place in it."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else []
+    items = enumerate(value) if isinstance(value, (list, tuple)) else items
+    return {k: v for key, part in items for k, v in tensors(part, f"{name}/{key}").items()}
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
+    """Both files hold the same tensors, bit for bit."""
+    one, two = tensors(state(one)), tensors(state(two))
+    assert one.keys() == two.keys() and one
+    differing = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not differing
+
+
+class PaperEncoders:
+    """Query and target of the same start as some encoders, updated by the paper's formulas."""
+
+    def __init__(self, start: QueryTargetEncoders) -> None:
+        self.query_encoder = copy.deepcopy(start.query_encoder)
+        self.predictor = copy.deepcopy(start.predictor)
+        self.target_encoder = copy.deepcopy(start.target_encoder)
+        self.momentum = start.momentum
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """q with gradient, then the moving average, then t."""
+        q = self.predictor(self.query_encoder(batch.query_view))
+        with torch.no_grad():
+            old = self.target_encoder.parameters()
+            new = self.query_encoder.parameters()
+            for target, query in zip(old, new, strict=True):
+                target.copy_(self.momentum * target + (1 - self.momentum) * query)
+            t = self.target_encoder(batch.target_view)
+        return q / q.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
+
+    def optimizer(self) -> torch.optim.SGD:
+        """SGD over query encoder and predictor."""
+        return sgd(self.query_encoder, self.predictor)
+
+
+def loss_over(q: Tensor, rows: list[Tensor], chosen: list[list[int]]) -> Tensor:
+    """Mean over the batch of the mean squared distance to each query's chosen rows."""
+    per_image = [
+        sum(((q_i - rows[n]) ** 2).sum() for n in numbers) / len(numbers)
+        for q_i, numbers in zip(q, chosen, strict=True)
+    ]
+    return sum(per_image) / len(per_image)

@@ -3,9 +3,9 @@
     python eval/eval_knn.py --weights <CHECKPOINT> --arch resnet50 -k 1 <DATASET PATH>
 
 Features before the projector, encoder in eval mode, L2-normalized; exact search of every val image
-among the train images; majority vote. k = 1, 5, 10, 20 and -k come out of one search. Reads
-checkpoints of this repository, of the published CMSF and MSF code, and plain torchvision state
-dicts.
+among the train images; majority vote, and beside it the vote weighted by exp(similarity /
+temperature). k = 1, 5, 10, 20 and -k come out of one search. Reads checkpoints of this repository,
+of the published CMSF and MSF code, and plain torchvision state dicts.
 """
 
 import argparse
@@ -15,12 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import knn, options, setup
+from utils import feature_cache, knn, options, setup
 from utils.data import check_same_classes, read_split
+from utils.errors import InputError
 
 DEMO = {"weights": "output/demo_2q/ckpt_epoch_30.pth", "num_workers": 1}
 PROTOCOL = (
-    "backbone features, L2-normalized, exact search, majority vote, ties to the nearer neighbor"
+    "backbone features, L2-normalized, exact search, majority vote, ties to the nearer neighbor; "
+    "weighted: votes exp(similarity / temperature)"
 )
 
 
@@ -32,8 +34,55 @@ def parse_args() -> argparse.Namespace:
     options.add_split_options(parser, "--train_file", "--train-file")
     parser.add_argument("-k", type=options.positive, help="one more k beside 1, 5, 10 and 20")
     parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
-    parser.add_argument("--save", type=Path, help="folder to write knn.json to")
+    parser.add_argument(
+        "--temperature",
+        type=options.number(float, low=1e-6),
+        default=knn.TEMPERATURE,
+        help="of the weighted vote",
+    )
+    group = parser.add_argument_group("files")
+    group.add_argument("--save", type=Path, help="folder to write knn.json to")
+    group.add_argument(
+        *("--save_features", "--save-features"),
+        action="store_true",
+        help=f"write {feature_cache.NAME} there too",
+    )
+    group.add_argument(
+        *("--load_cache", "--load-cache"),
+        type=Path,
+        help=f"{feature_cache.NAME} of the same checkpoint and data, to extract nothing",
+    )
+    group.add_argument(
+        *("--save_acc", "--save-acc"),
+        type=Path,
+        help="file to append a line to: the epoch, then the accuracy for each k, with commas",
+    )
+    group.add_argument(
+        "--epoch", type=int, help="the epoch in that line; default: as the checkpoint says"
+    )
     return options.parse(parser, demo=DEMO)
+
+
+def check_flags(args: argparse.Namespace, state: dict) -> None:
+    """InputError for flags that do not go together; makes the folder to write to."""
+    if args.save_features and not args.save:
+        raise InputError("--save_features: name the folder with --save")
+    if args.save_acc:
+        args.epoch = state.get("epoch") if args.epoch is None else args.epoch
+        if args.epoch is None:
+            raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
+        append(args.save_acc, "")
+    if args.save:
+        options.make_folder(args.save, flag="--save")
+
+
+def append(path: Path, text: str) -> None:
+    """Append to the file of --save_acc; InputError if that fails."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"--save_acc {path}: {error.strerror}") from error
 
 
 def main() -> None:
@@ -45,13 +94,30 @@ def main() -> None:
     train = train.take(setup.labeled_index(args, train, file=args.train_file, flag="--train_file"))
     ks = knn.ks_for(len(train), also=args.k)
     backbone, state = setup.evaluated_backbone(args)
-    train_loader, val_loader = setup.eval_loaders(args, train, val)
-    figures = knn.evaluate_knn(backbone.module.to(args.device), train_loader, val_loader, ks=ks)
+    check_flags(args, state)
+    if args.load_cache or args.save_features:
+        key = setup.feature_key(args, state, train=train, val=val)
+    if args.load_cache:
+        features = feature_cache.load(args.load_cache, key, flag="--load_cache")
+    else:
+        loaders = setup.eval_loaders(args, train, val)
+        features = feature_cache.extract(backbone.module.to(args.device), *loaders)
+    if args.save_features:
+        feature_cache.save(args.save / feature_cache.NAME, key, features)
+    figures = knn.knn_figures(
+        *(features["train"], features["val"]),
+        ks=ks,
+        num_classes=len(train.classes),
+        temperature=args.temperature,
+    )
     print(f"{len(val)} val images among {len(train)} train images, percent")
     print(knn.format_table(figures))
+    if args.save_acc:
+        accuracies = [row["accuracy"] for row in figures.values()]
+        append(args.save_acc, ",".join(map(str, [args.epoch, *accuracies])) + "\n")
     if args.save:
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
-        record = {"k": figures, "protocol": PROTOCOL}
+        record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
         record |= setup.result_record(args, state, counts=counts)
         record["seconds"] = round(time.monotonic() - start, 1)
         print(options.write_json(args.save, "knn.json", record))

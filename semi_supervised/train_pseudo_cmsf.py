@@ -35,7 +35,7 @@ from utils.splits import write_split_file
 DEMO = options.DEMO | {
     "topk": 50,
     "topk_plain": 1,
-    "constraint_start": 10,
+    "constraint_start": 20,
     "label_fraction": 0.1,
     "use_conf": True,
     "conf_th": 0.95,

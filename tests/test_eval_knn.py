@@ -7,8 +7,13 @@ import json
 import pytest
 import torch
 import torchvision
+from conftest import write_image
+from test_bad_input import assert_refused
+
+from utils import feature_cache
 
 KNN = importlib.import_module("eval.eval_knn")
+UNTRAINED = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "-j", 0)
 
 
 def test_checkpoint_of_ours_gives_the_figures_of_training(run_script, image_tree, tmp_path):
@@ -35,6 +40,8 @@ def test_checkpoint_of_ours_gives_the_figures_of_training(run_script, image_tree
     assert "-k 3" in record["command"]
     for row in record["k"].values():
         assert 0 <= row["accuracy"] <= 100 and 0 <= row["purity"] <= 100
+        assert 0 <= row["weighted"] <= 100
+        assert row["top5"] is None and row["weighted_top5"] is None  # three classes
     assert f"{record['k']['20']['accuracy']:.2f}" in done.stdout
 
 
@@ -69,3 +76,99 @@ def test_torchvision_weights_against_a_plain_recomputation(call_script, image_tr
     accuracy = 100 * (labels["train"][nearest] == labels["val"]).double().mean().item()
     assert record["k"]["1"]["accuracy"] == pytest.approx(accuracy)
     assert record["k"]["1"]["purity"] == pytest.approx(accuracy)
+
+
+def test_top5_where_there_are_more_than_five_classes(call_script, tmp_path):
+    for number in range(6):
+        for split in ("train", "val"):
+            write_image(tmp_path / split / str(number) / "1.png", seed=number)
+    code, stdout, stderr = call_script(KNN, *UNTRAINED, "--save", tmp_path, tmp_path)
+    assert code == 0, stderr
+    rows = json.loads((tmp_path / "knn.json").read_text())["k"]
+    assert {k: (row["top5"], row["weighted_top5"]) for k, row in rows.items()} == {
+        "1": (100.0, 100.0),  # val is train here
+        "5": (100.0, 100.0),
+    }
+    assert "top-5" in stdout
+
+
+def test_temperature_counts(call_script, image_tree, tmp_path):
+    """The colder, the more it is 1-NN; the warmer, the more it is the majority."""
+    figures = {}
+    for temperature in (1e-6, 1e6):
+        flags = (*UNTRAINED, "--temperature", temperature, "--save", tmp_path)
+        assert call_script(KNN, *flags, image_tree)[0] == 0
+        record = json.loads((tmp_path / "knn.json").read_text())
+        assert record["temperature"] == temperature
+        figures[temperature] = record["k"]
+    assert figures[1e-6]["20"]["weighted"] == figures[1e-6]["1"]["accuracy"]
+    assert figures[1e6]["10"]["weighted"] == figures[1e6]["10"]["accuracy"]
+    assert figures[1e6]["20"]["accuracy"] != figures[1e6]["1"]["accuracy"]
+
+
+def test_features_saved_and_loaded_give_equal_numbers(
+    call_script, image_tree, tmp_path, monkeypatch
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = (*UNTRAINED, "--save", first, "--save_features", image_tree)
+    assert call_script(KNN, *flags)[0] == 0
+    monkeypatch.setattr(feature_cache, "extract", None)  # nothing may be extracted
+    flags = (*UNTRAINED, "--save", second, "--load_cache", first / "features.pth")
+    code, _, stderr = call_script(KNN, *flags, image_tree)
+    assert code == 0, stderr
+    one, two = (json.loads((folder / "knn.json").read_text()) for folder in (first, second))
+    assert one["k"] == two["k"]
+    assert not (second / "features.pth").exists()
+
+
+def test_features_of_something_else_are_refused(call_script, image_tree, tmp_path):
+    flags = (*UNTRAINED, "--save", tmp_path, "--save-features", image_tree)
+    assert call_script(KNN, *flags)[0] == 0
+    cache = tmp_path / "features.pth"
+    load = (*UNTRAINED, "--load-cache", cache)
+    for other, words in (
+        (("--seed", 1), ["another checkpoint"]),
+        (("--image_size", 24), ["another image size"]),
+        (("--label_fraction", 0.5), ["another train images"]),
+        (("--arch", "resnet18", "--image_size", 32), ["another arch, image size"]),
+    ):
+        refused = call_script(KNN, *load, *other, image_tree)
+        assert_refused(refused, f"--load_cache {cache}", *words)
+    cache.write_bytes(cache.read_bytes()[:-100])
+    assert_refused(call_script(KNN, *load, image_tree), f"--load_cache {cache}", "not a readable")
+    missing = (*UNTRAINED, "--load_cache", tmp_path / "none.pth", image_tree)
+    assert_refused(call_script(KNN, *missing), "--load_cache", "no such file")
+
+
+def test_accuracies_are_appended(call_script, image_tree, tmp_path):
+    lines = tmp_path / "acc.csv"
+    for epoch in (3, 4):
+        flags = (*UNTRAINED, "--save-acc", lines, "--epoch", epoch, "--save", tmp_path)
+        assert call_script(KNN, *flags, image_tree)[0] == 0
+    rows = json.loads((tmp_path / "knn.json").read_text())["k"]
+    written = [[float(cell) for cell in line.split(",")] for line in lines.read_text().splitlines()]
+    accuracies = [row["accuracy"] for row in rows.values()]
+    assert written == [[3, *accuracies], [4, *accuracies]]
+
+
+def test_the_epoch_of_the_line_is_the_checkpoints(call_script, image_tree, tmp_path):
+    model = torchvision.models.resnet18(weights=None)
+    torch.save({"state_dict": model.state_dict(), "epoch": 12}, tmp_path / "ckpt.pth")
+    flags = ("--weights", tmp_path / "ckpt.pth", "--arch", "resnet18", "--image_size", 32, "-j", 0)
+    assert call_script(KNN, *flags, "--save_acc", tmp_path / "acc", image_tree)[0] == 0
+    assert (tmp_path / "acc").read_text().startswith("12,")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--temperature", 0), ("--temperature", "0")),
+        (("--save_features",), ("--save_features", "--save")),
+        (("--save_acc", "acc.csv"), ("--save_acc acc.csv", "--epoch")),
+        (("--save_acc", "/dev/null/x", "--epoch", 1), ("--save_acc /dev/null/x",)),
+        (("--save", "/dev/null/x"), ("--save /dev/null/x",)),
+        (("--epoch", "x"), ("--epoch", "x")),
+    ],
+)
+def test_flags_that_cannot_work(call_script, image_tree, flags, words):
+    assert_refused(call_script(KNN, *UNTRAINED, *flags, image_tree), *words)

@@ -53,13 +53,14 @@ def test_ties_go_to_the_nearer_neighbor(labels, winner):
 
 def test_search_on_hand_placed_points():
     base = circle(0, 30, 90, 180)
-    rows = knn.search(base, circle(10, 170, 80), k=4)
+    rows, similarity = knn.search(base, circle(10, 170, 80), k=4)
     assert rows.tolist() == [[0, 1, 2, 3], [3, 2, 1, 0], [2, 1, 0, 3]]
+    assert similarity[0] == pytest.approx(np.cos(np.deg2rad([10, 20, 80, 170])), abs=1e-6)
 
 
 def test_equal_distances_are_in_the_order_of_the_base():
     base = circle(90, 0, 0, 0, 90)
-    assert knn.search(base, circle(0), k=5).tolist() == [[1, 2, 3, 0, 4]]
+    assert knn.search(base, circle(0), k=5).rows.tolist() == [[1, 2, 3, 0, 4]]
 
 
 def test_search_against_a_loop():
@@ -67,8 +68,8 @@ def test_search_against_a_loop():
     base, queries = random.normal(size=(60, 5)), random.normal(size=(7, 5))
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    rows = knn.search(base.astype(np.float32), queries.astype(np.float32), k=6)
-    assert rows.tolist() == [oracles.nearest_rows(q, base, k=6) for q in queries]
+    found = knn.search(base.astype(np.float32), queries.astype(np.float32), k=6)
+    assert found.rows.tolist() == [oracles.nearest_rows(q, base, k=6) for q in queries]
 
 
 def test_search_refuses_what_has_no_neighbors():
@@ -80,9 +81,79 @@ def test_search_refuses_what_has_no_neighbors():
 
 def test_accuracy_and_purity_by_hand():
     neighbor_labels = np.array([[0, 1, 1], [2, 2, 0]])
-    figures = knn.accuracy_and_purity(neighbor_labels, np.array([0, 2]), ks=[1, 3])
-    assert figures[1] == {"accuracy": 100.0, "purity": 100.0}
-    assert figures[3] == {"accuracy": 50.0, "purity": pytest.approx(100 * (1 / 3 + 2 / 3) / 2)}
+    similarity = np.array([[0.9, 0.1, 0.1], [0.5, 0.5, 0.5]])
+    figures = knn.vote_figures(
+        neighbor_labels, similarity, np.array([0, 2]), ks=[1, 3], num_classes=3
+    )
+    assert [figures[1][name] for name in ("accuracy", "purity", "weighted")] == [100.0] * 3
+    assert figures[3]["accuracy"] == 50.0
+    assert figures[3]["purity"] == pytest.approx(100 * (1 / 3 + 2 / 3) / 2)
+    assert figures[3]["weighted"] == 100.0  # exp(0.9 / T) outweighs two exp(0.1 / T)
+    assert figures[3]["top5"] is None and figures[3]["weighted_top5"] is None
+
+
+def ranking_by_hand(labels, votes):
+    """Classes by their summed votes; among equals the one met first from near to far."""
+    sums = {}
+    for label, vote in zip(labels, votes, strict=True):
+        sums[label] = sums.get(label, 0) + vote
+    return sorted(sums, key=lambda label: -sums[label])  # stable, and dicts keep their order
+
+
+@st.composite
+def neighborhoods(draw):
+    """Labels (Q, k) of up to nine classes; similarities, nearest first, with many equal ones."""
+    queries, k = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    label = st.integers(0, 8)
+    steps = st.integers(-4, 4)
+    rows = [draw(st.lists(label, min_size=k, max_size=k)) for _ in range(queries)]
+    near = [sorted(draw(st.lists(steps, min_size=k, max_size=k)))[::-1] for _ in range(queries)]
+    truth = draw(st.lists(label, min_size=queries, max_size=queries))
+    return np.array(rows), np.array(near, dtype=np.float32) / 4, np.array(truth)
+
+
+@settings(max_examples=300, deadline=None)
+@given(neighborhoods(), st.sampled_from([0.07, 0.5, 10.0]))
+def test_votes_and_top5_against_a_loop(neighborhood, temperature):
+    neighbor_labels, similarity, labels = neighborhood
+    ks = sorted({1, 1 + neighbor_labels.shape[1] // 2, neighbor_labels.shape[1]})
+    figures = knn.vote_figures(*neighborhood, ks=ks, num_classes=9, temperature=temperature)
+    for k in ks:
+        hits = dict.fromkeys(("accuracy", "weighted", "top5", "weighted_top5"), 0)
+        for row, near, label in zip(neighbor_labels, similarity, labels, strict=True):
+            # Relative to the nearest: sums of exp(s / T) itself round equal sums apart.
+            weights = [np.exp((float(s) - float(near[0])) / temperature) for s in near[:k]]
+            plain = ranking_by_hand(row[:k].tolist(), [1] * k)
+            weighted = ranking_by_hand(row[:k].tolist(), weights)
+            hits["accuracy"] += plain[0] == label
+            hits["top5"] += label in plain[:5]
+            hits["weighted"] += weighted[0] == label
+            hits["weighted_top5"] += label in weighted[:5]
+        for name, count in hits.items():
+            assert figures[k][name] == pytest.approx(100 * count / len(labels)), (k, name)
+
+
+@pytest.mark.parametrize(
+    ("labels", "weights", "ranked"),
+    [
+        ([3, 1, 1], None, [1, 3, -1]),
+        ([3, 1, 1], [1.0, 0.3, 0.3], [3, 1, -1]),
+        ([2, 4, 4, 2], [0.5, 0.25, 0.25, 0.0], [2, 4, -1, -1]),  # equal sums: the nearer
+        ([0, 5, 6], [1.0, 0.0, 0.0], [0, 5, 6]),  # far ones whose weight is 0 keep their order
+    ],
+)
+def test_ranking_by_hand(labels, weights, ranked):
+    weights = None if weights is None else np.array([weights])
+    assert knn.rank_classes(np.array([labels]), weights).tolist() == [ranked]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.07, 1e6])
+def test_weights_are_ratios_of_exponentials_and_never_overflow(temperature):
+    similarity = np.array([[1.0, 0.5, -1.0], [0.2, 0.2, 0.1]], dtype=np.float32)
+    weights = knn.vote_weights(similarity, temperature=temperature)
+    assert np.isfinite(weights).all() and (weights[:, 0] == 1).all()
+    if temperature == 0.07:
+        assert weights[0, 1] == pytest.approx(np.exp(1 / 0.07 / 2) / np.exp(1 / 0.07))
 
 
 def test_ks():
@@ -98,6 +169,6 @@ def test_gpu_search_equals_cpu(monkeypatch):
     random = np.random.default_rng(0)
     base = random.normal(size=(2000, 64)).astype(np.float32)
     base /= np.linalg.norm(base, axis=1, keepdims=True)
-    there = knn.search(base, base[:100], k=20)
+    there = knn.search(base, base[:100], k=20).rows
     monkeypatch.setattr(knn.faiss, "get_num_gpus", lambda: 0, raising=False)
-    assert (there == knn.search(base, base[:100], k=20)).mean() > 0.999
+    assert (there == knn.search(base, base[:100], k=20).rows).mean() > 0.999

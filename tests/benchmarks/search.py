@@ -1,6 +1,7 @@
-"""Neighbor search, loss and backward to q of one CMSF-2Q step, beside the published arithmetic.
+"""Neighbor search, loss and backward to q of one step, beside the published arithmetic.
 
-    python tests/benchmarks/search.py [--rounds 3] [--bank 128000] [--batch 256] [--dim 512]
+    python tests/benchmarks/search.py [--method 2q] [--rounds 3] [--bank 128000] [--batch 256]
+    python tests/benchmarks/search.py --method supervised [--topk 10] [--classes 1000]
 
 One thread; the two sides alternate in one process; medians. Memory is what the process grows by at
 its peak above bank and queries (Linux), each side measured once in a process of its own.
@@ -20,7 +21,7 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.neighbors import mean_shift_loss, nearest, nearest_among
+from utils.neighbors import mean_shift_loss, nearest, nearest_among, nearest_with_label
 
 
 def make_data(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -29,6 +30,11 @@ def make_data(args: argparse.Namespace) -> dict[str, Tensor]:
     data = {
         name: normalize(torch.randn(args.bank, args.dim), dim=1) for name in ("bank", "previous")
     }
+    labels = {
+        "labels": torch.randint(args.classes, (args.batch,)),
+        "row_labels": torch.randint(args.classes, (args.bank,)),
+    }
+    data |= labels
     return data | {name: normalize(torch.randn(args.batch, args.dim), dim=1) for name in "qtu"}
 
 
@@ -61,9 +67,33 @@ def ours(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
     return loss.detach()
 
 
-SIDES: dict[str, Callable[[dict[str, Tensor], int, int], Tensor]] = {
-    "published": published,
-    "ours": ours,
+def published_supervised(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
+    """Clone the bank, full distance matrices of t and q, a mask of other labels, top-k, gather."""
+    q = data["q"].detach().requires_grad_()
+    bank = data["bank"].clone()
+    to_target = 2 - 2 * torch.einsum("bd,kd->bk", data["t"], bank)
+    to_query = 2 - 2 * torch.einsum("bd,kd->bk", q, bank)
+    other = data["labels"].unsqueeze(1) != data["row_labels"].unsqueeze(0)
+    _, near = torch.where(other, 5.0, to_target).topk(k, dim=1, largest=False)
+    loss = to_query.gather(1, near).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def ours_supervised(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
+    """The project's functions, as SupervisedCMSF.forward calls them."""
+    q = data["q"].detach().requires_grad_()
+    same = nearest_with_label(
+        data["t"], data["bank"], k=k, labels=data["labels"], row_labels=data["row_labels"]
+    )
+    loss = mean_shift_loss(q, data["bank"], same)
+    loss.backward()
+    return loss.detach()
+
+
+METHODS: dict[str, dict[str, Callable[[dict[str, Tensor], int, int], Tensor]]] = {
+    "2q": {"published": published, "ours": ours},
+    "supervised": {"published": published_supervised, "ours": ours_supervised},
 }
 
 
@@ -77,10 +107,13 @@ def child(args: argparse.Namespace) -> None:
     """Print by how much one step of one side raises the peak."""
     data = make_data(args)
     small = {name: value[: 4 * args.topkp] for name, value in data.items()}
-    SIDES[args.only](small, args.topk, args.topkp)  # libraries allocate at their first use
+    small["labels"] = small["row_labels"]
+    METHODS[args.method][args.only](
+        small, args.topk, args.topkp
+    )  # libraries allocate at their first use
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
     before = status_megabytes("VmRSS")
-    SIDES[args.only](data, args.topk, args.topkp)
+    METHODS[args.method][args.only](data, args.topk, args.topkp)
     print(status_megabytes("VmHWM") - before)
 
 
@@ -89,24 +122,26 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("rounds", 3), ("bank", 128000), ("batch", 256), ("dim", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--method", choices=METHODS, default="2q")
+    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--topk", type=int, default=5)
     parser.add_argument("--topkp", type=int, default=10)
-    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("published", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.only:
         child(args)
         return
-    data = make_data(args)
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    losses = {name: side(data, args.topk, args.topkp) for name, side in SIDES.items()}
+    data, sides = make_data(args), METHODS[args.method]
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses = {name: side(data, args.topk, args.topkp) for name, side in sides.items()}
     assert torch.isclose(losses["ours"], losses["published"], atol=1e-6), losses
     for _ in range(args.rounds):
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             start = time.perf_counter()
             side(data, args.topk, args.topkp)
             seconds[name].append(time.perf_counter() - start)
-    print(f"2Q, B {args.batch}, K {args.bank}, D {args.dim}, float32, one thread")
+    print(f"{args.method}, B {args.batch}, K {args.bank}, D {args.dim}, float32, one thread")
     for name, times in seconds.items():
         command = [sys.executable, *sys.argv, "--only", name]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

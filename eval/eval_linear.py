@@ -1,0 +1,456 @@
+"""Linear evaluation of a checkpoint's encoder, or fine-tuning of it with labels (CMSF sec. 4).
+
+    python eval/eval_linear.py --weights <CHECKPOINT> --arch resnet50 <DATASET PATH>
+
+A linear classifier on frozen features, trained from random crops and measured on val/. `--cached`
+takes features extracted once instead of crops, `--lr 0.01,0.03,0.1` trains one classifier for each
+learning rate in the same pass, `--fine-tune` trains the encoder too, and `--train-file` or
+`--label_fraction` leave only some images their labels. Reads the checkpoints that eval_knn.py does.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import checkpoint, feature_cache, linear, options, setup
+from utils.data import (
+    EvalLoader,
+    ImageSet,
+    LabeledLoader,
+    check_same_classes,
+    epoch_batches,
+    read_split,
+)
+from utils.encoders import Backbone
+from utils.errors import InputError, RunError
+from utils.features import extract_features
+from utils.meters import Log
+from utils.schedule import learning_rate
+
+DEMO = {"weights": "output/demo_2q/ckpt_epoch_30.pth", "num_workers": 1, "lr": [0.3]}
+FORMAT = "cmsf-linear-1"
+ENCODER = "encoders.query_encoder.backbone."  # a fine-tuned encoder's names in linear.pth
+# What a resumed run must have in common with its beginning.
+SETTINGS = (
+    *("lr", "lr_schedule", "momentum", "wd", "batch_size", "seed"),
+    *("cached", "fine_tune", "mlp"),
+)
+
+
+class FromImages:
+    """Labeled features of images that are read anew in every epoch.
+
+    views: the random crops to train on; train and val: the evaluation views. With fine_tune the
+    encoder trains: it is in train mode and features of `epoch` have gradients. Otherwise it is in
+    eval mode, nothing of it changes, and val features are computed once.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        views: LabeledLoader,
+        train: EvalLoader,
+        val: EvalLoader,
+        *,
+        fine_tune: bool,
+    ) -> None:
+        self.encoder = encoder.requires_grad_(fine_tune)
+        self.views, self._train, self._val = views, train, val
+        self.fine_tune = fine_tune
+        self._val_features: tuple[Tensor, Tensor] | None = None
+
+    def for_statistics(self) -> Iterator[Tensor]:
+        """Features (b, F) of all training images in the evaluation view."""
+        self.encoder.eval()
+        for batch in _bar(self._train, "statistics"):
+            with torch.no_grad():
+                features = self.encoder(batch.images)
+            yield features
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (b, F) and labels (b,) of every training image once, on the device."""
+        self.encoder.train(self.fine_tune)
+        batches = self.views.epoch(epoch)
+        for images, _, label in _bar(batches, f"epoch {epoch}", total=len(self.views)):
+            with torch.set_grad_enabled(self.fine_tune):
+                features = self.encoder(images)
+            yield features, label.to(images.device, non_blocking=True)
+
+    def val(self) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and labels (N,) of the val images in the evaluation view."""
+        if self.fine_tune or self._val_features is None:
+            loader = _bar(self._val, "val")
+            num_images = len(self._val.images)
+            self._val_features = extract_features(self.encoder, loader, num_images=num_images)
+        return self._val_features
+
+
+class FromFeatures:
+    """Labeled features extracted once; batches are taken from one tensor on the device."""
+
+    def __init__(
+        self, features: feature_cache.Features, *, batch_size: int, seed: int, device: torch.device
+    ) -> None:
+        self._features, self._labels = (part.to(device) for part in features["train"])
+        self._val = features["val"]
+        self.batch_size, self.seed = batch_size, seed
+
+    def for_statistics(self) -> Iterator[Tensor]:
+        """Features (b, F) of all training images."""
+        yield from self._features.split(self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (b, F) and labels (b,) of every training image once, on the device."""
+        for batch in epoch_batches(len(self._labels), self.batch_size, seed=self.seed, epoch=epoch):
+            index = torch.from_numpy(batch).to(self._labels.device, non_blocking=True)
+            yield self._features[index], self._labels[index]
+
+    def val(self) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and labels (N,) of the val images."""
+        return self._val
+
+
+def _bar(batches: Iterable, text: str, *, total: int | None = None) -> Iterable:
+    """A progress bar around batches, on a terminal only."""
+    return tqdm(batches, text, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
+    options.add_data_options(parser)
+    options.add_checkpoint_options(parser)
+    options.add_split_options(parser, "--train_file", "--train-file")
+    group = parser.add_argument_group("classifier")
+    group.add_argument(
+        *("--lr", "--learning_rate"),
+        type=options.rate_list,
+        default="0.01",
+        help="one, or several with commas: a classifier for each in one pass over the data",
+    )
+    group.add_argument("--epochs", type=options.positive, default=40)
+    group.add_argument(
+        *("--lr_schedule", "--lr-schedule"),
+        type=options.int_list,
+        default="15,30,40",
+        help="after these numbers of epochs the learning rate is divided by ten",
+    )
+    group.add_argument("--momentum", type=options.number(float, low=0, high=1), default=0.9)
+    group.add_argument(
+        *("--wd", "--weight_decay", "--weight-decay"), type=options.not_negative, default=1e-4
+    )
+    group.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    group.add_argument("--mlp", action="store_true", help="a hidden layer before the classifier")
+    group.add_argument(
+        *("--fine_tune", "--fine-tune"), action="store_true", help="train the encoder too"
+    )
+    group.add_argument(
+        "--cached", action="store_true", help="train on features extracted once, without crops"
+    )
+    group = parser.add_argument_group("files")
+    group.add_argument("--save", type=Path, help="folder to write linear.json and linear.pth to")
+    group.add_argument(
+        *("--cache_dir", "--cache-dir"),
+        type=Path,
+        help="folder of --cached's features.pth; default: that of --save, else it is not kept",
+    )
+    group.add_argument("--resume", type=Path, help="linear.pth to continue after")
+    group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")
+    args = options.parse(parser, demo=DEMO)
+    if args.demo and not args.fine_tune:
+        args.cached = True
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """InputError for flags that do not go together; makes the folders to write to."""
+    if args.evaluate and not args.resume:
+        raise InputError("--evaluate: name the linear.pth to measure with --resume")
+    several = f"--lr {','.join(map(str, args.lr))}: one learning rate only with"
+    if len(args.lr) > 1 and (args.fine_tune or args.mlp):
+        raise InputError(f"{several} {'--fine-tune' if args.fine_tune else '--mlp'}")
+    if args.fine_tune and args.cached:
+        raise InputError("--cached: with --fine-tune the features change in every step")
+    if args.fine_tune and args.weights == "pixels":
+        raise InputError("--fine-tune: --weights pixels has no weight to train")
+    if args.batch_size == 1 and (args.fine_tune or args.mlp):
+        raise InputError("--batch_size 1: batch norm cannot train on one image")
+    if args.cache_dir and not args.cached:
+        raise InputError(f"--cache_dir {args.cache_dir}: only with --cached")
+    for flag in ("save", "cache_dir"):
+        if folder := getattr(args, flag):
+            options.make_folder(folder, flag=f"--{flag}")
+
+
+def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
+    """The labeled training images and the val images; InputError if one cannot learn from them."""
+    train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
+    check_same_classes(train, val)
+    if not args.evaluate:
+        index = setup.labeled_index(args, train, file=args.train_file, flag="--train_file")
+        train = train.take(index)
+    if len(train.classes) < 2:
+        raise InputError(f"data {args.data}: {len(train.classes)} classes, a classifier needs two")
+    if len(train) < 2:
+        where = f"--train_file {args.train_file}" if args.train_file else f"data {args.data}"
+        raise InputError(f"{where}: {len(train)} training images, at least two are needed")
+    return train, val
+
+
+def build_data(
+    args: argparse.Namespace,
+    encoder: nn.Module,
+    train: ImageSet,
+    val: ImageSet,
+    *,
+    key: dict[str, str],
+) -> FromImages | FromFeatures:
+    """Where features come from; key: of their cache."""
+    loaders = setup.eval_loaders(args, train, val)
+    if args.cached and not args.evaluate:
+        features = cached_features(args, encoder, *loaders, key=key)
+        return FromFeatures(
+            features, batch_size=args.batch_size, seed=args.seed, device=args.device
+        )
+    views = LabeledLoader(
+        train,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        device=args.device,
+    )
+    return FromImages(encoder, views, *loaders, fine_tune=args.fine_tune)
+
+
+def cached_features(
+    args: argparse.Namespace, encoder: nn.Module, *loaders: EvalLoader, key: dict[str, str]
+) -> feature_cache.Features:
+    """The features of a cache that has this key; extracted, and kept there, where it has not."""
+    folder = args.cache_dir or args.save
+    path = folder and folder / feature_cache.NAME
+    if path and path.exists():
+        try:
+            return feature_cache.load(path, key, flag="--cached")
+        except InputError as error:
+            print(f"{error}: extracted anew", flush=True)
+    features = feature_cache.extract(encoder, *loaders)
+    if path:
+        feature_cache.save(path, key, features)
+    return features
+
+
+def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict:
+    """The linear.pth that --resume names; InputError unless it goes with the flags and the data.
+
+    key: of the features; the saved run must have the same parts. With --evaluate, --lr, --mlp and
+    --fine-tune are as in the file, and written into args.
+    """
+    what = f"--resume {args.resume}"
+    saved = checkpoint.load(args.resume, flag="--resume")
+    if saved.get("format") != FORMAT:
+        raise InputError(f"{what}: no linear.pth of this version")
+    differing = [name for name in key if saved["key"].get(name) != key[name]]
+    if differing:
+        raise InputError(f"{what}: a run with another {', '.join(differing)}")
+    if saved["classes"] != classes:
+        raise InputError(f"{what}: a run on other classes than those of {args.data}")
+    if args.evaluate:
+        for name in ("lr", "mlp", "fine_tune"):
+            setattr(args, name, saved["settings"][name])
+        return saved
+    for name, value in saved["settings"].items():
+        if value != getattr(args, name):
+            raise InputError(f"{what}: a run with --{name} {value}, not {getattr(args, name)}")
+    if saved["epoch"] >= args.epochs:
+        raise InputError(
+            f"{what}: it has finished epoch {saved['epoch']} of --epochs {args.epochs}"
+        )
+    return saved
+
+
+def save_run(
+    args: argparse.Namespace,
+    probe: linear.LinearProbe,
+    optimizer: torch.optim.Optimizer,
+    encoder: nn.Module,
+    history: list[dict],
+    origin: dict,
+) -> None:
+    """Write linear.pth to the folder of --save, if there is one; a RunError if that fails.
+
+    A fine-tuned encoder is in it under the names of this repository's checkpoints, so that both
+    evaluations read it as --weights.
+    """
+    if not args.save:
+        return
+    state = {
+        "format": FORMAT,
+        "epoch": len(history),
+        "probe": probe.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        **origin,
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "args": {name: getattr(args, name) for name in ("arch", "image_size", "small_stem")},
+    }
+    if args.fine_tune:
+        weights = encoder.state_dict()
+        state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
+    path = args.save / "linear.pth"
+    try:
+        checkpoint.save(path, state)
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"{path} could not be written: {error}") from error
+
+
+def train_probe(
+    probe: linear.LinearProbe,
+    data: FromImages | FromFeatures,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict],
+    *,
+    rates: list[float],
+    schedule: list[int],
+    epochs: int,
+    seed: int,
+    save: Callable[[], None],
+) -> None:
+    """Train up to the last epoch; each adds its figures to history, prints a line, and is saved.
+
+    RunError if no learning rate has a finite loss.
+    """
+    for epoch in range(len(history) + 1, epochs + 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = learning_rate(
+                rate, epoch, epochs=epochs, cosine=False, decay_epochs=schedule, decay_rate=0.1
+            )
+        # Only dropout in a fine-tuned encoder draws from here; so resuming changes no bit of it.
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        losses = linear.train_epoch(probe, data.epoch(epoch), optimizer).tolist()
+        if not any(map(math.isfinite, losses)):
+            raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr")
+        figures = linear.accuracy(probe, *data.val())
+        history.append(
+            {
+                "loss": [loss if math.isfinite(loss) else None for loss in losses],
+                "top1": [row["top1"] for row in figures],
+                "top5": [row["top5"] for row in figures],
+            }
+        )
+        parts = (
+            f"lr {rate}: loss {loss:.4f} top-1 {row['top1']:.2f}"
+            for rate, loss, row in zip(rates, losses, figures, strict=True)
+        )
+        Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
+        save()
+
+
+def protocol(args: argparse.Namespace) -> str:
+    """In words what was done."""
+    crops = "random resized crops (scale 0.08 to 1) and flips"
+    parts = (
+        f"backbone features, {'encoder trained too' if args.fine_tune else 'frozen encoder'}",
+        "L2-normalized, standardized with the training features' mean and unbiased variance",
+        "Linear-BN-ReLU and a linear layer" if args.mlp else "linear layer",
+        f"trained on {'central crops, extracted once' if args.cached else crops}",
+        f"cross-entropy, SGD with momentum {args.momentum}, weight decay {args.wd}, "
+        f"batch {args.batch_size}, a tenth of the learning rate after {args.lr_schedule} epochs",
+        "top-1 and top-5 of val's central crops after the last epoch",
+        "best_lr and best_top1 chosen on val",
+    )
+    return "; ".join(parts)
+
+
+def build_probe(
+    args: argparse.Namespace,
+    backbone: Backbone,
+    data: FromImages | FromFeatures,
+    *,
+    num_classes: int,
+    saved: dict | None,
+) -> tuple[linear.LinearProbe, torch.optim.SGD]:
+    """Probe and optimizer: seeded by --seed, the statistics measured now, or as saved."""
+    torch.manual_seed(args.seed)
+    probe = linear.LinearProbe(
+        backbone.feature_dim, num_classes, num_rates=len(args.lr), hidden=args.mlp
+    ).to(args.device)
+    optimizer = linear.build_optimizer(
+        probe,
+        args.lr,
+        momentum=args.momentum,
+        weight_decay=args.wd,
+        also=backbone.module.parameters() if args.fine_tune else (),
+    )
+    if saved:
+        checkpoint.load_strictly(probe, saved["probe"], what=f"--resume {args.resume}")
+        optimizer.load_state_dict(saved["optimizer"])
+    else:
+        probe.standardize.measure(data.for_statistics())
+    return probe, optimizer
+
+
+def main() -> None:
+    """Train a probe or measure a saved one, print a table, write linear.json."""
+    args = parse_args()
+    start = time.monotonic()
+    check_flags(args)
+    train, val = read_images(args)
+    backbone, state = setup.evaluated_backbone(args)
+    splits = {} if args.evaluate else {"train": train, "val": val}
+    key = setup.feature_key(args, state, **splits)
+    saved = load_run(args, key, train.classes) if args.resume else None
+    if saved and args.fine_tune:
+        checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+    backbone.module.to(args.device)
+    data = build_data(args, backbone.module, train, val, key=key)
+    probe, optimizer = build_probe(
+        args, backbone, data, num_classes=len(train.classes), saved=saved
+    )
+    counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
+    history = saved["history"] if saved else []
+    if args.evaluate:
+        counts["train"], what_was_done = saved["num_images"], saved["protocol"]
+        figures = linear.accuracy(probe, *data.val())
+        summary = {str(rate): row for rate, row in zip(args.lr, figures, strict=True)}
+    else:
+        what_was_done = protocol(args)
+        origin = {"key": key, "classes": train.classes, "num_images": len(train)}
+        origin["protocol"] = what_was_done
+        train_probe(
+            probe,
+            data,
+            optimizer,
+            history,
+            rates=args.lr,
+            schedule=args.lr_schedule,
+            epochs=args.epochs,
+            seed=args.seed,
+            save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
+        )
+        summary = linear.summarize(args.lr, history)
+    print(f"{len(val)} val images, probe trained on {counts['train']} images, percent")
+    print(linear.format_table(summary))
+    if args.save:
+        best = max(summary, key=lambda rate: summary[rate]["top1"])
+        record = {"lr": summary, "best_lr": best}
+        record |= {name: summary[best][name] for name in ("top1", "top5")}
+        record |= {"epochs": len(history), "protocol": what_was_done}
+        record |= setup.result_record(args, state, counts=counts)
+        record["seconds"] = round(time.monotonic() - start, 1)
+        print(options.write_json(args.save, "linear.json", record))
+
+
+if __name__ == "__main__":
+    options.run_script(main)

@@ -32,7 +32,11 @@ from utils.neighbors import (
     purity,
 )
 
-DEMO = options.DEMO | {"topk": 50, "checkpoint_path": options.ROOT / "output" / "demo_sup"}
+DEMO = options.DEMO | {
+    "topk": 20,
+    "mem_bank_size": 2000,
+    "checkpoint_path": options.ROOT / "output" / "demo_sup",
+}
 
 
 class SupervisedCMSF(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import knn
-from utils.errors import InputError
+from utils.errors import InputError, RunError
 
 
 def circle(*degrees):
@@ -73,9 +73,9 @@ def test_search_against_a_loop():
 
 
 def test_search_refuses_what_has_no_neighbors():
-    with pytest.raises(ValueError, match="1 queries without 5 finite neighbors among 4"):
+    with pytest.raises(RunError, match="1 queries without 5 finite neighbors among 4"):
         knn.search(circle(0, 1, 2, 3), circle(0), k=5)
-    with pytest.raises(ValueError, match="1 queries"):
+    with pytest.raises(RunError, match="1 queries"):
         knn.search(circle(0, 1, 2, 3), np.array([[np.nan, 0], [1, 0]], dtype=np.float32), k=2)
 
 

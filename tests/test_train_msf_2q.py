@@ -237,6 +237,21 @@ def test_resumed_run_has_the_bits_of_an_undisturbed_one(run_script, image_tree, 
     tiny.assert_same_checkpoint(whole / "ckpt_epoch_4.pth", broken / "ckpt_epoch_4.pth")
 
 
+def test_dropout_and_log_are_resumed_too(call_script, image_tree, tmp_path):
+    """mobilenet_v2 ends in dropout, which draws from torch's own generator."""
+    flags = (*TINY, "--arch", "mobilenet_v2", "--image_size", 32, "--epochs", 3, "--knn_freq", -1)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder, resume in ((whole, ()), (broken, ("--resume", whole / "ckpt_epoch_1.pth"))):
+        result = call_script(
+            *(SCRIPT_MODULE, *flags, "--save_freq", 1, "--checkpoint_path", folder),
+            *(*resume, image_tree),
+        )
+        assert result[0] == 0, result
+    tiny.assert_same_checkpoint(whole / "ckpt_epoch_3.pth", broken / "ckpt_epoch_3.pth")
+    epochs = [json.loads(line)["epoch"] for line in (broken / "log.jsonl").open()]
+    assert epochs == [2, 2, 3, 3]
+
+
 def test_same_seed_same_bits_other_seed_other_bits(run_script, image_tree, tmp_path):
     common = (*TINY, "--epochs", 1, "--knn_freq", -1, image_tree)
     for name, flags in {

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from utils.data import EvalLoader
-from utils.errors import InputError
+from utils.errors import InputError, RunError
 from utils.features import extract_features
 
 KS = (1, 5, 10, 20)
+# faiss's own limit on a GPU, and the memory it may take there for base and queries at a time:
+# ImageNet's base alone has 10 GB.
+_GPU_MOST_NEIGHBORS = 2048
+_GPU_LIMITS = {"vectorsMemoryLimit": 2**32, "queriesMemoryLimit": 2**30}
 TEMPERATURE = 0.07  # of the weighted vote, as in Wu et al., arXiv 1805.01978
 
 
@@ -28,19 +32,24 @@ def search(base: np.ndarray, queries: np.ndarray, *, k: int) -> Found:
 
     base: (N, F), queries: (Q, F), float32, unit norm; the similarity is the inner product, -1 to 1.
     Equal similarities are in the order of the base. faiss searches on a GPU where it has one, on
-    the CPU otherwise. Raises ValueError if faiss gives an empty place (k above N, or a query that
+    the CPU otherwise. Raises RunError if faiss gives an empty place (k above N, or a query that
     is not finite).
     """
     base, queries = np.ascontiguousarray(base), np.ascontiguousarray(queries)
     metric = faiss.METRIC_INNER_PRODUCT
-    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
-        resources = faiss.StandardGpuResources()
-        similarity, rows = faiss.knn_gpu(resources, queries, base, k, metric=metric)
+    on_gpu = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    if on_gpu and k <= _GPU_MOST_NEIGHBORS:
+        similarity, rows = faiss.knn_gpu(
+            faiss.StandardGpuResources(), queries, base, k, metric=metric, **_GPU_LIMITS
+        )
     else:
         similarity, rows = faiss.knn(queries, base, k, metric=metric)
     if (rows < 0).any() or not np.isfinite(similarity).all():
         empty = int(((rows < 0) | ~np.isfinite(similarity)).any(axis=1).sum())
-        raise ValueError(f"{empty} queries without {k} finite neighbors among {len(base)} rows")
+        raise RunError(
+            f"k-NN: {empty} queries without {k} finite neighbors among {len(base)} rows; "
+            f"are the network's weights finite?"
+        )
     order = np.lexsort((rows, -similarity), axis=1)
     return Found(*(np.take_along_axis(found, order, axis=1) for found in (rows, similarity)))
 

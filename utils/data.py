@@ -6,7 +6,7 @@ bit, and any step of any epoch can be produced on its own.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -172,15 +172,25 @@ class _TwoCrops(Dataset):
         epoch = keys[0][0]
         index = np.array([index for _, index in keys])
         draws = augment.uniforms(self.seed, epoch, index)
-        crops = torch.empty(len(keys), 2, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        try:
-            for row, image_index in enumerate(index):
-                image = _decode(self.images.path(image_index))
-                crops[row] = augment.two_crops(image, draws[row], self.image_size)
-        except InputError as error:
-            return error
+        crops = _cut(
+            self.images,
+            index,
+            lambda row, image: augment.two_crops(image, draws[row], self.image_size),
+        )
+        if isinstance(crops, InputError):
+            return crops
         label = torch.from_numpy(self.images.labels[index])
         return _CropBatch(crops, torch.from_numpy(draws), torch.from_numpy(index), label)
+
+
+def _cut(
+    images: ImageSet, index: Sequence[int], cut: Callable[[int, Tensor], Tensor]
+) -> Tensor | InputError:
+    """Stack cut(row, decoded image) of the images `index`; the error of the first broken file."""
+    try:
+        return torch.stack([cut(row, _decode(images.path(i))) for row, i in enumerate(index)])
+    except InputError as error:
+        return error
 
 
 def _decode(path: str) -> Tensor:
@@ -324,14 +334,14 @@ class _OneCrop(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> EvalBatch | InputError:
         index = np.array([index for _, index in keys])
         draws = augment.uniforms(self.seed, keys[0][0], index, views=1)[:, 0]
-        crops = torch.empty(len(keys), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        try:
-            for row, image_index in enumerate(index):
-                image = _decode(self.images.path(image_index))
-                box = augment.crop_box(draws[row], *image.shape[1:], scale=self.scale)
-                crops[row] = augment.resized_crop(image, box, self.image_size)
-        except InputError as error:
-            return error
+
+        def random_crop(row: int, image: Tensor) -> Tensor:
+            box = augment.crop_box(draws[row], *image.shape[1:], scale=self.scale)
+            return augment.resized_crop(image, box, self.image_size)
+
+        crops = _cut(self.images, index, random_crop)
+        if isinstance(crops, InputError):
+            return crops
         label = torch.from_numpy(self.images.labels[index])
         return EvalBatch(crops, torch.from_numpy(index), label)
 
@@ -405,14 +415,13 @@ class _CenterCrops(Dataset):
         return len(self.images)
 
     def __getitems__(self, index: list[int]) -> EvalBatch | InputError:
-        try:
-            crops = [
-                augment.center_crop(_decode(self.images.path(i)), self.image_size) for i in index
-            ]
-        except InputError as error:
-            return error
+        crops = _cut(
+            self.images, index, lambda row, image: augment.center_crop(image, self.image_size)
+        )
+        if isinstance(crops, InputError):
+            return crops
         label = torch.from_numpy(self.images.labels[index])
-        return EvalBatch(torch.stack(crops), torch.tensor(index), label)
+        return EvalBatch(crops, torch.tensor(index), label)
 
 
 class EvalLoader:

@@ -4,8 +4,9 @@
 
 A linear classifier on frozen features, trained from random crops and measured on val/. `--cached`
 takes features extracted once instead of crops, `--lr 0.01,0.03,0.1` trains one classifier for each
-learning rate in the same pass, `--fine-tune` trains the encoder too, and `--train-file` or
-`--label_fraction` leave only some images their labels. Reads the checkpoints that eval_knn.py does.
+learning rate in the same pass, `--fine-tune` trains the encoder too (the published code's trained
+no weight of it), and `--train-file` or `--label_fraction` leave only some images their labels.
+Reads the checkpoints that eval_knn.py does.
 """
 
 import argparse

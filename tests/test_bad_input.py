@@ -88,7 +88,7 @@ def test_checkpoints_that_do_not_fit(call_script, image_tree, tmp_path):
     plain, other = tmp_path / "plain.pth", tmp_path / "other.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), plain)
     other.write_bytes(b"no checkpoint at all")
-    size = ("--image_size", 32)
+    size, out = ("--image_size", 32), ("--topkp", 5, "--checkpoint_path", tmp_path / "out")
     assert_refused(call_script(knn, image_tree), "--weights")
     assert_refused(
         call_script(knn, "--weights", plain, "--arch", "resnet50", *size, image_tree),
@@ -106,8 +106,8 @@ def test_checkpoints_that_do_not_fit(call_script, image_tree, tmp_path):
         *("-k 31", "30 training images"),
     )
     assert_refused(
-        call_script(train, *SMALL, "--topkp", 5, "--resume", plain, image_tree),
-        *("--resume", "not a checkpoint of this repository"),
+        call_script(train, *SMALL, *out, "--resume", plain, image_tree),
+        *("--resume", "not a run of this repository"),
     )
 
 

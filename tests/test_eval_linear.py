@@ -12,8 +12,9 @@ from conftest import write_image
 from test_bad_input import assert_refused
 
 from utils import augment, feature_cache, setup
-from utils.data import LabeledLoader, epoch_batches, read_split
+from utils.data import ImageSet, LabeledLoader, epoch_batches, read_split
 from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.errors import InputError
 
 LINEAR = importlib.import_module("eval.eval_linear")
 QUICK = ("-j", 0, "-b", 9, "--epochs", 3, "--lr", 0.1, "--lr_schedule", "1,2")
@@ -405,6 +406,31 @@ def test_cache_is_used_when_nothing_has_changed(run_linear, extractions, tmp_pat
     assert not (tmp_path / "elsewhere" / "features.pth").exists()
 
 
+def test_digest_knows_names_sizes_times_labels_and_classes(tmp_path):
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(b"12345")
+        os.utime(tmp_path / name, ns=(10**9, 10**9))
+
+    def digest(names=("1.png",), labels=(0,), classes=("a", "b")):
+        images = ImageSet(tmp_path, list(names), list(labels), list(classes))
+        return feature_cache.image_digest(images)
+
+    digests = [digest(), digest(["2.png"]), digest(labels=[1]), digest(classes=["a", "c"])]
+    digests.append(digest(["1.png", "2.png"], [0, 0]))
+    os.utime(tmp_path / "1.png", ns=(10**9, 10**9 + 1))
+    digests.append(digest())
+    (tmp_path / "1.png").write_bytes(b"123456")
+    os.utime(tmp_path / "1.png", ns=(10**9, 10**9))
+    digests.append(digest())
+    assert len(set(digests)) == len(digests)
+    (tmp_path / "1.png").write_bytes(b"54321")
+    os.utime(tmp_path / "1.png", ns=(10**9, 10**9))
+    assert digest() == digests[0]
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(InputError, match=r"1\.png: No such file"):
+        digest()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -481,8 +507,8 @@ def test_measuring_a_saved_probe(run_linear, extractions, tmp_path, flags):
     trained, _, _ = run_linear(tmp_path, *flags, "--label_fraction", 0.5)
     before = (tmp_path / "linear.pth").read_bytes()
     resume = ("--evaluate", "--resume", tmp_path / "linear.pth")
-    measured, console, _ = run_linear(tmp_path, *resume)
-    assert "epoch" not in console
+    measured, console, _ = run_linear(tmp_path, *resume, "--cached")
+    assert "epoch" not in console and not extractions  # only val is needed
     for rate, figures in measured["lr"].items():
         assert figures == {name: trained["lr"][rate][name] for name in ("top1", "top5")}
     for name in ("top1", "epochs", "counts", "protocol"):
@@ -556,6 +582,11 @@ def test_saved_probes_that_do_not_fit(run_linear, call_script, weights, image_tr
     refused("--lr", "0.2", words=["--lr [0.1], not [0.2]"])
     refused("--mlp", words=["--mlp False, not True"])
     refused("--epochs", 3, words=["epoch 3 of --epochs 3"])
+    for split in ("train", "val"):
+        for name in "xyz":
+            write_image(tmp_path / "others" / split / name / "1.jpg", seed=1)
+    result = call_script(LINEAR, *common, "--evaluate", tmp_path / "others")
+    assert_refused(result, f"--resume {saved}", "other classes")
     result = call_script(LINEAR, *common, "--resume", weights, image_tree)
     assert_refused(result, f"--resume {weights}", "no linear.pth")
     saved.write_bytes(saved.read_bytes()[:500])

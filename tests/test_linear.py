@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils import linear
+from utils.errors import RunError
 
 F, C = 6, 7
 
@@ -77,6 +78,11 @@ def test_a_dimension_that_never_varies_stays_finite():
 def test_statistics_need_two_rows():
     with pytest.raises(ValueError, match="two rows, not 1"):
         linear.Standardize(2).measure([torch.ones(1, 2)])
+
+
+def test_features_that_are_not_finite():
+    with pytest.raises(RunError, match="not finite"):
+        linear.Standardize(2).measure([torch.ones(2, 2), torch.tensor([[1.0, math.nan]])])
 
 
 def test_each_epoch_equals_torchs_own_layer_and_optimizer():

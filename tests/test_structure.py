@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "checkpoint": {"encoders", "errors"},
     "features": set(),
     "feature_cache": {"checkpoint", "data", "errors", "features"},
-    "linear": set(),
+    "linear": {"errors"},
     "splits": {"data", "errors"},
     "knn": {"data", "errors", "features"},
     "options": {"augment", "demo_data", "errors"},

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import RunError
+
 EPS = 1e-5  # added to the variance
 TOP_CLASSES = 5  # top-5 accuracy
 
@@ -34,7 +36,8 @@ class Standardize(nn.Module):
         """Set mean and unbiased variance to those of all L2-normalized rows of batches (b, F).
 
         One pass in float64 that keeps no features: batches are merged as by Chan, Golub and
-        LeVeque, "Updating formulae", 1979. Returns the number of rows. Raises ValueError below two.
+        LeVeque, "Updating formulae", 1979. Returns the number of rows. Raises ValueError below two
+        rows, RunError for features that are not finite.
         """
         count, mean, squares = 0, torch.zeros(()), torch.zeros(())
         for features in batches:
@@ -46,6 +49,8 @@ class Standardize(nn.Module):
             count = total
         if count < 2:
             raise ValueError(f"a variance needs two rows, not {count}")
+        if not mean.isfinite().all():
+            raise RunError("features that are not finite; are the network's weights finite?")
         self.mean.copy_(mean)
         self.var.copy_(squares / (count - 1))
         return count

@@ -20,7 +20,7 @@ TRAIN=${TRAIN:-1} KNN=${KNN:-1} LINEAR=${LINEAR:-1} FINETUNE=${FINETUNE:-1} # th
 BASELINES=${BASELINES:-1}           # raw pixels, random network; in the demo 2Q and the labels alone
 
 if [ -n "$DATA" ]; then
-  data=("$DATA") small=() pixels=32
+  data=("$DATA") pixels=32
   OUT=${OUT:-output/semisup}
   ARCH=${ARCH:-resnet50} IMAGE_SIZE=${IMAGE_SIZE:-224} BATCH_SIZE=${BATCH_SIZE:-256}
   EPOCHS=${EPOCHS:-200} LEARNING_RATE=${LEARNING_RATE:-0.05} MOMENTUM=${MOMENTUM:-0.99}
@@ -32,7 +32,7 @@ if [ -n "$DATA" ]; then
   FT_LR=${FT_LR:-0.001} FT_EPOCHS=${FT_EPOCHS:-20} FT_SCHEDULE=${FT_SCHEDULE:-15,35,50}
   FT_BATCH_SIZE=${FT_BATCH_SIZE:-256}
 else
-  data=(--demo) small=(--image_size 32) pixels=32
+  data=(--demo) pixels=32
   OUT=${OUT:-output/semisup_demo}
   ARCH=${ARCH:-conv4} IMAGE_SIZE=${IMAGE_SIZE:-32} BATCH_SIZE=${BATCH_SIZE:-32}
   EPOCHS=${EPOCHS:-60} LEARNING_RATE=${LEARNING_RATE:-0.05} MOMENTUM=${MOMENTUM:-0.99}
@@ -44,7 +44,8 @@ else
   FT_LR=${FT_LR:-0.01} FT_EPOCHS=${FT_EPOCHS:-20} FT_SCHEDULE=${FT_SCHEDULE:-15,35,50}
   FT_BATCH_SIZE=${FT_BATCH_SIZE:-32}
 fi
-XENT_LR=${XENT_LR:-0.05} XENT_EPOCHS=${XENT_EPOCHS:-100} XENT_SCHEDULE=${XENT_SCHEDULE:-60,80}
+# The labels alone: as many views of images as the other rows' training has.
+XENT_LR=${XENT_LR:-0.05} XENT_EPOCHS=${XENT_EPOCHS:-600} XENT_SCHEDULE=${XENT_SCHEDULE:-400,520}
 case "$OUT" in /*) ;; *) OUT="$PWD/$OUT" ;; esac
 
 common=(--seed "$SEED" ${WORKERS:+--num_workers "$WORKERS"})
@@ -77,12 +78,12 @@ evaluate() {
     --epochs "$LINEAR_EPOCHS" --train-file "$labeled" --save "$folder/linear" "${data[@]}"
 }
 
-# finetune NAME FOLDER WEIGHTS LR EPOCHS SCHEDULE: the whole encoder on the labeled images.
+# finetune NAME FOLDER WEIGHTS LR EPOCHS SCHEDULE FLAGS...: the whole encoder on the labeled images.
 finetune() {
   [ "$FINETUNE" = 0 ] || stage "fine-tuning, $1" \
     "$PYTHON" "$root/eval/eval_linear.py" --weights "$3" --arch "$ARCH" --image_size "$IMAGE_SIZE" \
     "${common[@]}" --fine-tune --lr "$4" --epochs "$5" --lr_schedule "$6" --batch_size "$FT_BATCH_SIZE" \
-    --train-file "$labeled" --save "$2/finetune" "${data[@]}"
+    --train-file "$labeled" --save "$2/finetune" "${@:7}" "${data[@]}"
 }
 
 [ "$TRAIN" = 0 ] || stage "training" \
@@ -103,7 +104,8 @@ if [ "$BASELINES" != 0 ]; then
   rows+=("raw pixels=$OUT/pixels" "random network=$OUT/random")
   if [ -z "$DATA" ]; then
     mkdir -p "$OUT/xent"
-    finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE"
+    finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE" \
+      --eval_freq 50
     [ "$TRAIN" = 0 ] || stage "training 2Q" \
       "$PYTHON" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
       --checkpoint_path "$OUT/train_2q" "${common[@]}" "${data[@]}"

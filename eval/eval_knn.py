@@ -19,7 +19,7 @@ from utils import feature_cache, knn, options, setup
 from utils.data import check_same_classes, read_split
 from utils.errors import InputError
 
-DEMO = {"weights": "output/demo_2q/ckpt_epoch_30.pth", "num_workers": 1}
+DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 PROTOCOL = (
     "backbone features, L2-normalized, exact search, majority vote, ties to the nearer neighbor; "
     "weighted: votes exp(similarity / temperature)"

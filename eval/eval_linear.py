@@ -13,33 +13,29 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import checkpoint, feature_cache, linear, options, setup
-from utils.data import (
-    EvalLoader,
-    ImageSet,
-    LabeledLoader,
-    check_same_classes,
-    epoch_batches,
-    read_split,
-)
+from utils.data import EvalLoader, ImageSet, LabeledLoader, check_same_classes, read_split
 from utils.encoders import Backbone
 from utils.errors import InputError, RunError
-from utils.features import extract_features
+from utils.labeled_features import FromFeatures, FromImages
 from utils.meters import Log
 from utils.schedule import learning_rate
 
-DEMO = {"weights": "output/demo_2q/ckpt_epoch_30.pth", "num_workers": 1, "lr": [0.3]}
+DEMO = {
+    "weights": options.DEMO_CHECKPOINT,
+    "num_workers": 1,
+    "lr": [0.3],
+}
 FORMAT = "cmsf-linear-1"
 ENCODER = "encoders.query_encoder.backbone."  # a fine-tuned encoder's names in linear.pth
 # What a resumed run must have in common with its beginning.
@@ -49,90 +45,8 @@ SETTINGS = (
 )
 
 
-class FromImages:
-    """Labeled features of images that are read anew in every epoch.
-
-    views: the random crops to train on; train and val: the evaluation views. With fine_tune the
-    encoder trains: it is in train mode and features of `epoch` have gradients. Otherwise it is in
-    eval mode, nothing of it changes, and val features are computed once.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        views: LabeledLoader,
-        train: EvalLoader,
-        val: EvalLoader,
-        *,
-        fine_tune: bool,
-    ) -> None:
-        self.encoder = encoder.requires_grad_(fine_tune)
-        self.views, self._train, self._val = views, train, val
-        self.fine_tune = fine_tune
-        self._val_features: tuple[Tensor, Tensor] | None = None
-
-    def for_statistics(self) -> Iterator[Tensor]:
-        """Features (b, F) of all training images in the evaluation view."""
-        self.encoder.eval()
-        for batch in _bar(self._train, "statistics"):
-            with torch.no_grad():
-                features = self.encoder(batch.images)
-            yield features
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (b, F) and labels (b,) of every training image once, on the device."""
-        self.encoder.train(self.fine_tune)
-        batches = self.views.epoch(epoch)
-        for images, _, label in _bar(batches, f"epoch {epoch}", total=len(self.views)):
-            with torch.set_grad_enabled(self.fine_tune):
-                features = self.encoder(images)
-            yield features, label.to(images.device, non_blocking=True)
-
-    def val(self) -> tuple[Tensor, Tensor]:
-        """Features (N, F) and labels (N,) of the val images in the evaluation view."""
-        if self.fine_tune or self._val_features is None:
-            loader = _bar(self._val, "val")
-            num_images = len(self._val.images)
-            self._val_features = extract_features(self.encoder, loader, num_images=num_images)
-        return self._val_features
-
-
-class FromFeatures:
-    """Labeled features extracted once; batches are taken from one tensor on the device."""
-
-    def __init__(
-        self, features: feature_cache.Features, *, batch_size: int, seed: int, device: torch.device
-    ) -> None:
-        self._features, self._labels = (part.to(device) for part in features["train"])
-        self._val = features["val"]
-        self.batch_size, self.seed = batch_size, seed
-
-    def for_statistics(self) -> Iterator[Tensor]:
-        """Features (b, F) of all training images."""
-        yield from self._features.split(self.batch_size)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (b, F) and labels (b,) of every training image once, on the device."""
-        for batch in epoch_batches(len(self._labels), self.batch_size, seed=self.seed, epoch=epoch):
-            index = torch.from_numpy(batch).to(self._labels.device, non_blocking=True)
-            yield self._features[index], self._labels[index]
-
-    def val(self) -> tuple[Tensor, Tensor]:
-        """Features (N, F) and labels (N,) of the val images."""
-        return self._val
-
-
-def _bar(batches: Iterable, text: str, *, total: int | None = None) -> Iterable:
-    """A progress bar around batches, on a terminal only."""
-    return tqdm(batches, text, total=total, leave=False, disable=not sys.stderr.isatty())
-
-
-def parse_args() -> argparse.Namespace:
-    """The flags of this script."""
-    parser = options.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
-    options.add_data_options(parser)
-    options.add_checkpoint_options(parser)
-    options.add_split_options(parser, "--train_file", "--train-file")
+def add_classifier_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and how."""
     group = parser.add_argument_group("classifier")
     group.add_argument(
         *("--lr", "--learning_rate"),
@@ -152,6 +66,12 @@ def parse_args() -> argparse.Namespace:
         *("--wd", "--weight_decay", "--weight-decay"), type=options.not_negative, default=1e-4
     )
     group.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    group.add_argument(
+        *("--eval_freq", "--eval-freq"),
+        type=options.positive,
+        default=1,
+        help="epochs between val figures and saves",
+    )
     group.add_argument("--mlp", action="store_true", help="a hidden layer before the classifier")
     group.add_argument(
         *("--fine_tune", "--fine-tune"), action="store_true", help="train the encoder too"
@@ -159,6 +79,15 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--cached", action="store_true", help="train on features extracted once, without crops"
     )
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
+    options.add_data_options(parser)
+    options.add_checkpoint_options(parser)
+    options.add_split_options(parser, "--train_file", "--train-file")
+    add_classifier_options(parser)
     group = parser.add_argument_group("files")
     group.add_argument("--save", type=Path, help="folder to write linear.json and linear.pth to")
     group.add_argument(
@@ -325,12 +254,14 @@ def train_probe(
     rates: list[float],
     schedule: list[int],
     epochs: int,
+    eval_freq: int,
     seed: int,
     save: Callable[[], None],
 ) -> None:
-    """Train up to the last epoch; each adds its figures to history, prints a line, and is saved.
+    """Train up to the last epoch; each adds its figures to history.
 
-    RunError if no learning rate has a finite loss.
+    Every `eval_freq` epochs and after the last, val is measured, a line printed and the run saved;
+    in between top1 and top5 are None. RunError if no learning rate has a finite loss.
     """
     for epoch in range(len(history) + 1, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -342,7 +273,9 @@ def train_probe(
         losses = linear.train_epoch(probe, data.epoch(epoch), optimizer).tolist()
         if not any(map(math.isfinite, losses)):
             raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr")
-        figures = linear.accuracy(probe, *data.val())
+        due = epoch % eval_freq == 0 or epoch == epochs
+        unmeasured = [{"top1": None, "top5": None}] * len(rates)
+        figures = linear.accuracy(probe, *data.val()) if due else unmeasured
         history.append(
             {
                 "loss": [loss if math.isfinite(loss) else None for loss in losses],
@@ -350,6 +283,8 @@ def train_probe(
                 "top5": [row["top5"] for row in figures],
             }
         )
+        if not due:
+            continue
         parts = (
             f"lr {rate}: loss {loss:.4f} top-1 {row['top1']:.2f}"
             for rate, loss, row in zip(rates, losses, figures, strict=True)
@@ -437,6 +372,7 @@ def main() -> None:
             rates=args.lr,
             schedule=args.lr_schedule,
             epochs=args.epochs,
+            eval_freq=args.eval_freq,
             seed=args.seed,
             save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
         )

@@ -170,5 +170,7 @@ def test_the_epoch_of_the_line_is_the_checkpoints(call_script, image_tree, tmp_p
         (("--epoch", "x"), ("--epoch", "x")),
     ],
 )
-def test_flags_that_cannot_work(call_script, image_tree, flags, words):
+def test_flags_that_cannot_work(call_script, image_tree, monkeypatch, flags, words):
+    """Refused before the work, not after it."""
+    monkeypatch.setattr(feature_cache, "extract", None)
     assert_refused(call_script(KNN, *UNTRAINED, *flags, image_tree), *words)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "linear": {"errors"},
     "splits": {"data", "errors"},
     "knn": {"data", "errors", "features"},
+    "labeled_features": {"data", "feature_cache", "features"},
     "options": {"augment", "demo_data", "errors"},
     "engine": {"checkpoint", "data", "errors", "knn", "meters"},
     "setup": {

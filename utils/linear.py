@@ -176,15 +176,17 @@ def summarize(
 ) -> dict[str, dict[str, float | int | None]]:
     """What a run found for each learning rate, by the rate as text.
 
-    history: for each epoch from 1 lists over the rates: loss, top1, top5. The figures are those of
-    the last epoch; best_top1 is the highest of all epochs, best_epoch the first that reached it.
+    history: for each epoch from 1 lists over the rates: loss, top1, top5 (None where val was not
+    measured; in the last epoch it was). The figures are those of the last epoch; best_top1 is the
+    highest of all measured, best_epoch the first that reached it.
     """
+    measured = [epoch for epoch, row in enumerate(history) if row["top1"][0] is not None]
     return {
         str(rate): {
             "top1": history[-1]["top1"][i],
             "top5": history[-1]["top5"][i],
-            "best_top1": max(epoch["top1"][i] for epoch in history),
-            "best_epoch": 1 + max(range(len(history)), key=lambda e, i=i: history[e]["top1"][i]),
+            "best_top1": max(history[epoch]["top1"][i] for epoch in measured),
+            "best_epoch": 1 + max(measured, key=lambda epoch, i=i: history[epoch]["top1"][i]),
             "loss": history[-1]["loss"][i],
         }
         for i, rate in enumerate(rates)

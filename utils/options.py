@@ -37,6 +37,7 @@ DEMO = {
     "save_freq": 60,
 }
 ROOT = Path(__file__).resolve().parents[1]
+DEMO_CHECKPOINT = str(ROOT / "output" / "demo_2q" / f"ckpt_epoch_{DEMO['epochs']}.pth")
 DEMO_FOLDER = ROOT / "data" / "demo"
 
 

@@ -1,0 +1,93 @@
+"""Where a classifier gets features and labels from: images read anew each epoch, or kept features.
+
+Both have the same three methods: `for_statistics`, `epoch` and `val`. F is the feature size.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils import feature_cache
+from utils.data import EvalLoader, LabeledLoader, epoch_batches
+from utils.features import extract_features
+
+
+class FromImages:
+    """Labeled features of images that are read anew in every epoch.
+
+    views: the random crops to train on; train and val: the evaluation views. With fine_tune the
+    encoder trains: it is in train mode and features of `epoch` have gradients. Otherwise it is in
+    eval mode, nothing of it changes, and val features are computed once.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        views: LabeledLoader,
+        train: EvalLoader,
+        val: EvalLoader,
+        *,
+        fine_tune: bool,
+    ) -> None:
+        self.encoder = encoder.requires_grad_(fine_tune)
+        self.views, self._train, self._val = views, train, val
+        self.fine_tune = fine_tune
+        self._val_features: tuple[Tensor, Tensor] | None = None
+
+    def for_statistics(self) -> Iterator[Tensor]:
+        """Features (b, F) of all training images in the evaluation view."""
+        self.encoder.eval()
+        for batch in _bar(self._train, "statistics"):
+            with torch.no_grad():
+                features = self.encoder(batch.images)
+            yield features
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (b, F) and labels (b,) of every training image once, on the device."""
+        self.encoder.train(self.fine_tune)
+        batches = self.views.epoch(epoch)
+        for images, _, label in _bar(batches, f"epoch {epoch}", total=len(self.views)):
+            with torch.set_grad_enabled(self.fine_tune):
+                features = self.encoder(images)
+            yield features, label.to(images.device, non_blocking=True)
+
+    def val(self) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and labels (N,) of the val images in the evaluation view."""
+        if self.fine_tune or self._val_features is None:
+            loader = _bar(self._val, "val")
+            num_images = len(self._val.images)
+            self._val_features = extract_features(self.encoder, loader, num_images=num_images)
+        return self._val_features
+
+
+class FromFeatures:
+    """Labeled features extracted once; batches are taken from one tensor on the device."""
+
+    def __init__(
+        self, features: feature_cache.Features, *, batch_size: int, seed: int, device: torch.device
+    ) -> None:
+        self._features, self._labels = (part.to(device) for part in features["train"])
+        self._val = features["val"]
+        self.batch_size, self.seed = batch_size, seed
+
+    def for_statistics(self) -> Iterator[Tensor]:
+        """Features (b, F) of all training images."""
+        yield from self._features.split(self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (b, F) and labels (b,) of every training image once, on the device."""
+        for batch in epoch_batches(len(self._labels), self.batch_size, seed=self.seed, epoch=epoch):
+            index = torch.from_numpy(batch).to(self._labels.device, non_blocking=True)
+            yield self._features[index], self._labels[index]
+
+    def val(self) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and labels (N,) of the val images."""
+        return self._val
+
+
+def _bar(batches: Iterable, text: str, *, total: int | None = None) -> Iterable:
+    """A progress bar around batches, on a terminal only."""
+    return tqdm(batches, text, total=total, leave=False, disable=not sys.stderr.isatty())

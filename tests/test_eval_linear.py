@@ -243,6 +243,17 @@ def test_schedule_counts_epochs_as_published(run_linear, tmp_path):
         assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
 
 
+def test_measuring_less_often_changes_no_figure(run_linear, tmp_path):
+    flags = ("--lr", "0.1,0.3", "--epochs", 5)
+    always, _, _ = run_linear(tmp_path / "a", *flags)
+    seldom, console, saved = run_linear(tmp_path / "b", *flags, "--eval_freq", 2)
+    for rate in ("0.1", "0.3"):
+        assert seldom["lr"][rate]["top1"] == always["lr"][rate]["top1"]
+    measured = [row["top1"][0] is not None for row in saved["history"]]
+    assert measured == [False, True, False, True, True]  # and after the last
+    assert sum(line.startswith("epoch ") for line in console.splitlines()) == 3
+
+
 def test_random_crops_are_not_the_central_crop(run_linear, tmp_path):
     images, _, _ = run_linear(tmp_path / "images")
     cached, _, _ = run_linear(tmp_path / "cached", "--cached")

@@ -218,6 +218,9 @@ def test_summary_by_hand():
         "0.01": {"top1": 70.0, "top5": 94.0, "best_top1": 70.0, "best_epoch": 2, "loss": 0.5},
         "3.0": {"top1": 0.0, "top5": 0.0, "best_top1": 10.0, "best_epoch": 1, "loss": None},
     }
+    history[1] = {"loss": [1.0, None], "top1": [None] * 2, "top5": [None] * 2}  # not measured
+    gap = linear.summarize([0.01, 3.0], history)
+    assert [gap[rate]["best_epoch"] for rate in ("0.01", "3.0")] == [3, 1]
     table = linear.format_table(summary).splitlines()
     assert table[1].split() == ["0.01", "70.00", "94.00", "70.00", "(2)"]
     without = {"0.01": {"top1": 70.0, "top5": None}}

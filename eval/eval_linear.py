@@ -24,10 +24,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import checkpoint, feature_cache, linear, options, setup
-from utils.data import EvalLoader, ImageSet, LabeledLoader, check_same_classes, read_split
+from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone
 from utils.errors import InputError, RunError
 from utils.labeled_features import FromFeatures, FromImages
+from utils.loaders import EvalLoader, LabeledLoader
 from utils.meters import Log
 from utils.schedule import learning_rate
 

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils import options, setup
-from utils.data import Batch, EvalLoader
 from utils.encoders import QueryTargetEncoders
 from utils.errors import InputError
 from utils.features import extract_features
+from utils.loaders import Batch, EvalLoader
 from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
 from utils.neighbors import mean_shift_loss, nearest, nearest_with_label, purity

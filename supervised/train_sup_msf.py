@@ -20,8 +20,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options, setup
-from utils.data import Batch
 from utils.encoders import QueryTargetEncoders
+from utils.loaders import Batch
 from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
 from utils.neighbors import (

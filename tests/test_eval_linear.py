@@ -12,9 +12,10 @@ from conftest import write_image
 from test_bad_input import assert_refused
 
 from utils import augment, feature_cache, setup
-from utils.data import ImageSet, LabeledLoader, epoch_batches, read_split
+from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import InputError
+from utils.loaders import LabeledLoader, epoch_batches
 
 LINEAR = importlib.import_module("eval.eval_linear")
 QUICK = ("-j", 0, "-b", 9, "--epochs", 3, "--lr", 0.1, "--lr_schedule", "1,2")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.data import EvalBatch
 from utils.features import extract_features
+from utils.loaders import EvalBatch
 
 
 def batches(*index_lists):

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
-from utils.data import EvalBatch
+from utils.loaders import EvalBatch
 
 SCRIPT = importlib.import_module("semi_supervised.train_pseudo_cmsf")
 LABELED = torch.arange(12) % 4 == 0  # 3 of 12 images, one of each class

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.data import Batch
 from utils.encoders import QueryTargetEncoders
+from utils.loaders import Batch
 
 # A run of seconds on the `image_tree` of conftest.
 FLAGS = (

@@ -6,6 +6,7 @@ is the moving average of the query encoder.
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Conv4(nn.Module):
         super().__init__()
         channels = [3, 16, 32, 64, 128]
         layers: list[nn.Module] = []
-        for block, (inputs, outputs) in enumerate(zip(channels, channels[1:], strict=False)):
+        for block, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
             if block:
                 layers.append(nn.MaxPool2d(2))
             convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.data import Batch, TwoViewLoader
 from utils.errors import InputError, RunError
 from utils.knn import format_comparison
+from utils.loaders import Batch, TwoViewLoader
 from utils.meters import Log, Means
 
 # Below these the embeddings hardly tell images apart, however low the loss is.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.data import EvalLoader, ImageSet
+from utils.data import ImageSet
 from utils.errors import InputError, RunError
 from utils.features import extract_features
+from utils.loaders import EvalLoader
 
 FORMAT = "cmsf-features-1"
 NAME = "features.pth"

@@ -12,7 +12,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Pass a data set through a backbone in eval mode.
 
-    backbone: (B, 3, S, S) -> (B, F). loader: yields `data.EvalBatch` (images on the backbone's
+    backbone: (B, 3, S, S) -> (B, F). loader: yields `loaders.EvalBatch` (images on the backbone's
     device). Returns features (N, F) float32, not normalized, and labels (N,) int64, both on the
     CPU, row i from image i. Every row is written exactly once or RuntimeError is raised. The
     backbone's mode is restored.

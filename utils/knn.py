@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from utils.data import EvalLoader
 from utils.errors import InputError, RunError
 from utils.features import extract_features
+from utils.loaders import EvalLoader
 
 KS = (1, 5, 10, 20)
 # faiss's own limit on a GPU, and the memory it may take there for base and queries at a time:

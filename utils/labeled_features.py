@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import feature_cache
-from utils.data import EvalLoader, LabeledLoader, epoch_batches
 from utils.features import extract_features
+from utils.loaders import EvalLoader, LabeledLoader, epoch_batches
 
 
 class FromImages:

@@ -179,24 +179,7 @@ def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None
     group.add_argument("--split_seed", type=seed, default=0, help="of the draw of --label_fraction")
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
-    """Everything the training scripts have in common; topk_all: --topk may be "all"."""
-    add_data_options(parser)
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=positive, default=256)
-    group.add_argument("--epochs", type=positive, default=200)
-    group.add_argument("--learning_rate", type=not_negative, default=0.01)
-    group.add_argument("--cos", action="store_true", help="cosine learning rate")
-    group.add_argument("--lr_decay_epochs", type=int_list, default="90,120", help="without --cos")
-    group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
-    group.add_argument("--weight_decay", type=not_negative, default=1e-4)
-    group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
-    group.add_argument("--seed", type=seed, default=0)
-    add_device_option(group)
-    group.add_argument(
-        "--debug", action="store_true", help="two epochs of five steps, to try a setup"
-    )
-
+def _add_view_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("views")
     group.add_argument(
         "--image_size", type=positive, default=224, help="side of the crops in pixels"
@@ -212,6 +195,8 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
         help="probability of blur in the strong view; 0 suits images of about 32 px",
     )
 
+
+def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("encoders")
     group.add_argument(
         "--arch", default="resnet50", help="torchvision classification model, or conv4"
@@ -236,6 +221,28 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
         "--momentum", type=number(float, low=0, high=1), default=0.99, help="of the moving average"
     )
     group.add_argument("--weights", help="checkpoint to start the encoders from")
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
+    """Everything the training scripts have in common; topk_all: --topk may be "all"."""
+    add_data_options(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=positive, default=256)
+    group.add_argument("--epochs", type=positive, default=200)
+    group.add_argument("--learning_rate", type=not_negative, default=0.01)
+    group.add_argument("--cos", action="store_true", help="cosine learning rate")
+    group.add_argument("--lr_decay_epochs", type=int_list, default="90,120", help="without --cos")
+    group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
+    group.add_argument("--weight_decay", type=not_negative, default=1e-4)
+    group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
+    group.add_argument("--seed", type=seed, default=0)
+    add_device_option(group)
+    group.add_argument(
+        "--debug", action="store_true", help="two epochs of five steps, to try a setup"
+    )
+
+    _add_view_options(parser)
+    _add_encoder_options(parser)
 
     group = parser.add_argument_group("mean shift")
     group.add_argument("--mem_bank_size", type=positive, default=128000)

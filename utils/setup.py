@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from utils import checkpoint, options
-from utils.data import EvalLoader, ImageSet, TwoViewLoader, check_same_classes, read_split
+from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
 from utils.engine import Run
 from utils.errors import InputError
 from utils.feature_cache import image_digest
 from utils.knn import evaluate_knn, ks_for
+from utils.loaders import EvalLoader, TwoViewLoader
 from utils.schedule import learning_rate
 from utils.splits import class_balanced_split, read_split_file
 

@@ -1,0 +1,94 @@
+"""From flags to objects: every setting arrives where it belongs."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+import torchvision
+
+from utils import setup
+from utils.errors import InputError
+
+TRAIN = importlib.import_module("self_supervised.train_msf_2q")
+KNN = importlib.import_module("eval.eval_knn")
+
+
+@pytest.fixture
+def args(monkeypatch, image_tree):
+    """Parse the flags of the training script."""
+
+    def parse(*flags, module=TRAIN):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags), str(image_tree)])
+        return module.parse_args()
+
+    return parse
+
+
+TINY = ("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--mem_bank_size", 20)
+
+
+def test_encoders_follow_their_flags(args):
+    flags = ("--momentum", 0.7, "--proj_dim", 6, "--hidden_dim", 10, "--proj_bn")
+    encoders = setup.build_encoders(args(*TINY, *flags))
+    assert (encoders.momentum, encoders.proj_dim) == (0.7, 6)
+    assert encoders.predictor[0].weight.shape == (10, 6)
+    assert isinstance(encoders.query_encoder.projector[-1], torch.nn.BatchNorm1d)
+    plain = setup.build_encoders(args(*TINY))
+    assert (plain.proj_dim, len(plain.query_encoder.projector)) == (32, 4)
+
+
+def test_encoders_are_seeded(args):
+    one, same, other = (
+        setup.build_encoders(args(*TINY, "--seed", seed)).query_encoder.projector[0].weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_optimizer_is_plain_sgd_over_what_has_a_gradient(args):
+    given = args(*TINY, "--learning_rate", 0.3, "--sgd_momentum", 0.8, "--weight_decay", 0.02)
+    encoders = setup.build_encoders(given)
+    optimizer = setup.build_optimizer(given, encoders)
+    (group,) = optimizer.param_groups
+    expected = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.02, "nesterov": False, "dampening": 0}
+    assert {name: group[name] for name in expected} == expected
+    trained = {id(p) for m in (encoders.query_encoder, encoders.predictor) for p in m.parameters()}
+    assert {id(p) for p in group["params"]} == trained
+
+
+def test_loader_follows_its_flags(args):
+    given = args(*TINY, "--weak_strong", "--blur", 0.25, "--seed", 4, "--num_workers", 0)
+    train, val = setup.read_training_data(given)
+    loader = setup.build_loader(given, train)
+    assert (loader.batch_size, len(loader), len(val)) == (8, 3, 12)
+    direct = setup.TwoViewLoader(
+        train, batch_size=8, image_size=16, weak_strong=True, blur=0.25, seed=4
+    )
+    one, two = next(loader.epoch(2)), next(direct.epoch(2))
+    assert torch.equal(one.query_view, two.query_view)
+    assert torch.equal(one.target_view, two.target_view)
+
+
+def test_a_batch_of_one_is_refused(args):
+    with pytest.raises(InputError, match="--batch_size 1"):
+        setup.check_bank(args(*TINY, "--batch_size", 1))
+
+
+def test_evaluated_backbones(args, tmp_path):
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "plain.pth")
+    flags = ("--arch", "resnet18", "--image_size", 32)
+    backbone, checkpoint = setup.evaluated_backbone(
+        args(*flags, "--weights", tmp_path / "plain.pth", module=KNN)
+    )
+    assert torch.equal(backbone.module.conv1.weight, state["conv1.weight"]) and checkpoint
+    one, other = (
+        setup.evaluated_backbone(args(*flags, "--weights", "random", "--seed", seed, module=KNN))
+        for seed in (1, 2)
+    )
+    assert not torch.equal(one[0].module.conv1.weight, other[0].module.conv1.weight)
+    pixels, nothing = setup.evaluated_backbone(args(*flags, "--weights", "pixels", module=KNN))
+    assert pixels.module(torch.zeros(2, 3, 32, 32)).shape == (2, pixels.feature_dim)
+    assert nothing == {}

@@ -30,7 +30,7 @@ if [ -n "$DATA" ]; then
   HEAD_SCHEDULE=${HEAD_SCHEDULE:-15,30,40}
   LINEAR_LR=${LINEAR_LR:-0.01} LINEAR_EPOCHS=${LINEAR_EPOCHS:-40}
   FT_LR=${FT_LR:-0.001} FT_EPOCHS=${FT_EPOCHS:-20} FT_SCHEDULE=${FT_SCHEDULE:-15,35,50}
-  FT_BATCH_SIZE=${FT_BATCH_SIZE:-256}
+  FT_BATCH_SIZE=${FT_BATCH_SIZE:-256} EVAL_FREQ=${EVAL_FREQ:-5}
 else
   data=(--demo) pixels=32
   OUT=${OUT:-output/semisup_demo}
@@ -41,8 +41,8 @@ else
   CONF_TH=${CONF_TH:-0.95} HEAD=${HEAD:-mlp} HEAD_EPOCHS=${HEAD_EPOCHS:-10}
   HEAD_SCHEDULE=${HEAD_SCHEDULE:-15,30,40}
   LINEAR_LR=${LINEAR_LR:-0.1} LINEAR_EPOCHS=${LINEAR_EPOCHS:-40}
-  FT_LR=${FT_LR:-0.01} FT_EPOCHS=${FT_EPOCHS:-20} FT_SCHEDULE=${FT_SCHEDULE:-15,35,50}
-  FT_BATCH_SIZE=${FT_BATCH_SIZE:-32}
+  FT_LR=${FT_LR:-0.05} FT_EPOCHS=${FT_EPOCHS:-100} FT_SCHEDULE=${FT_SCHEDULE:-60,80}
+  FT_BATCH_SIZE=${FT_BATCH_SIZE:-32} EVAL_FREQ=${EVAL_FREQ:-50}
 fi
 # The labels alone: as many views of images as the other rows' training has.
 XENT_LR=${XENT_LR:-0.05} XENT_EPOCHS=${XENT_EPOCHS:-600} XENT_SCHEDULE=${XENT_SCHEDULE:-400,520}
@@ -78,12 +78,12 @@ evaluate() {
     --epochs "$LINEAR_EPOCHS" --train-file "$labeled" --save "$folder/linear" "${data[@]}"
 }
 
-# finetune NAME FOLDER WEIGHTS LR EPOCHS SCHEDULE FLAGS...: the whole encoder on the labeled images.
+# finetune NAME FOLDER WEIGHTS LR EPOCHS SCHEDULE: the whole encoder on the labeled images.
 finetune() {
   [ "$FINETUNE" = 0 ] || stage "fine-tuning, $1" \
     "$PYTHON" "$root/eval/eval_linear.py" --weights "$3" --arch "$ARCH" --image_size "$IMAGE_SIZE" \
     "${common[@]}" --fine-tune --lr "$4" --epochs "$5" --lr_schedule "$6" --batch_size "$FT_BATCH_SIZE" \
-    --train-file "$labeled" --save "$2/finetune" "${@:7}" "${data[@]}"
+    --train-file "$labeled" --eval_freq "$EVAL_FREQ" --save "$2/finetune" "${data[@]}"
 }
 
 [ "$TRAIN" = 0 ] || stage "training" \
@@ -104,8 +104,7 @@ if [ "$BASELINES" != 0 ]; then
   rows+=("raw pixels=$OUT/pixels" "random network=$OUT/random")
   if [ -z "$DATA" ]; then
     mkdir -p "$OUT/xent"
-    finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE" \
-      --eval_freq 50
+    finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE"
     [ "$TRAIN" = 0 ] || stage "training 2Q" \
       "$PYTHON" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
       --checkpoint_path "$OUT/train_2q" "${common[@]}" "${data[@]}"

@@ -277,21 +277,14 @@ def train_probe(
         due = epoch % eval_freq == 0 or epoch == epochs
         unmeasured = [{"top1": None, "top5": None}] * len(rates)
         figures = linear.accuracy(probe, *data.val()) if due else unmeasured
-        history.append(
-            {
-                "loss": [loss if math.isfinite(loss) else None for loss in losses],
-                "top1": [row["top1"] for row in figures],
-                "top5": [row["top5"] for row in figures],
-            }
-        )
-        if not due:
-            continue
-        parts = (
-            f"lr {rate}: loss {loss:.4f} top-1 {row['top1']:.2f}"
-            for rate, loss, row in zip(rates, losses, figures, strict=True)
-        )
-        Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
-        save()
+        history.append(linear.history_row(losses, figures))
+        if due:
+            parts = (
+                f"lr {rate}: loss {loss:.4f} top-1 {row['top1']:.2f}"
+                for rate, loss, row in zip(rates, losses, figures, strict=True)
+            )
+            Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
+            save()
 
 
 def protocol(args: argparse.Namespace) -> str:

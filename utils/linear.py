@@ -3,6 +3,7 @@
 B images in a batch, F feature size, C classes, L learning rates.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -169,6 +170,17 @@ def accuracy(
     if probe.heads[0].out_features <= TOP_CLASSES:
         top5 = [None] * len(top1)
     return [{"top1": one, "top5": five} for one, five in zip(top1, top5, strict=True)]
+
+
+def history_row(
+    losses: Sequence[float], figures: Sequence[dict[str, float | None]]
+) -> dict[str, list[float | None]]:
+    """One epoch of a history: loss (None where it diverged), top1 and top5 of each rate."""
+    return {
+        "loss": [loss if math.isfinite(loss) else None for loss in losses],
+        "top1": [row["top1"] for row in figures],
+        "top5": [row["top5"] for row in figures],
+    }
 
 
 def summarize(

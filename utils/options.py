@@ -53,6 +53,7 @@ def number(kind: type, *, low: float, high: float = float("inf")) -> Callable[[s
     """An argparse type: int or float from `low` to `high`; the message names flag and value."""
 
     def parse(text: str) -> Any:
+        """The number, or an error that says what is wrong with it."""
         try:
             value = kind(text)
         except ValueError:

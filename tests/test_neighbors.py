@@ -140,6 +140,17 @@ def test_many_candidates_are_read_in_slices(monkeypatch):
     assert torch.equal(whole.rows, sliced.rows)
 
 
+def test_nan_stays_in_the_loss_of_every_search():
+    """A nan that counted as "no neighbor" would give a loss of 0, at which a run goes on."""
+    queries, rows, labels = unit(2, 5) * torch.nan, unit(6, 5, seed=1), torch.tensor([0, 1])
+    near = nearest(queries, rows, k=2)
+    same = nearest_with_label(queries, rows, k=2, labels=labels, row_labels=torch.arange(6) % 2)
+    far = nearest_among(queries, rows, candidates=near, k=2, fill=near)
+    for found in (near, same, far):
+        assert found.valid.all()
+        assert mean_shift_loss(queries, rows, found).isnan()
+
+
 def test_loss_equals_squared_distance():
     queries, rows = unit(5, 7), unit(20, 7, seed=1)
     found = nearest(unit(5, 7, seed=2), rows, k=4)

@@ -1,18 +1,24 @@
 """Loading every known layout strictly, refusing the rest by name, saving atomically."""
 
 import argparse
+import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 
 from utils import checkpoint
 from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.errors import InputError
+from utils.errors import InputError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -165,30 +171,101 @@ def test_no_checkpoint(tmp_path, content):
         checkpoint.load(path, flag="--weights")
 
 
-def test_truncated_checkpoint(tmp_path):
+@pytest.fixture
+def sealed(tmp_path):
+    """A checkpoint of a few weights and its bytes."""
     path = tmp_path / "file.pth"
-    checkpoint.save(path, {"state_dict": {"a": torch.randn(1000)}})
-    whole = path.read_bytes()
-    for share in (0.3, 0.9, 0.999):
-        path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(InputError, match="not a readable checkpoint"):
+    state = {"format": checkpoint.FORMAT, "epoch": 3, "state_dict": {"a": torch.randn(500)}}
+    checkpoint.save(path, state)
+    return path, path.read_bytes()
+
+
+def test_truncated_checkpoint(sealed):
+    path, whole = sealed
+    for length in (0, 1, *(int(len(whole) * share) for share in (0.3, 0.9, 0.999)), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=f"{path}: not a readable checkpoint"):
             checkpoint.load(path, flag="--weights")
+
+
+def test_every_flipped_bit_is_found(sealed):
+    """At 300 places, and in each byte of the last 150, where archive and seal end."""
+    path, whole = sealed
+    random = np.random.default_rng(0)
+    for place in [*random.integers(0, len(whole), 300), *range(len(whole) - 150, len(whole))]:
+        data = bytearray(whole)
+        data[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=f"{path}: not a readable checkpoint"):
+            checkpoint.load(path, flag="--weights")
+    path.write_bytes(whole)
+    assert checkpoint.load(path, flag="--weights")["epoch"] == 3
+
+
+def test_flipped_bits_of_weights_in_files_of_others_are_found(tmp_path):
+    path = tmp_path / "plain.pth"
+    torch.save({"a": torch.ones(4000)}, path)
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.ones(4).numpy().tobytes())
+    data[place + 2] ^= 0x40
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(4000))
+    with pytest.raises(InputError, match="damaged: wrong checksum"):
+        checkpoint.load(path, flag="--weights")
+
+
+def test_a_checkpoint_of_ours_without_its_seal_is_refused(sealed):
+    path, _ = sealed
+    torch.save(torch.load(path, weights_only=True), path)
+    with pytest.raises(InputError, match="its seal is missing"):
+        checkpoint.load(path, flag="--weights")
+
+
+def test_a_sealed_file_is_an_ordinary_one_for_others(sealed):
+    path, _ = sealed
+    assert torch.load(path, weights_only=True)["epoch"] == 3
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
 
 
 def test_failed_save_keeps_the_old_file_and_no_temporary(tmp_path, monkeypatch):
     path = tmp_path / "file.pth"
     checkpoint.save(path, {"epoch": 1})
 
-    def disk_full(state, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
+    def disk_full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(RunError, match="file.pth could not be written: No space left on device"):
         checkpoint.save(path, {"epoch": 2})
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["file.pth"]
     assert checkpoint.load(path, flag="--resume") == {"epoch": 1}
+
+
+def test_file_size_limit_while_saving(tmp_path):
+    """The system refuses bytes in the middle of torch.save, in a process of its own."""
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from utils import checkpoint; from utils.errors import RunError\n"
+        "path = Path(sys.argv[1]); checkpoint.save(path, {'epoch': 1})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "try: checkpoint.save(path, {'a': torch.ones(1_000_000)})\n"
+        "except RunError as error: print(error)\n"
+        "print(checkpoint.load(path, flag='--resume'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "file.pth"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'file.pth'} could not be written: File too large",
+        "{'epoch': 1}",
+    ]
+    assert not done.stderr and os.listdir(tmp_path) == ["file.pth"]
 
 
 def test_sha256(tmp_path):

@@ -1,69 +1,171 @@
-"""Checkpoints: atomic save, safe and strict load, encoder weights out of any known layout.
+"""Checkpoints: atomic, sealed save; safe, strict load; encoder weights out of any known layout.
 
 A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of the method's module,
-`optimizer`, `epoch`, `args` (the run's settings), `rng_state`, `format`. The encoders' names inside
-are those of `encoders.QueryTargetEncoders` behind "encoders.". Also read: checkpoints of the
-published CMSF and MSF code, and plain torchvision state dicts. Nothing in a file is ever executed.
+`optimizer`, `epoch`, `args` (the run's settings), `format`, and what `engine` needs to go on. The
+encoders' names inside are those of `encoders.QueryTargetEncoders` behind "encoders.". Also read:
+checkpoints of the published CMSF and MSF code, and plain torchvision state dicts. Nothing in a file
+is ever executed.
+
+Every file written here is sealed: its zip archive ends in a comment with the SHA-256 of all that
+stands before it. torch.load alone lets a flipped bit through: it does not check the archive's
+checksums. For other readers the file is what torch.save writes.
 """
 
 import argparse
 import hashlib
 import os
+import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from utils.encoders import Backbone, QueryTargetEncoders
-from utils.errors import InputError
+from utils.errors import InputError, RunError
 
-FORMAT = "cmsf-1"
+FORMAT = "cmsf-2"
+
+_SEAL = b"cmsf sha256 "
+_SEAL_SIZE = len(_SEAL) + 2 * hashlib.sha256().digest_size
+_TEMPORARY = ".tmp"
 
 # Published names (after "module." of DataParallel is taken out) -> ours.
 _PUBLISHED = {"encoder_q.": "query_encoder.", "encoder_t.": "target_encoder."}
 
 
+class _Sealing:
+    """A file for torch.save to write to that hashes what passes and ends in the seal."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._held = b""  # the last two bytes: at the end the archive's length of comment, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all but the last two bytes so far."""
+        view = memoryview(data).cast("B")
+        if len(view) < 2:
+            view = memoryview(self._held + bytes(view))
+        else:
+            self._pass_on(self._held)
+        self._pass_on(view[:-2])
+        self._held = bytes(view[-2:])
+        return len(data)
+
+    def seal(self) -> None:
+        """End the archive with the comment that seals it."""
+        assert self._held == b"\0\0", "torch.save wrote no zip archive"
+        self._pass_on(_SEAL_SIZE.to_bytes(2, "little"))
+        self._file.write(_SEAL + self._digest.hexdigest().encode())
+
+    def flush(self) -> None:
+        """Nothing is kept back here that could be flushed."""
+
+    def _pass_on(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+
 def save(path: Path, state: dict) -> None:
-    """Write a checkpoint so that `path` is at any moment the old file or the whole new one.
+    """Write a sealed checkpoint so that `path` is at any moment the old file or the whole new one.
 
     The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
-    step. Whatever fails, the temporary file is gone and the error goes on.
+    step, which reaches the disk too. Whatever fails, the temporary file is gone and RunError is
+    raised; a process killed meanwhile leaves it behind (`remove_temporaries`).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            sealing = _Sealing(file)
+            torch.save(state, sealing)
+            sealing.seal()
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} could not be written: {_reason(error)}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed while it saved to this folder has left."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(path: Path) -> None:
+    """Have the names in a folder reach the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
+def _reason(error: BaseException) -> str:
+    """The system's words for what went wrong, also where torch.save has wrapped its error."""
+    while error:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        text, error = str(error), error.__cause__ or error.__context__
+    return (text.splitlines() or ["unknown"])[0]
+
+
 def load(path: str | Path, *, flag: str) -> dict:
     """Read a checkpoint on the CPU without running any code that may be in it.
 
-    flag: the user's flag that named the file, for the message. Raises InputError for a missing file
-    and for one that holds no dict of tensors and builtins (argparse.Namespace of published
-    checkpoints is the one other class that is let in).
+    flag: the user's flag that named the file, for the message. A file of ours must have its seal
+    intact, any other zip archive its checksums. Raises InputError for a missing or damaged file and
+    for one that holds no dict of tensors and builtins (argparse.Namespace of published checkpoints
+    is the one other class that is let in).
     """
+    what = f"{flag} {path}"
     if not Path(path).is_file():
-        raise InputError(f"{flag} {path}: no such file")
+        raise InputError(f"{what}: no such file")
     try:
+        sealed = _is_intact(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise about anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{flag} {path}: not a readable checkpoint ({reason})") from error
+        raise InputError(f"{what}: not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
-        raise InputError(f"{flag} {path}: not a checkpoint (holds a {type(checkpoint).__name__})")
+        raise InputError(f"{what}: not a checkpoint (holds a {type(checkpoint).__name__})")
+    if "format" in checkpoint and not sealed:
+        raise InputError(f"{what}: not a readable checkpoint (its seal is missing)")
     return checkpoint
+
+
+def _is_intact(path: str | Path) -> bool:
+    """Whether a file is sealed; ValueError if it is and the seal, or else a checksum, is wrong."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _SEAL_SIZE))
+        seal = file.read()
+        if seal.startswith(_SEAL):
+            if seal != _SEAL + _sha256_of_first(size - _SEAL_SIZE, file):
+                raise ValueError("damaged: its bytes are not those that were sealed")
+            return True
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"damaged: wrong checksum of {broken}")
+    return False
+
+
+def _sha256_of_first(count: int, file: BinaryIO) -> bytes:
+    """Hexadecimal SHA-256 of the first `count` bytes of a file."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while count > 0 and (block := file.read(min(count, 2**20))):
+        digest.update(block)
+        count -= len(block)
+    return digest.hexdigest().encode()
 
 
 def sha256(path: str | Path) -> str:

@@ -92,33 +92,38 @@ def main() -> None:
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
     check_same_classes(train, val)
     train = train.take(setup.labeled_index(args, train, file=args.train_file, flag="--train_file"))
-    ks = knn.ks_for(len(train), also=args.k)
+    knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = setup.evaluated_backbone(args)
     check_flags(args, state)
     if args.load_cache or args.save_features:
         key = setup.feature_key(args, state, train=train, val=val)
+    bad_images = setup.build_bad_images(args)
     if args.load_cache:
-        features = feature_cache.load(args.load_cache, key, flag="--load_cache")
+        features = feature_cache.load(
+            args.load_cache, key, flag="--load_cache", bad_images=bad_images
+        )
     else:
-        loaders = setup.eval_loaders(args, train, val)
+        loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
         features = feature_cache.extract(backbone.module.to(args.device), *loaders)
     if args.save_features:
-        feature_cache.save(args.save / feature_cache.NAME, key, features)
+        path = args.save / feature_cache.NAME
+        feature_cache.save(path, key, features, bad_images=bad_images.names)
+    counts = {split: len(labels) for split, (_, labels) in features.items()}
     figures = knn.knn_figures(
         *(features["train"], features["val"]),
-        ks=ks,
+        ks=knn.ks_for(counts["train"], also=args.k),
         num_classes=len(train.classes),
         temperature=args.temperature,
     )
-    print(f"{len(val)} val images among {len(train)} train images, percent")
+    print(f"{counts['val']} val images among {counts['train']} train images, percent")
     print(knn.format_table(figures))
     if args.save_acc:
         accuracies = [row["accuracy"] for row in figures.values()]
         append(args.save_acc, ",".join(map(str, [args.epoch, *accuracies])) + "\n")
     if args.save:
-        counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
+        counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
-        record |= setup.result_record(args, state, counts=counts)
+        record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
         record["seconds"] = round(time.monotonic() - start, 1)
         print(options.write_json(args.save, "knn.json", record))
 

@@ -24,6 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import checkpoint, feature_cache, linear, options, setup
+from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone
 from utils.errors import InputError, RunError
@@ -146,9 +147,10 @@ def build_data(
     val: ImageSet,
     *,
     key: dict[str, str],
+    bad_images: BadImages,
 ) -> FromImages | FromFeatures:
     """Where features come from; key: of their cache."""
-    loaders = setup.eval_loaders(args, train, val)
+    loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
         features = cached_features(args, encoder, *loaders, key=key)
         return FromFeatures(
@@ -161,6 +163,7 @@ def build_data(
         seed=args.seed,
         num_workers=args.num_workers,
         device=args.device,
+        bad_images=bad_images,
     )
     return FromImages(encoder, views, *loaders, fine_tune=args.fine_tune)
 
@@ -171,14 +174,15 @@ def cached_features(
     """The features of a cache that has this key; extracted, and kept there, where it has not."""
     folder = args.cache_dir or args.save
     path = folder and folder / feature_cache.NAME
+    bad_images = loaders[0].bad_images
     if path and path.exists():
         try:
-            return feature_cache.load(path, key, flag="--cached")
+            return feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
         except InputError as error:
             print(f"{error}: extracted anew", flush=True)
     features = feature_cache.extract(encoder, *loaders)
     if path:
-        feature_cache.save(path, key, features)
+        feature_cache.save(path, key, features, bad_images=bad_images.names)
     return features
 
 
@@ -239,11 +243,7 @@ def save_run(
     if args.fine_tune:
         weights = encoder.state_dict()
         state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
-    path = args.save / "linear.pth"
-    try:
-        checkpoint.save(path, state)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{path} could not be written: {error}") from error
+    checkpoint.save(args.save / "linear.pth", state)
 
 
 def train_probe(
@@ -344,20 +344,23 @@ def main() -> None:
     if saved and args.fine_tune:
         checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
     backbone.module.to(args.device)
-    data = build_data(args, backbone.module, train, val, key=key)
+    bad_images = setup.build_bad_images(args)
+    if saved and not args.evaluate:
+        bad_images.restore(saved.get("bad_images", []))
+    data = build_data(args, backbone.module, train, val, key=key, bad_images=bad_images)
     probe, optimizer = build_probe(
         args, backbone, data, num_classes=len(train.classes), saved=saved
     )
-    counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
     history = saved["history"] if saved else []
+    num_train = saved["num_images"] if saved else data.num_images["train"]
     if args.evaluate:
-        counts["train"], what_was_done = saved["num_images"], saved["protocol"]
+        what_was_done = saved["protocol"]
         figures = linear.accuracy(probe, *data.val())
         summary = {str(rate): row for rate, row in zip(args.lr, figures, strict=True)}
     else:
         what_was_done = protocol(args)
-        origin = {"key": key, "classes": train.classes, "num_images": len(train)}
-        origin["protocol"] = what_was_done
+        origin = {"key": key, "classes": train.classes, "num_images": num_train}
+        origin |= {"protocol": what_was_done, "bad_images": bad_images.names}
         train_probe(
             probe,
             data,
@@ -371,14 +374,15 @@ def main() -> None:
             save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
         )
         summary = linear.summarize(args.lr, history)
-    print(f"{len(val)} val images, probe trained on {counts['train']} images, percent")
+    counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
+    print(f"{counts['val']} val images, probe trained on {num_train} images, percent")
     print(linear.format_table(summary))
     if args.save:
         best = max(summary, key=lambda rate: summary[rate]["top1"])
         record = {"lr": summary, "best_lr": best}
         record |= {name: summary[best][name] for name in ("top1", "top5")}
         record |= {"epochs": len(history), "protocol": what_was_done}
-        record |= setup.result_record(args, state, counts=counts)
+        record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
         record["seconds"] = round(time.monotonic() - start, 1)
         print(options.write_json(args.save, "linear.json", record))
 

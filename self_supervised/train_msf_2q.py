@@ -25,7 +25,7 @@ from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
 from utils.meters import embedding_health
-from utils.neighbors import mean_shift_loss, nearest, nearest_among, purity
+from utils.neighbors import all_finite, mean_shift_loss, nearest, nearest_among, purity
 
 DEMO = options.DEMO | {
     "topk": 5,
@@ -63,6 +63,8 @@ class CMSF2Q(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
+            if not all_finite(q, t):
+                return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
             u, visited = self.previous.swap(batch.index, t)  # (B, D), (B,)
 
             # The targets enter the bank before the search: each is its own nearest neighbor.
@@ -115,13 +117,12 @@ def main() -> None:
         topkp=args.topkp,
     ).to(args.device)
     optimizer = setup.build_optimizer(args, model)
-    run = setup.build_run(args, model, optimizer, train=train, val=val)
 
-    for batch in run.batches(loader):
-        loss, stats = model(batch)
-        run.step(loss, stats)
-
-    run.finish("CMSF-2Q")
+    with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
+        for batch in run.batches(loader):
+            loss, stats = model(batch)
+            run.step(loss, stats)
+        run.finish("CMSF-2Q")
 
 
 if __name__ == "__main__":

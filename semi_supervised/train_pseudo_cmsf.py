@@ -29,7 +29,7 @@ from utils.features import extract_features
 from utils.loaders import Batch, EvalLoader
 from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
-from utils.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
+from utils.neighbors import all_finite, mean_shift_loss, nearest, nearest_with_label, purity
 from utils.splits import write_split_file
 
 DEMO = options.DEMO | {
@@ -89,6 +89,8 @@ class PseudoCMSF(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
+        if not all_finite(q, t):
+            return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
 
         known = self.labeled[batch.index].to(t.device)  # (B,) bool
         guess, confidence = self.head.predict(t)  # (B,), (B,)
@@ -141,7 +143,10 @@ class PseudoCMSF(nn.Module):
         if self.cache is not None:
             return self.cache.in_use("features", "label")
         features, labels = extract_features(
-            self.encoders.target_encoder, images, num_images=len(images.images)
+            self.encoders.target_encoder,
+            images,
+            num_images=len(images.images),
+            left_out=images.left_out,
         )
         device = self.bank.features.device
         return nn.functional.normalize(features, dim=1).to(device), labels.to(device)
@@ -211,18 +216,19 @@ def main() -> None:
         cache_confident=args.cache_conf_unsup,
     ).to(args.device)
     optimizer = setup.build_optimizer(args, model.encoders)
-    run = setup.build_run(args, model, optimizer, train=train, val=val)
-    write_split_file(args.checkpoint_path / "labeled.txt", train, index)
-    (labeled_images,) = setup.eval_loaders(args, train.take(index))
-
-    for batch in run.batches(loader):
-        constrained = run.epoch >= args.constraint_start
-        loss, stats = model(batch, constrained=constrained)
-        run.step(loss, stats)
-        if constrained and run.epoch_step in (run.epoch_steps // 2, run.epoch_steps):
-            run.note(train_round(model, labeled_images, args, seed=[args.seed, run.total_steps]))
-
-    run.finish("semi-supervised CMSF")
+    with setup.build_run(args, model, optimizer, loader=loader, val=val, labeled=index) as run:
+        write_split_file(args.checkpoint_path / "labeled.txt", train, index)
+        (labeled_images,) = setup.eval_loaders(
+            args, train.take(index), bad_images=loader.bad_images
+        )
+        for batch in run.batches(loader):
+            constrained = run.epoch >= args.constraint_start
+            loss, stats = model(batch, constrained=constrained)
+            run.step(loss, stats)
+            if constrained and run.epoch_step in (run.epoch_steps // 2, run.epoch_steps):
+                seed = [args.seed, run.total_steps]
+                run.note(train_round(model, labeled_images, args, seed=seed))
+        run.finish("semi-supervised CMSF")
 
 
 def train_round(

@@ -25,6 +25,7 @@ from utils.loaders import Batch
 from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
 from utils.neighbors import (
+    all_finite,
     mean_shift_loss,
     mean_shift_loss_all,
     nearest,
@@ -65,6 +66,8 @@ class SupervisedCMSF(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
+        if not all_finite(q, t):
+            return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
 
         # The targets enter the bank before the search: each is its own nearest neighbor.
         self.bank.enqueue(t, index=batch.index, label=batch.label)
@@ -109,13 +112,12 @@ def main() -> None:
         topk=None if args.topk == "all" else args.topk,
     ).to(args.device)
     optimizer = setup.build_optimizer(args, model)
-    run = setup.build_run(args, model, optimizer, train=train, val=val)
 
-    for batch in run.batches(loader):
-        loss, stats = model(batch)
-        run.step(loss, stats)
-
-    run.finish("supervised CMSF")
+    with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
+        for batch in run.batches(loader):
+            loss, stats = model(batch)
+            run.step(loss, stats)
+        run.finish("supervised CMSF")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """What a user can mend: one line that names the flag and the value, exit code 2, nothing lost."""
 
 import importlib
+import os
+import shutil
 
 import pytest
 import torch
 import torchvision
 from conftest import write_image
+
+from utils import checkpoint
 
 TRAIN = "self_supervised.train_msf_2q"
 KNN = "eval.eval_knn"
@@ -109,6 +113,90 @@ def test_checkpoints_that_do_not_fit(call_script, image_tree, tmp_path):
         call_script(train, *SMALL, *out, "--resume", plain, image_tree),
         *("--resume", "not a run of this repository"),
     )
+
+
+class RunsCode:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        (TRAIN, "--weights"),
+        (TRAIN, "--resume"),
+        ("supervised.train_sup_msf", "--resume"),
+        ("semi_supervised.train_pseudo_cmsf", "--weights"),
+        (KNN, "--weights"),
+        (KNN, "--load_cache"),
+        ("eval.eval_linear", "--weights"),
+        ("eval.eval_linear", "--resume"),
+        ("eval.eval_linear", "--cached"),
+    ],
+)
+def test_no_path_that_loads_runs_code(call_script, image_tree, tmp_path, name, flag, sealed):
+    trace, path = tmp_path / "was_run", tmp_path / "features.pth"
+    state = {"state_dict": {"a": torch.zeros(1)}, "opt": RunsCode(trace)}
+    checkpoint.save(path, state) if sealed else torch.save(state, path)
+    small = ("--image_size", 16, "--batch_size", 8)
+    flags = (*small, flag) if flag == "--cached" else (*small, flag, path)
+    if "train" in name:
+        flags = (*SMALL, "--knn_freq", -1, "--checkpoint_path", tmp_path / "out", *flags)
+        flags += ("--label_fraction", 0.5) if "semi" in name else ()
+    elif flag != "--weights":
+        flags = (*flags, "--weights", "pixels")
+    if flag == "--cached":  # a cache that cannot be read is made anew
+        code, out, _ = call_script(
+            importlib.import_module(name),
+            *flags,
+            "--cache_dir",
+            tmp_path,
+            "--epochs",
+            1,
+            image_tree,
+        )
+        assert code == 0 and f"{path}: not a readable checkpoint" in out
+    else:
+        result = call_script(importlib.import_module(name), *flags, image_tree)
+        assert_refused(result, flag, f"{path}: not a readable checkpoint")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--batch_size", 6), "--batch_size 8, not 6"),
+        (("--mem_bank_size", 30), "--mem_bank_size 20, not 30"),
+        (("--seed", 1), "--seed 0, not 1"),
+        (("--small_stem", "--arch", "resnet18", "--image_size", 32), "--arch conv4, not resnet18"),
+        (("--topk", 2, "--learning_rate", 1), "--learning_rate 0.01, not 1.0; "),
+        (("other images",), "other training images or classes"),
+        (("--epochs", 3, "--num_workers", 1, "--save_freq", 1), None),
+    ],
+)
+def test_resuming_as_another_experiment(call_script, image_tree, tmp_path, change, words):
+    train, out = importlib.import_module(TRAIN), tmp_path / "out"
+    flags = (*SMALL, "--knn_freq", -1, "--num_workers", 0, "--epochs", 2, "--checkpoint_path", out)
+    flags += ("--topkp", 5)
+    assert call_script(train, *flags, "--save_freq", 1, image_tree)[0] == 0
+    (out / "ckpt_epoch_2.pth").unlink()
+    if change == ("other images",):
+        tree = tmp_path / "tree"
+        shutil.copytree(image_tree, tree)
+        (tree / "train" / "a" / "0.jpg").rename(tree / "train" / "b" / "new.jpg")
+        change, image_tree = (), tree
+    result = call_script(train, *flags, "--resume", "auto", *change, image_tree)
+    if words is None:
+        assert result[0] == 0 and (out / "ckpt_epoch_3.pth").exists()
+    else:
+        assert_refused(result, f"--resume {out}/ckpt_epoch_1.pth", words, "--resume_anyway")
+        assert sorted(path.name for path in out.iterdir()) == ["ckpt_epoch_1.pth", "log.jsonl"]
 
 
 def test_no_traceback_from_a_real_process(run_script, image_tree, tmp_path):

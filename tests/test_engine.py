@@ -1,13 +1,17 @@
 """`Run`: order of what it does, stopping, warnings, what it keeps and what it moves aside."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 
+from utils import checkpoint
+from utils.bad_images import BadImages
 from utils.engine import Run
-from utils.errors import InputError, RunError
+from utils.errors import InputError, Interrupted, RunError
 
 
 class Method(nn.Module):
@@ -35,14 +39,17 @@ class Loader:
 
     batch_size = 2
 
-    def __init__(self, values=None):
+    def __init__(self, values=None, *, after=None):
         self.values = values or {}
+        self.after = after or {}  # (epoch, step) -> what happens before the batch comes
+        self.bad_images = BadImages()
 
     def __len__(self):
         return 4
 
-    def epoch(self, epoch):
-        for step in range(1, 5):
+    def epoch(self, epoch, *, start=0):
+        for step in range(start + 1, 5):
+            self.after.get((epoch, step), lambda: None)()
             yield OneBatch(self.values.get((epoch, step), 1.0), [epoch, step])
 
 
@@ -58,9 +65,15 @@ def make_run(folder, *, model=None, **options):
 
 
 def train(run, loader=None):
-    for batch in run.batches(loader or Loader()):
-        loss, stats = run.model(batch)
-        run.step(loss, stats)
+    with run:
+        for batch in run.batches(loader or Loader()):
+            loss, stats = run.model(batch)
+            run.step(loss, stats)
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*.pth"))
 
 
 def log(folder):
@@ -85,11 +98,14 @@ def test_learning_rate_steps_and_places(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
     run = make_run(tmp_path, save_freq=1)
     seen = []
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RunError) as error, run:
         for batch in run.batches(Loader({(2, 3): bad})):
             loss, stats = run.model(batch)
             seen.append(run.model.weight.item())
             run.step(loss, stats)
+    line = log(tmp_path)[-1]
+    assert (line["epoch"], line["step"], line["lr"], line["images"]) == (2, 3, 0.05, [2, 3])
+    assert line["error"] == f"loss {bad}"
     assert run.model.weight.item() == seen[-1]
     for words in ("epoch 2, step 3", "learning rate 0.05", "images [2, 3]", "ckpt_epoch_1.pth"):
         assert words in str(error.value)
@@ -134,8 +150,8 @@ def test_debug_makes_two_short_epochs(tmp_path):
         def __len__(self):
             return 1000
 
-        def epoch(self, epoch):
-            for step in range(1000):
+        def epoch(self, epoch, *, start=0):
+            for step in range(start, 1000):
                 yield OneBatch(1.0, [step])
 
     run = make_run(tmp_path, debug=True)
@@ -155,15 +171,17 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
     assert [line["epoch"] for line in log(tmp_path)] == [1]
 
 
-def test_resuming_keeps_the_run_in_its_own_folder(tmp_path, capsys):
+def test_resuming_keeps_the_run_in_its_own_folder(tmp_path):
     train(make_run(tmp_path, epochs=4, save_freq=1))
     path = tmp_path / "ckpt_epoch_2.pth"
+    later = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)[2:]}
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 4, "half wri')  # as kill -9 leaves it
-    train(make_run(tmp_path, epochs=4, save_freq=1, resume=str(path), settings={"seed": 1}))
+    train(make_run(tmp_path, epochs=4, save_freq=1, resume=str(path)))
     assert [line["epoch"] for line in log(tmp_path)] == [1, 2, 3, 4]
-    assert not list(tmp_path.glob("earlier_*"))
-    assert "--seed was 0" in capsys.readouterr().out
+    aside = tmp_path / "earlier_1"  # what the resumed run makes again
+    assert {name: (aside / name).read_bytes() for name in names(aside)} == later
+    assert not (tmp_path / "earlier_2").exists()
 
 
 def test_resuming_into_another_folder_does_not_touch_the_run_there(tmp_path):
@@ -191,10 +209,176 @@ def test_what_cannot_be_resumed(tmp_path, change, words):
     train(make_run(tmp_path, epochs=1))
     path = tmp_path / "ckpt_epoch_1.pth"
     state = torch.load(path, weights_only=True) | change
-    torch.save(state, tmp_path / "changed.pth")
+    checkpoint.save(tmp_path / "changed.pth", state)
     with pytest.raises(InputError, match=words) as error:
         make_run(tmp_path, resume=str(tmp_path / "changed.pth"))
     assert "--resume" in str(error.value)
+    assert path.exists() and len(log(tmp_path)) == 1  # nothing was touched
+
+
+@pytest.mark.parametrize(
+    ("flag", "before", "now", "refused"),
+    [
+        ("batch_size", 8, 16, True),
+        ("seed", 0, 1, True),
+        ("topk", 5, "all", True),
+        ("lr_decay_epochs", [90, 120], [90], True),
+        ("epochs", 2, 1, True),
+        ("epochs", 2, 3, False),
+        ("num_workers", 0, 4, False),
+        ("save_freq", 10, 1, False),
+        ("data", "/here", "/there", False),
+    ],
+)
+def test_flags_that_make_another_experiment_are_refused(
+    tmp_path, capsys, flag, before, now, refused
+):
+    train(make_run(tmp_path, epochs=2, save_freq=1, settings={"cos": True, flag: before}))
+    again = {"settings": {"cos": True, flag: now}, "resume": str(tmp_path / "ckpt_epoch_1.pth")}
+    if not refused:
+        make_run(tmp_path, **again)
+        return
+    with pytest.raises(InputError) as error:
+        make_run(tmp_path, **again)
+    assert f"--{flag} {before}, not {now} (to go on all the same: --resume_anyway)" in str(
+        error.value
+    )
+    assert names(tmp_path) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
+    make_run(tmp_path, **again, resume_anyway=True)
+    assert f"--{flag} {before}, not {now}" in capsys.readouterr().out
+
+
+def test_other_images_are_refused(tmp_path):
+    train(make_run(tmp_path, epochs=1, data={"images": "abc", "labels": "d"}))
+    path = str(tmp_path / "ckpt_epoch_1.pth")
+    make_run(tmp_path, data={"images": "abc", "labels": "d"}, resume=path)
+    with pytest.raises(InputError, match="a run with other labels "):
+        make_run(tmp_path, data={"images": "abc", "labels": "e"}, resume=path)
+
+
+def test_auto_starts_goes_on_and_ends(tmp_path, capsys):
+    """The same command again and again, as a queue would start it."""
+    train(make_run(tmp_path, epochs=2, save_freq=1, resume="auto"))
+    assert "no checkpoint" in capsys.readouterr().out
+    figures = {1: {"accuracy": 50.0}}
+    run = train(make_run(tmp_path, epochs=3, resume="auto", evaluate=lambda: figures))
+    assert "resumed after epoch 2 from" in capsys.readouterr().out
+    weight = run.model.weight.item()
+    # It is finished: nothing is trained or measured again, the result is there all the same.
+    run = train(make_run(tmp_path, epochs=3, resume="auto", evaluate=lambda: 1 / 0))
+    assert run.knn == figures and run.model.weight.item() == weight
+    run.finish("x")
+    assert not list(tmp_path.glob("earlier_*"))
+
+
+def test_auto_falls_back_from_a_damaged_checkpoint(tmp_path, capsys):
+    train(make_run(tmp_path, epochs=2, save_freq=1))
+    newest = tmp_path / "ckpt_epoch_2.pth"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    run = make_run(tmp_path, epochs=3, resume="auto")
+    said = capsys.readouterr().out
+    assert str(newest) in said and "ckpt_epoch_1.pth" in said
+    assert (run.epoch, run.epoch_step) == (1, 0)
+    assert (tmp_path / "earlier_1" / newest.name).exists()
+    (tmp_path / "ckpt_epoch_1.pth").write_bytes(b"")
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        make_run(tmp_path, resume="auto")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_run_saved_within_an_epoch_goes_on_there(tmp_path, step):
+    """The learning rate, the sums of the log and the place are those of an undisturbed run."""
+    values = {(2, s): float(s) for s in (1, 2, 3, 4)}
+    figures = {1: {"accuracy": 50.0}}
+    options = {"print_freq": 4, "knn_freq": 1, "evaluate": lambda: figures}
+    whole = train(make_run(tmp_path / "whole", **options), Loader(values))
+    broken = Loader(values, after={(2, step): lambda: os.kill(os.getpid(), signal.SIGUSR1)})
+    with pytest.raises(Interrupted, match=f"SIGUSR1 after epoch 2, step {step}: saved ") as stop:
+        train(make_run(tmp_path / "broken", **options), broken)
+    assert stop.value.exit_code == 75
+    run = train(make_run(tmp_path / "broken", **options, resume="auto"), Loader(values))
+    assert torch.equal(run.model.weight, whole.model.weight)
+
+    def without_times(line):
+        return {k: v for k, v in line.items() if k not in ("seconds", "images_per_s")}
+
+    lines = [list(map(without_times, log(tmp_path / name))) for name in ("whole", "broken")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)]
+)
+def test_signals_save_and_stop(tmp_path, name, code):
+    loader = Loader(after={(1, 2): lambda: os.kill(os.getpid(), getattr(signal, name))})
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted, match=f"{name} after epoch 1, step 2") as stop:
+        train(make_run(tmp_path), loader)
+    assert stop.value.exit_code == code
+    assert names(tmp_path) == ["ckpt_epoch_1_step_2.pth"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_run(tmp_path), Loader(after={(1, 2): twice}))
+
+
+@pytest.mark.parametrize("save_freq", [1, 10])
+def test_a_signal_breaks_an_evaluation_off(tmp_path, save_freq):
+    def evaluate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    options = {"save_freq": save_freq, "knn_freq": 1}
+    with pytest.raises(Interrupted, match="after epoch 1, step 4"):
+        train(make_run(tmp_path, evaluate=evaluate, **options))
+    figures = {1: {"accuracy": 50.0}}
+    train(make_run(tmp_path, evaluate=lambda: figures, resume="auto", **options))
+    assert [line["epoch"] for line in log(tmp_path) if "knn" in line] == [1, 2, 3]
+
+
+def test_saves_within_an_epoch_by_time(tmp_path, monkeypatch):
+    """A step takes a minute."""
+    clock = iter(range(0, 10**6, 60))
+    minute = {(e, s): lambda: now.append(next(clock)) for e in (1, 2, 3) for s in (1, 2, 3, 4)}
+    now = [next(clock)]
+    monkeypatch.setattr("utils.engine.time.monotonic", lambda: now[-1])
+    saved = []
+    run = make_run(tmp_path, save_minutes=3, save_freq=2)
+    path = tmp_path / "x"
+    monkeypatch.setattr(run._files, "save_step", lambda *state: saved.append(state) or path)
+    train(run, Loader(after=minute))
+    # Minutes 3 and 6; at 8 the epoch's own; 11, and at 12 the last epoch's.
+    assert [(state["epoch"], state["step"]) for state, _ in saved] == [(1, 3), (2, 2), (3, 3)]
+    assert names(tmp_path) == ["ckpt_epoch_2.pth", "ckpt_epoch_3.pth"]
+    never = make_run(tmp_path / "never", save_minutes=0)
+    train(never, Loader(after=minute))
+    assert names(never.folder) == ["ckpt_epoch_3.pth"]
+
+
+def test_errors_name_the_last_checkpoint(tmp_path):
+    """Also those that come from the loader, a dead worker's among them."""
+
+    def fail(error):
+        raise error
+
+    text = "DataLoader worker (pid 12) is killed by signal: Killed. "
+    for number, error in enumerate((InputError("bad file"), RunError("x"), RuntimeError(text))):
+        folder = tmp_path / str(number)
+        loader = Loader(after={(2, 2): lambda error=error: fail(error)})
+        with pytest.raises((InputError, RunError)) as raised:
+            train(make_run(folder, save_freq=1), loader)
+        assert f"last checkpoint: {folder}/ckpt_epoch_1.pth (--resume auto)" in str(raised.value)
+        with pytest.raises((InputError, RunError), match="last checkpoint: none yet"):
+            loader = Loader(after={(1, 1): lambda error=error: fail(error)})
+            train(make_run(tmp_path / f"{number}b"), loader)
+    with pytest.raises(RuntimeError, match="another"):
+        train(make_run(tmp_path), Loader(after={(1, 1): lambda: fail(RuntimeError("another"))}))
 
 
 def test_finish_prints_the_comparison(tmp_path, capsys):

@@ -27,6 +27,21 @@ def test_missing_and_repeated_images_are_an_error(visits):
         extract_features(nn.Flatten(), batches(*visits), num_images=3)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_rows_of_images_left_out_are_taken_out(monkeypatch, chunk):
+    monkeypatch.setattr("utils.features._CHUNK", chunk)
+    visits = batches([5, 1], [3, 2, 7])
+    rows, labels = extract_features(nn.Flatten(), visits, num_images=8, left_out={0, 4, 6})
+    assert rows[:, 0].tolist() == [1, 2, 3, 5, 7]
+    assert labels.tolist() == [10, 20, 30, 50, 70]
+
+
+def test_only_the_images_left_out_may_be_missing():
+    for left_out in (set(), {0}, {1, 2}):
+        with pytest.raises(RuntimeError, match="of 3 images not visited exactly once"):
+            extract_features(nn.Flatten(), batches([0, 2]), num_images=3, left_out=left_out)
+
+
 def test_eval_mode_inside_and_mode_restored():
     module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))
     extract_features(module, batches([0, 1], [2, 3]), num_images=4)

@@ -57,10 +57,38 @@ def test_log_writes_json_lines_without_nan(tmp_path, capsys):
     assert capsys.readouterr().out == "plain\n"
 
 
-def test_resumed_log_keeps_earlier_epochs_only(tmp_path):
+def test_resumed_log_keeps_what_was_before(tmp_path):
     log = Log(tmp_path / "log.jsonl")
-    log.keep_until(3)  # nothing there yet
-    for epoch in (1, 2, 3):
-        log.write({"epoch": epoch})
-    log.keep_until(2)
-    assert [json.loads(line)["epoch"] for line in log.path.open()] == [1, 2]
+    log.resume(3, None, seconds=5)  # nothing there yet
+    for epoch, step in ((1, 2), (1, 4), (2, 2), (2, 4)):
+        log.write({"epoch": epoch, "step": step})
+    with log.path.open("a") as file:
+        file.write('{"epoch": 1, "st')  # as kill -9 leaves it
+    log.resume(2, 2, seconds=100)
+    lines = [json.loads(line) for line in log.path.open()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 2), (1, 4), (2, 2)]
+    assert 5 <= lines[0]["seconds"] < 20 and log.seconds >= 100
+    log.resume(1, None, seconds=0)
+    assert len(log.path.read_text().splitlines()) == 2
+
+
+def test_find_the_entry_of_an_epoch(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.write({"epoch": 1, "step": 4})
+    log.write({"epoch": 1, "step": 4, "knn": {"1": 3.0}})
+    assert log.find("knn", epoch=1) == {"1": 3.0}
+    assert log.find("knn", epoch=2) is None
+
+
+def test_means_go_on_from_their_state():
+    whole, first, second = Means(), Means(), Means()
+    values = torch.tensor([1.0, 5.0, float("nan"), 3.0])
+    for value in values:
+        whole.add({"a": value})
+    for value in values[:2]:
+        first.add({"a": value})
+    second.restore(first.state())
+    for value in values[2:]:
+        second.add({"a": value})
+    assert first.count == 2 and second.count == 4
+    assert second.read() == whole.read() == {"a": 3.0}

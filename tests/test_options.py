@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
 import pytest
@@ -94,6 +96,11 @@ def test_devices():
         (InputError("--topk 0: too few"), 2, "error: --topk 0: too few"),
         (RunError("the loss is nan"), 1, "error: the loss is nan"),
         (RuntimeError("[enforce fail] can't allocate memory: you tried 9 bytes\nmore"), 1, "alloc"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "--num_workers",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -122,3 +129,15 @@ def test_write_json(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--save"):
         options.write_json(tmp_path / "file", "x.json", {})
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_ends_a_script_in_one_line(monkeypatch, capsys, name):
+    """While it has nothing to save; what other code had set is as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["dir/script.py"])
+    with pytest.raises(SystemExit) as stop:
+        options.run_script(lambda: os.kill(os.getpid(), getattr(signal, name)))
+    assert stop.value.code == 75
+    assert capsys.readouterr().err == f"script.py: stopped by {name}\n"
+    assert signal.getsignal(signal.SIGTERM) == before

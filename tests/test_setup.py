@@ -70,6 +70,19 @@ def test_loader_follows_its_flags(args):
     assert torch.equal(one.target_view, two.target_view)
 
 
+def test_every_loader_does_about_broken_images_what_the_flags_say(args):
+    given = args(*TINY, "--bad_images", "skip", "--max_bad_images", 7, "--num_workers", 0)
+    train, val = setup.read_training_data(given)
+    bad_images = setup.build_loader(given, train).bad_images
+    assert (bad_images.skip, bad_images.most) == (True, 7)
+    alone, other = setup.eval_loaders(given, train, val)
+    assert alone.bad_images is other.bad_images and alone.bad_images.most == 7
+    (shared,) = setup.eval_loaders(given, val, bad_images=bad_images)
+    assert shared.bad_images is bad_images
+    plain = setup.build_loader(args(*TINY, "--num_workers", 0), train).bad_images
+    assert (plain.skip, plain.most, plain.names) == (False, 100, [])
+
+
 def test_a_batch_of_one_is_refused(args):
     with pytest.raises(InputError, match="--batch_size 1"):
         setup.check_bank(args(*TINY, "--batch_size", 1))

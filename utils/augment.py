@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 CROP_ATTEMPTS = 10
+_LONGEST = 64  # times the shorter side: what `center_crop` resizes at most
 
 
 class Draw(IntEnum):
@@ -164,8 +165,13 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     image: (3, H, W) uint8. The shorter side becomes size * 256 / 224. Within one gray level of
     torchvision's Resize and CenterCrop.
     """
+    short, side = min(image.shape[1:]), round(size * 256 / 224)
+    # A strip, as out of a damaged header, would grow to gigabytes: its ends are cut off before.
+    for axis in (1, 2):
+        if (length := image.shape[axis]) > _LONGEST * short:
+            start = (length - _LONGEST * short) // 2
+            image = image.narrow(axis, start, _LONGEST * short)
     height, width = image.shape[1:]
-    short, side = min(height, width), round(size * 256 / 224)
     image = _resize(image, (side * height // short, side * width // short))
     top, left = (round((length - size) / 2) for length in image.shape[1:])
     return image[:, top : top + size, left : left + size].contiguous()

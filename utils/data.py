@@ -3,6 +3,7 @@
 The views and batches made of them are in `loaders`.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -39,6 +40,13 @@ class ImageSet:
     def path(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self.root, self.name(index))
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of names, labels and classes, in order; no file is touched."""
+        digest = hashlib.sha256(repr((self.classes, self._paths.dtype.str)).encode())
+        digest.update(self._paths.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
     def take(self, index: np.ndarray) -> "ImageSet":
         """Only the images of these numbers (n,), in this order, with their labels and classes."""

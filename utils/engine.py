@@ -3,43 +3,60 @@
 It owns epochs, learning rate, stopping, logging, evaluation, saving and resuming, and knows nothing
 of the method. A script iterates over it:
 
-    for batch in run.batches(loader):
-        loss, stats = model(batch)
-        run.step(loss, stats)
+    with Run(model, optimizer, ...) as run:
+        for batch in run.batches(loader):
+            loss, stats = model(batch)
+            run.step(loss, stats)
 """
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.errors import InputError, RunError
+from utils.errors import InputError, Interrupted, RunError
 from utils.knn import format_comparison
 from utils.loaders import Batch, TwoViewLoader
+from utils.memory_bank import PreviousEmbeddings
 from utils.meters import Log, Means
+from utils.run_folder import RunFolder
+from utils.stop_signals import Stopped, StopSignals
+from utils.workers import worker_failure
 
 # Below these the embeddings hardly tell images apart, however low the loss is.
 _LOW_SPREAD = 0.1
 _LOW_RANK = 5.0
 
-# Flags that a resumed run may have otherwise without becoming another experiment.
-_MAY_DIFFER = {"resume", "checkpoint_path", "num_workers", "print_freq", "save_freq", "knn_freq"}
+# Flags that a resumed run may have otherwise without becoming another experiment. The images are
+# compared by what they are, not by where they lie; --epochs may grow.
+_MAY_DIFFER = {
+    *("data", "demo", "device", "deterministic", "num_workers", "checkpoint_path", "weights"),
+    *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
+    *("bad_images", "max_bad_images"),
+}
 
 
 class Run:
-    """A training run in a folder: `log.jsonl` and `ckpt_epoch_N.pth`.
+    """A training run in a folder: `log.jsonl` and the checkpoints of `run_folder`.
 
     model: the method's module; `forward(batch)` returns a loss and a dict of scalar tensors,
     `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them.
     learning_rate: epoch (from 1) -> rate. evaluate: returns k-NN figures, called every `knn_freq`
     epochs (0: only after the last; -1: never). settings: the flags, kept in every checkpoint.
-    resume: a checkpoint to continue after; without one, the files of an earlier run in the folder
-    are moved aside, never overwritten. debug: two epochs of five steps.
+    data: digests by name of what is trained on, compared when resuming. save_freq: epochs between
+    checkpoints for good; save_minutes: minutes after which the next step saves (0: none within an
+    epoch). resume: a checkpoint to continue after, or "auto": the newest whole one of the folder,
+    if there is one. Otherwise the files of an earlier run in the folder are moved aside, never
+    overwritten. resume_anyway: also with flags or data that make it another experiment. debug: two
+    epochs of five steps.
     """
 
     def __init__(
@@ -51,70 +68,106 @@ class Run:
         epochs: int,
         learning_rate: Callable[[int], float],
         settings: dict,
+        data: dict[str, str] | None = None,
         print_freq: int = 100,
         save_freq: int = 10,
+        save_minutes: float = 10,
         knn_freq: int = 0,
         evaluate: Callable[[], dict] | None = None,
         compare_with: dict[str, dict] | None = None,
         resume: str | None = None,
+        resume_anyway: bool = False,
         debug: bool = False,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.folder = Path(folder)
         self.epochs = min(epochs, 2) if debug else epochs
         self.max_steps = 5 if debug else sys.maxsize
-        self.settings = settings
+        self.settings, self.data = settings, data or {}
         self.print_freq, self.save_freq, self.knn_freq = print_freq, save_freq, knn_freq
+        self.save_minutes = save_minutes
         self.knn: dict | None = None
-        self.epoch, self.epoch_step, self.epoch_steps, self.total_steps = 0, 0, 0, 0
+        self.epoch, self.epoch_step, self.epoch_steps, self.total_steps = 1, 0, 0, 0
         self._learning_rate, self._evaluate = learning_rate, evaluate
         self._compare_with = compare_with or {}
-        self._start = time.monotonic()
+        self._start = self._saved_at = time.monotonic()
+        self._interval_start, self._interval_steps = self._start, 0
         self._means = Means()
         self._batch: Batch | None = None
-        self._make_folder()
-        self.log = Log(self.folder / "log.jsonl")
-        if not resume or Path(resume).resolve().parent != self.folder.resolve():
-            self._move_earlier_run()
-        if resume:
-            self._resume(resume)
+        self._loader: TwoViewLoader | None = None
+        self._bad_images: list[str] = []  # of a run that is resumed
+        self._signals = StopSignals()
+        self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
+        self._files = RunFolder(self.folder, say=Log.say)
+        self.log = Log(self._files.log)
+        self._last_saved: Path | None = None
+        self._epoch_ended = False  # all that is left of `epoch` is to evaluate
+        self._begin(resume, anyway=resume_anyway)
+
+    def __enter__(self) -> "Run":
+        """From here on the run stops for signals, and errors say what is kept."""
+        self._signals.install()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Add to an error that ends the run where the last checkpoint is."""
+        self._signals.restore()
+        if isinstance(error, RuntimeError) and (reason := worker_failure(error)):
+            error = RunError(reason)
+        if isinstance(error, (RunError, InputError)):
+            kept = f"{self._last_saved} (--resume auto)" if self._last_saved else "none yet"
+            raise type(error)(f"{error}; last checkpoint: {kept}") from None
 
     def batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
         """Yield every remaining batch of every remaining epoch; each must be followed by `step`.
 
-        `epoch` and `epoch_step` count from 1; an epoch has `epoch_steps`.
+        `epoch` and `epoch_step` count from 1; an epoch has `epoch_steps`. When the loop's body is
+        done with a batch, the run may save, or stop for a signal (`Interrupted`).
         """
-        for epoch in range(self.epoch + 1, self.epochs + 1):
-            self.epoch = epoch
+        self._loader = loader
+        loader.bad_images.restore(self._bad_images)
+        self.epoch_steps = min(len(loader), self.max_steps)
+        while self.epoch <= self.epochs:
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(epoch)
+                group["lr"] = self._learning_rate(self.epoch)
             self._interval_start = time.monotonic()
-            yield from self._epoch_batches(loader, min(len(loader), self.max_steps))
+            if self.epoch_step < self.epoch_steps and not self._epoch_ended:
+                yield from self._epoch_batches(loader)
             self._end_epoch()
+            self.epoch, self.epoch_step, self._epoch_ended = self.epoch + 1, 0, False
 
-    def _epoch_batches(self, loader: TwoViewLoader, steps: int) -> Iterator[Batch]:
+    def _epoch_batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
+        """The batches of an epoch that are left."""
+        start = self.epoch_step
         bar = tqdm(
-            total=steps, desc=f"epoch {self.epoch}/{self.epochs}", disable=not sys.stderr.isatty()
+            desc=f"epoch {self.epoch}/{self.epochs}",
+            total=self.epoch_steps,
+            initial=start,
+            disable=not sys.stderr.isatty(),
         )
         with bar:
-            for step, batch in enumerate(loader.epoch(self.epoch), 1):
-                self.epoch_step, self.epoch_steps, self._batch = step, steps, batch
-                self.total_steps = (self.epoch - 1) * steps + step
+            for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
+                self.epoch_step, self._batch = step, batch
+                self.total_steps = (self.epoch - 1) * self.epoch_steps + step
                 yield batch
                 bar.update()
-                if step % self.print_freq == 0 or step == steps:
+                if step % self.print_freq == 0 or step == self.epoch_steps:
                     self._report(loader.batch_size)
-                if step == steps:
+                self._save_if_due()
+                if step == self.epoch_steps:
                     return
 
     def step(self, loss: Tensor, stats: dict[str, Tensor]) -> None:
         """Backward pass and update; RunError before either if the loss is not finite."""
         if not torch.isfinite(loss):  # a sync point on a GPU
-            raise RunError(self._not_finite(loss.item()))
+            self._stop_for(loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         self._means.add({"loss": loss, **stats})
+        self._interval_steps += 1
 
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
@@ -128,24 +181,24 @@ class Run:
             self.log.say("\nk-NN accuracy on the val images, percent")
             self.log.say(format_comparison(self._compare_with | {name: self.knn}))
         seconds = time.monotonic() - self._start
-        self.log.say(f"\n{self._path(self.epochs)} after {seconds:.0f} s")
+        self.log.say(f"\n{self._files.epoch_path(self.epochs)} after {seconds:.0f} s")
 
-    def _not_finite(self, loss: float) -> str:
-        saved = sorted(self.folder.glob("ckpt_epoch_*.pth"), key=lambda path: path.stat().st_mtime)
-        return (
+    def _stop_for(self, loss: float) -> NoReturn:
+        rate, images = self.optimizer.param_groups[0]["lr"], self._batch.index.tolist()
+        place = {"epoch": self.epoch, "step": self.epoch_step}
+        self.log.write(place | {"error": f"loss {loss}", "lr": rate, "images": images})
+        raise RunError(
             f"the loss is {loss} in epoch {self.epoch}, step {self.epoch_step}, learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.4g}, images {self._batch.index.tolist()}; "
-            f"last checkpoint: {saved[-1] if saved else 'none yet'}; try a lower --learning_rate"
+            f"{rate:.4g}, images {images}; try a lower --learning_rate"
         )
 
     def _report(self, batch_size: int) -> None:
         """One line in the log and on the console for the steps since the last one."""
-        steps = self._means.count
         figures = self._means.read()
         seconds = time.monotonic() - self._interval_start
         figures |= {name: float(value) for name, value in self.model.diagnostics().items()}
         figures["lr"] = self.optimizer.param_groups[0]["lr"]
-        figures["images_per_s"] = round(steps * batch_size / seconds, 1)
+        figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
         warning = self._warning(figures)
         record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
         self.log.write(record | ({"warning": warning} if warning else {}))
@@ -153,7 +206,7 @@ class Run:
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
         if warning:
             self.log.say(f"WARNING {warning}")
-        self._interval_start = time.monotonic()
+        self._interval_start, self._interval_steps = time.monotonic(), 0
 
     def _warning(self, figures: dict[str, float]) -> str | None:
         """What is wrong with the embeddings, if anything: this family fails with a low loss."""
@@ -168,79 +221,139 @@ class Run:
             )
         return None
 
+    def _save_if_due(self) -> None:
+        """Between two steps: save and stop for a signal, or save once --save_minutes are over."""
+        if self._signals.received:
+            self._save_and_stop()
+        at_end = self.epoch_step == self.epoch_steps
+        due = 0 < self.save_minutes <= (time.monotonic() - self._saved_at) / 60
+        if due and not (at_end and self._epoch_is_saved()):
+            self._save_step()
+
+    def _epoch_is_saved(self) -> bool:
+        """Whether this epoch's end has a checkpoint."""
+        return self.epoch == self.epochs or self.epoch % self.save_freq == 0
+
     def _end_epoch(self) -> None:
-        last = self.epoch == self.epochs
-        if last or self.epoch % self.save_freq == 0:
-            self._save()
+        """Save and evaluate as far as due after an epoch; not again what was done before."""
+        if self._epoch_is_saved() and not self._epoch_ended:
+            self._epoch_ended = True
+            self._last_saved = self._files.save_epoch(self._state())
+            self._saved_at = time.monotonic()
         due = self.knn_freq > 0 and self.epoch % self.knn_freq == 0
-        if self._evaluate and self.knn_freq >= 0 and (last or due):
-            self.knn = self._evaluate()
-            self.log.write({"epoch": self.epoch, "step": self.epoch_step, "knn": self.knn})
-            text = "  ".join(f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
-            self.log.say(f"epoch {self.epoch}/{self.epochs}  {text}")
+        if self._evaluate and self.knn_freq >= 0 and (due or self.epoch == self.epochs):
+            self._measure_knn()
 
-    def _path(self, epoch: int) -> Path:
-        return self.folder / f"ckpt_epoch_{epoch}.pth"
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "log.jsonl").open("a").close()
-        except OSError as error:
-            raise InputError(f"--checkpoint_path {self.folder}: {error.strerror}") from error
-
-    def _move_earlier_run(self) -> None:
-        """Put the files of a finished or broken-off run into `earlier_N`."""
-        earlier = [*self.folder.glob("ckpt_epoch_*.pth"), self.log.path]
-        if earlier == [self.log.path] and not self.log.path.stat().st_size:
+    def _measure_knn(self) -> None:
+        """k-NN figures of this epoch, from the log if they are there; a signal breaks them off."""
+        if logged := self.log.find("knn", epoch=self.epoch):
+            self.knn = {int(k): figures for k, figures in logged.items()}
             return
-        number = 1
-        while (aside := self.folder / f"earlier_{number}").exists():
-            number += 1
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        self.log.say(f"an earlier run was in {self.folder}: moved to {aside}")
+        try:
+            with self._signals.heeded_at_once():
+                self.knn = self._evaluate()
+        except Stopped:
+            self._save_and_stop()
+        self.log.write({"epoch": self.epoch, "step": self.epoch_steps, "knn": self.knn})
+        text = "  ".join(f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
+        self.log.say(f"epoch {self.epoch}/{self.epochs}  {text}")
 
-    def _save(self) -> None:
-        state = {
+    def _save_step(self) -> None:
+        self._last_saved = self._files.save_step(self._state(), self._stores)
+        self._saved_at = time.monotonic()
+
+    def _save_and_stop(self) -> NoReturn:
+        if not self._epoch_ended:
+            self._save_step()
+        name, interrupted = self._signals.received.name, self._signals.received == signal.SIGINT
+        raise Interrupted(
+            f"{name} after epoch {self.epoch}, step {self.epoch_step}: saved {self._last_saved}; "
+            f"the same command with --resume auto goes on",
+            exit_code=130 if interrupted else 75,
+        )
+
+    def _state(self) -> dict:
+        """All that decides how the run goes on, as of now."""
+        rng_state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            rng_state["cuda"] = torch.cuda.get_rng_state()
+        return {
             "format": checkpoint.FORMAT,
             "method": type(self.model).__name__,
             "epoch": self.epoch,
+            "step": None if self._epoch_ended else self.epoch_step,
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng_state": torch.get_rng_state(),
+            "rng_state": rng_state,
+            "means": self._means.state(),
+            "bad_images": self._loader.bad_images.names,
+            "seconds": self.log.seconds,
+            "data": self.data,
             "args": self.settings,
         }
-        try:
-            checkpoint.save(self._path(self.epoch), state)
-        except (OSError, RuntimeError) as error:
-            raise RunError(f"{self._path(self.epoch)} could not be written: {error}") from error
 
-    def _resume(self, path: str) -> None:
-        what = f"--resume {path}"
-        state = checkpoint.load(path, flag="--resume")
-        if state.get("format") != checkpoint.FORMAT:
-            raise InputError(f"{what}: not a run of this repository (to start from it: --weights)")
+    def _begin(self, resume: str | None, *, anyway: bool) -> None:
+        """Go on from the checkpoint that `resume` names or finds, or start anew."""
+        if resume == "auto":
+            path, state = self._files.newest_good(self._stores)
+            if path is None:
+                Log.say(f"--resume auto: no checkpoint in {self.folder} yet, a new run")
+        elif resume:
+            path, state = Path(resume), self._files.load(Path(resume), self._stores)
+        else:
+            path, state = None, None
+        if state:
+            self._restore(state, what=f"--resume {path}", anyway=anyway)
+            if self._epoch_ended and self.epoch >= self.epochs and resume != "auto":
+                done = f"it has finished epoch {self.epoch} of --epochs {self.epochs}"
+                raise InputError(f"--resume {path}: {done}")
+        if path is None or path.parent.resolve() != self.folder.resolve():
+            self._files.start_anew()
+        else:
+            self._files.continue_from(state["epoch"], state["step"])
+        if state:
+            self._last_saved = path
+            self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
+            place = f", step {self.epoch_step}" if not self._epoch_ended else ""
+            Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
+
+    def _restore(self, state: dict, *, what: str, anyway: bool) -> None:
+        """Take over the state of a run; InputError that begins with `what` if it does not fit."""
         if state.get("method") != type(self.model).__name__:
             raise InputError(f"{what}: a run of {state.get('method')}, not of this script")
-        self._say_differences(checkpoint.settings(state))
+        self._check_same_experiment(state, what=what, anyway=anyway)
         try:
             checkpoint.load_strictly(self.model, state["state_dict"], what=what)
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng_state"])
-            self.epoch = int(state["epoch"])
+            torch.set_rng_state(state["rng_state"]["cpu"])
+            if "cuda" in state["rng_state"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["rng_state"]["cuda"])
+            self._means.restore(state["means"])
+            self._bad_images = state["bad_images"]
+            self.epoch, step = int(state["epoch"]), state["step"]
+            self._epoch_ended, self.epoch_step = step is None, step or 0
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{what}: incomplete or damaged ({error!r})") from error
-        if self.epoch >= self.epochs:
-            raise InputError(
-                f"{what}: it has finished epoch {self.epoch} of --epochs {self.epochs}"
-            )
-        self.log.keep_until(self.epoch)
-        self.log.say(f"resumed after epoch {self.epoch} from {path}")
 
-    def _say_differences(self, before: dict) -> None:
-        """Name the flags that differ from those of the run that is resumed."""
-        for name, value in self.settings.items():
-            if name in before and before[name] != value and name not in _MAY_DIFFER:
-                self.log.say(f"WARNING --{name} was {before[name]} in the run that is resumed")
+    def _check_same_experiment(self, state: dict, *, what: str, anyway: bool) -> None:
+        """InputError for flags or data that would make it another one; a warning with `anyway`."""
+        before = checkpoint.settings(state)
+        differing = [
+            f"--{name} {before[name]}, not {value}"
+            for name, value in self.settings.items()
+            if name in before and not _may_become(name, before[name], value)
+        ]
+        before = state.get("data", {})
+        differing += [f"other {name}" for name in self.data if before.get(name) != self.data[name]]
+        if differing and not anyway:
+            others = "; ".join(differing)
+            raise InputError(
+                f"{what}: a run with {others} (to go on all the same: --resume_anyway)"
+            )
+        for difference in differing:
+            Log.say(f"WARNING {what}: a run with {difference}")
+
+
+def _may_become(name: str, before: object, now: object) -> bool:
+    """Whether a flag may change in a resumed run without making it another experiment."""
+    return name in _MAY_DIFFER or now == before or (name == "epochs" and now > before)

@@ -7,3 +7,15 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on: one line that says what happened and what is kept. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """A run that a signal stopped and that is saved: started again with --resume auto it goes on.
+
+    exit_code: 75, the system's "temporary failure", for a script that puts the job back into the
+    queue; 130 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

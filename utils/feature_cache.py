@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import checkpoint
+from utils.bad_images import BadImages
 from utils.data import ImageSet
-from utils.errors import InputError, RunError
+from utils.errors import InputError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
 
@@ -26,18 +27,22 @@ NAME = "features.pth"
 Features = dict[str, tuple[Tensor, Tensor]]
 
 
-def image_digest(images: ImageSet) -> str:
+def image_digest(images: ImageSet, *, missing_ok: bool = False) -> str:
     """A digest (hexadecimal) of the images' names, sizes, times of change and labels, in order.
 
-    The pictures themselves are not read. Raises InputError for a file that is gone.
+    The pictures themselves are not read. Raises InputError for a file that is gone, unless
+    missing_ok: then its size and time are None.
     """
     digest = hashlib.sha256(repr(images.classes).encode())
     for index, label in enumerate(images.labels.tolist()):
+        size = time = None
         try:
             status = os.stat(images.path(index))
+            size, time = status.st_size, status.st_mtime_ns
         except OSError as error:
-            raise InputError(f"data {images.path(index)}: {error.strerror}") from error
-        entry = (images.name(index), status.st_size, status.st_mtime_ns, label)
+            if not missing_ok:
+                raise InputError(f"data {images.path(index)}: {error.strerror}") from error
+        entry = (images.name(index), size, time, label)
         digest.update(repr(entry).encode())
     return digest.hexdigest()
 
@@ -47,24 +52,28 @@ def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features
     features = {}
     for split, loader in {"train": train, "val": val}.items():
         bar = tqdm(loader, f"features of {split}", leave=False, disable=not sys.stderr.isatty())
-        features[split] = extract_features(backbone, bar, num_images=len(loader.images))
+        features[split] = extract_features(
+            backbone, bar, num_images=len(loader.images), left_out=loader.left_out
+        )
     return features
 
 
-def save(path: Path, key: dict[str, str], features: Features) -> None:
-    """Write the features of both splits with their key, atomically; RunError if that fails."""
-    try:
-        checkpoint.save(path, {"format": FORMAT, "key": key, "features": features})
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{path} could not be written: {error}") from error
+def save(path: Path, key: dict[str, str], features: Features, *, bad_images: list[str]) -> None:
+    """Write the features of both splits with their key, atomically; RunError if that fails.
+
+    bad_images: the files that have no row in them.
+    """
+    state = {"format": FORMAT, "key": key, "features": features, "bad_images": bad_images}
+    checkpoint.save(path, state)
 
 
-def load(path: Path, key: dict[str, str], *, flag: str) -> Features:
+def load(path: Path, key: dict[str, str], *, flag: str, bad_images: BadImages) -> Features:
     """Read the features of a file whose key is this one.
 
-    flag: the user's flag that named the file, for the message. Raises InputError for a file that is
-    missing, unreadable (a truncated one is) or no feature cache, and for one of another key, with
-    the names of the parts that differ.
+    flag: the user's flag that named the file, for the message. bad_images: is told which images
+    could not be read when the features were made. Raises InputError for a file that is missing,
+    unreadable (a truncated one is) or no feature cache, for one of another key, with the names of
+    the parts that differ, and for one with more images left out than may be.
     """
     state = checkpoint.load(path, flag=flag)
     if state.get("format") != FORMAT:
@@ -72,4 +81,6 @@ def load(path: Path, key: dict[str, str], *, flag: str) -> Features:
     differing = [name for name in key if state["key"].get(name) != key[name]]
     if differing:
         raise InputError(f"{flag} {path}: features of another {', '.join(differing)}")
+    for name in state.get("bad_images", []):
+        bad_images.add(name, f"there are no features of it in {path}")
     return state["features"]

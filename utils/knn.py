@@ -160,10 +160,14 @@ def evaluate_knn(
     """k-NN figures of a backbone for every k in one search (CMSF sec. 4): see `vote_figures`.
 
     Features are those before the projector, backbone in eval mode, L2-normalized. train: the
-    labeled base, at least max(ks) images; val: the queries.
+    labeled base, at least max(ks) images; val: the queries. A k above the number of images that can
+    be read has no figures.
     """
-    base = extract_features(backbone, train, num_images=len(train.images))
-    queries = extract_features(backbone, val, num_images=len(val.images))
+    base, queries = (
+        extract_features(backbone, loader, num_images=len(loader.images), left_out=loader.left_out)
+        for loader in (train, val)
+    )
+    ks = [k for k in ks if k <= len(base[1])]
     return knn_figures(base, queries, ks=ks, num_classes=len(train.images.classes))
 
 

@@ -1,6 +1,6 @@
 """Where a classifier gets features and labels from: images read anew each epoch, or kept features.
 
-Both have the same three methods: `for_statistics`, `epoch` and `val`. F is the feature size.
+Both have the same four: `for_statistics`, `epoch`, `val` and `num_images`. F is the feature size.
 """
 
 import sys
@@ -37,6 +37,11 @@ class FromImages:
         self.fine_tune = fine_tune
         self._val_features: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def num_images(self) -> dict[str, int]:
+        """How many images of each split could be read in the evaluation view, as far as known."""
+        return {"train": self._train.num_readable, "val": self._val.num_readable}
+
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images in the evaluation view."""
         self.encoder.eval()
@@ -57,9 +62,12 @@ class FromImages:
     def val(self) -> tuple[Tensor, Tensor]:
         """Features (N, F) and labels (N,) of the val images in the evaluation view."""
         if self.fine_tune or self._val_features is None:
-            loader = _bar(self._val, "val")
-            num_images = len(self._val.images)
-            self._val_features = extract_features(self.encoder, loader, num_images=num_images)
+            self._val_features = extract_features(
+                self.encoder,
+                _bar(self._val, "val"),
+                num_images=len(self._val.images),
+                left_out=self._val.left_out,
+            )
         return self._val_features
 
 
@@ -72,6 +80,11 @@ class FromFeatures:
         self._features, self._labels = (part.to(device) for part in features["train"])
         self._val = features["val"]
         self.batch_size, self.seed = batch_size, seed
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """How many images of each split there are features of."""
+        return {"train": len(self._labels), "val": len(self._val[1])}
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images."""

@@ -5,19 +5,20 @@ the views of an image follow from (seed, epoch, image index). So the number of w
 bit, and any step of any epoch can be produced on its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils import augment
+from utils.bad_images import BadImages
 from utils.data import ImageSet
-from utils.errors import InputError
+from utils.errors import InputError, RunError
+from utils.workers import check_room, ignore_signals, share, start_failure, worker_failure
 
 
 class Batch(NamedTuple):
@@ -34,56 +35,93 @@ class Batch(NamedTuple):
 
 
 class _CropBatch(NamedTuple):
-    """What a worker sends: crops (B, 2, 3, S, S) uint8, draws (B, 2, n), index and label (B,)."""
+    """What a worker sends: crops (n, ...) uint8, index and label (n,), of the images it could read.
+
+    broken: number of an image -> why it could not be read.
+    """
 
     crops: Tensor
-    draws: Tensor
     index: Tensor
     label: Tensor
+    broken: dict[int, str]
+
+
+def _read(
+    images: ImageSet,
+    numbers: list[int],
+    cut: Callable[[int, Tensor], Tensor],
+    *,
+    tolerated: int,
+    replace: bool,
+) -> _CropBatch:
+    """The worker part of every loader: cut(number, decoded image) for a batch of images.
+
+    A broken image is left out. With `replace`, the first after it in the order of the set (behind
+    the last comes the first) that can be read and is not in the batch takes its place: so what a
+    batch holds depends on the images alone. tolerated: with more broken images, which end the run,
+    no further ones are looked at.
+    """
+    crops: dict[int, Tensor] = {}  # in the order of the batch
+    broken: dict[int, str] = {}
+    taken = set(numbers)
+    for number in numbers:
+        for candidate in _candidates(number, len(images) if replace else 1, taken):
+            if len(broken) > tolerated:
+                break
+            if candidate in broken:
+                continue
+            try:
+                image = augment.decode(images.path(candidate))
+            except MemoryError:
+                raise
+            except Exception as error:  # a damaged file can raise about anything
+                broken[candidate] = _reason(error, images.path(candidate))
+                continue
+            crops[candidate] = cut(candidate, image)
+            taken.add(candidate)
+            break
+    index = torch.tensor(list(crops), dtype=torch.int64)
+    batch = torch.stack(list(crops.values())) if crops else torch.empty(0, dtype=torch.uint8)
+    label = torch.from_numpy(images.labels[index.numpy()])
+    share(batch, index, label)
+    return _CropBatch(batch, index, label, broken)
+
+
+def _candidates(number: int, count: int, taken: set[int]) -> Iterator[int]:
+    """An image, then those that may replace it; count: of the images to choose from."""
+    yield number
+    for offset in range(1, count):
+        if (other := (number + offset) % count) not in taken:
+            yield other
+
+
+def _reason(error: Exception, path: str) -> str:
+    """One line on why a file cannot be read, without its path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].replace(f" {path!r}", "")
 
 
 class _TwoCrops(Dataset):
     """The worker part: decodes an image once and cuts its two crops. Keys are (epoch, index)."""
 
-    def __init__(self, images: ImageSet, *, image_size: int, seed: int) -> None:
+    def __init__(self, images: ImageSet, *, image_size: int, seed: int, tolerated: int) -> None:
         self.images = images
         self.image_size = image_size
         self.seed = seed
+        self.tolerated = tolerated
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _CropBatch | InputError:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _CropBatch:
         epoch = keys[0][0]
-        index = np.array([index for _, index in keys])
-        draws = augment.uniforms(self.seed, epoch, index)
-        crops = _cut(
-            self.images,
-            index,
-            lambda row, image: augment.two_crops(image, draws[row], self.image_size),
-        )
-        if isinstance(crops, InputError):
-            return crops
-        label = torch.from_numpy(self.images.labels[index])
-        return _CropBatch(crops, torch.from_numpy(draws), torch.from_numpy(index), label)
 
+        def two_crops(number: int, image: Tensor) -> Tensor:
+            draws = augment.uniforms(self.seed, epoch, np.array([number]))[0]
+            return augment.two_crops(image, draws, self.image_size)
 
-def _cut(
-    images: ImageSet, index: Sequence[int], cut: Callable[[int, Tensor], Tensor]
-) -> Tensor | InputError:
-    """Stack cut(row, decoded image) of the images `index`; the error of the first broken file."""
-    try:
-        return torch.stack([cut(row, _decode(images.path(i))) for row, i in enumerate(index)])
-    except InputError as error:
-        return error
-
-
-def _decode(path: str) -> Tensor:
-    """Decode an image file; an InputError that names the file if that fails."""
-    try:
-        return augment.decode(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"data {path}: cannot be read as an image ({error})") from error
+        numbers = [number for _, number in keys]
+        return _read(self.images, numbers, two_crops, tolerated=self.tolerated, replace=True)
 
 
 class _EpochSampler:
@@ -121,11 +159,30 @@ def _as_is(batch):
     return batch
 
 
-def _raise_errors(batches: Iterable) -> Iterator:
-    """Pass batches on. A worker returns its error: raised there, it would arrive as a traceback."""
-    for batch in batches:
-        if isinstance(batch, InputError):
-            raise batch
+def _from_workers(loader: DataLoader) -> Iterator[_CropBatch]:
+    """The batches of a loader. RunError if its workers cannot be started, fail or die."""
+    try:
+        if loader.num_workers:
+            check_room(loader.num_workers)
+        yield from loader
+    except (RuntimeError, OSError, MemoryError) as error:
+        reason = worker_failure(error)
+        if not reason and isinstance(error, OSError) and loader.num_workers:
+            reason = start_failure(error)
+        if reason:
+            raise RunError(reason) from error
+        raise
+
+
+def _batches(loader: DataLoader, images: ImageSet, bad_images: BadImages) -> Iterator[_CropBatch]:
+    """What workers send, once the broken images have been noted: InputError as `BadImages.add`.
+
+    RunError if workers fail. (A worker returns what it has to say of an image: raised there, it
+    would arrive as a traceback.)
+    """
+    for batch in _from_workers(loader):
+        for number, reason in batch.broken.items():
+            bad_images.add(images.path(number), reason)
         yield batch
 
 
@@ -136,6 +193,7 @@ def _data_loader(images: Dataset, device: torch.device, **options) -> DataLoader
         collate_fn=_as_is,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
         **options,
     )
 
@@ -146,7 +204,9 @@ class TwoViewLoader:
     Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
     whole batch. An epoch is `len(loader)` full batches of a new permutation; the few images left
     over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
-    blur: probability of blur in a strong view.
+    blur: probability of blur in a strong view. bad_images: what is done about a broken image; by
+    default InputError. Where it is skipped, the next image of the set that can be read and is not
+    in the batch takes its place, with its own label and views.
     """
 
     def __init__(
@@ -160,17 +220,22 @@ class TwoViewLoader:
         seed: int = 0,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        bad_images: BadImages | None = None,
     ) -> None:
         if len(images) < batch_size:
             raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
         self.images = images
         self.batch_size = batch_size
+        self.seed = seed
         self.device = torch.device(device)
+        self.bad_images = bad_images or BadImages()
         self._query_view = partial(augment.strong_view, blur=blur)
         self._target_view = augment.weak_view if weak_strong else self._query_view
         self._sampler = _EpochSampler(len(images), batch_size, seed)
         self._loader = _data_loader(
-            _TwoCrops(images, image_size=image_size, seed=seed),
+            _TwoCrops(
+                images, image_size=image_size, seed=seed, tolerated=self.bad_images.tolerated
+            ),
             self.device,
             batch_sampler=self._sampler,
             num_workers=num_workers,
@@ -184,7 +249,13 @@ class TwoViewLoader:
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 1), from step `start` (from 0)."""
         self._sampler.epoch, self._sampler.start = epoch, start
-        for crops, draws, index, label in _raise_errors(self._loader):
+        for crops, index, label, _ in _batches(self._loader, self.images, self.bad_images):
+            if len(index) < self.batch_size:
+                raise InputError(
+                    f"--batch_size {self.batch_size}: of {len(self.images)} training images only "
+                    f"{len(index)} can be read"
+                )
+            draws = augment.uniforms(self.seed, epoch, index)
             crops = crops.to(self.device, non_blocking=True)
             yield Batch(
                 self._query_view(crops[:, 0], draws[:, 0]),
@@ -206,29 +277,33 @@ class _OneCrop(Dataset):
     """The worker part of `LabeledLoader`: one random crop. Keys are (epoch, index)."""
 
     def __init__(
-        self, images: ImageSet, *, image_size: int, seed: int, scale: tuple[float, float]
+        self,
+        images: ImageSet,
+        *,
+        image_size: int,
+        seed: int,
+        scale: tuple[float, float],
+        tolerated: int,
     ) -> None:
         self.images = images
         self.image_size = image_size
         self.seed = seed
         self.scale = scale
+        self.tolerated = tolerated
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> EvalBatch | InputError:
-        index = np.array([index for _, index in keys])
-        draws = augment.uniforms(self.seed, keys[0][0], index, views=1)[:, 0]
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _CropBatch:
+        epoch = keys[0][0]
 
-        def random_crop(row: int, image: Tensor) -> Tensor:
-            box = augment.crop_box(draws[row], *image.shape[1:], scale=self.scale)
+        def random_crop(number: int, image: Tensor) -> Tensor:
+            draws = augment.uniforms(self.seed, epoch, np.array([number]), views=1)[0, 0]
+            box = augment.crop_box(draws, *image.shape[1:], scale=self.scale)
             return augment.resized_crop(image, box, self.image_size)
 
-        crops = _cut(self.images, index, random_crop)
-        if isinstance(crops, InputError):
-            return crops
-        label = torch.from_numpy(self.images.labels[index])
-        return EvalBatch(crops, torch.from_numpy(index), label)
+        numbers = [number for _, number in keys]
+        return _read(self.images, numbers, random_crop, tolerated=self.tolerated, replace=True)
 
 
 class _WholeEpochSampler(_EpochSampler):
@@ -250,7 +325,8 @@ class LabeledLoader:
 
     The view is torchvision's RandomResizedCrop and a flip, drawn from (seed, epoch, image index).
     An epoch is every image once, in the batches of `epoch_batches`. scale: share of the area that a
-    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`.
+    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`. bad_images: as
+    for `TwoViewLoader`; where no image is left to take a place, the batch is smaller.
     """
 
     def __init__(
@@ -263,13 +339,22 @@ class LabeledLoader:
         seed: int = 0,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        bad_images: BadImages | None = None,
     ) -> None:
         self.images = images
+        self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
+        self.bad_images = bad_images or BadImages()
         self._sampler = _WholeEpochSampler(len(images), batch_size, seed)
         self._loader = _data_loader(
-            _OneCrop(images, image_size=image_size, seed=seed, scale=scale),
+            _OneCrop(
+                images,
+                image_size=image_size,
+                seed=seed,
+                scale=scale,
+                tolerated=self.bad_images.tolerated,
+            ),
             self.device,
             batch_sampler=self._sampler,
             num_workers=num_workers,
@@ -283,7 +368,12 @@ class LabeledLoader:
     def epoch(self, epoch: int) -> Iterator[EvalBatch]:
         """The batches of one epoch (from 1)."""
         self._sampler.epoch = epoch
-        for crops, index, label in _raise_errors(self._loader):
+        for crops, index, label, _ in _batches(self._loader, self.images, self.bad_images):
+            if len(index) < min(2, self.batch_size):  # batch norm cannot train on one
+                raise InputError(
+                    f"data {self.images.root}: of {len(self.images)} training images only "
+                    f"{len(index)} can be read"
+                )
             draws = augment.uniforms(self.seed, epoch, index, views=1)[:, 0]
             images = augment.weak_view(crops.to(self.device, non_blocking=True), draws)
             yield EvalBatch(images, index, label)
@@ -292,25 +382,27 @@ class LabeledLoader:
 class _CenterCrops(Dataset):
     """The worker part of evaluation: one central crop of each image."""
 
-    def __init__(self, images: ImageSet, image_size: int) -> None:
+    def __init__(self, images: ImageSet, *, image_size: int, tolerated: int) -> None:
         self.images = images
         self.image_size = image_size
+        self.tolerated = tolerated
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, index: list[int]) -> EvalBatch | InputError:
-        crops = _cut(
-            self.images, index, lambda row, image: augment.center_crop(image, self.image_size)
-        )
-        if isinstance(crops, InputError):
-            return crops
-        label = torch.from_numpy(self.images.labels[index])
-        return EvalBatch(crops, torch.tensor(index), label)
+    def __getitems__(self, numbers: list[int]) -> _CropBatch:
+        def center_crop(_: int, image: Tensor) -> Tensor:
+            return augment.center_crop(image, self.image_size)
+
+        return _read(self.images, numbers, center_crop, tolerated=self.tolerated, replace=False)
 
 
 class EvalLoader:
-    """Yields an `EvalBatch` for every image once, in order: resize, central crop, normalize."""
+    """Yields an `EvalBatch` for every image once, in order: resize, central crop, normalize.
+
+    bad_images: what is done about a broken image; by default InputError. Where it is skipped, it is
+    left out of its batch and its number is in `left_out`; InputError if every image is.
+    """
 
     VIEW = "shorter side to 256/224 of the size, bilinear; central crop; ImageNet mean and spread"
 
@@ -322,11 +414,14 @@ class EvalLoader:
         image_size: int = 224,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        bad_images: BadImages | None = None,
     ) -> None:
         self.images = images
         self.device = torch.device(device)
+        self.bad_images = bad_images or BadImages()
+        self.left_out: set[int] = set()
         self._loader = _data_loader(
-            _CenterCrops(images, image_size),
+            _CenterCrops(images, image_size=image_size, tolerated=self.bad_images.tolerated),
             self.device,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -336,7 +431,19 @@ class EvalLoader:
         """Number of batches."""
         return len(self._loader)
 
+    @property
+    def num_readable(self) -> int:
+        """How many images the latest pass could read; before the first one, all."""
+        return len(self.images) - len(self.left_out)
+
     def __iter__(self) -> Iterator[EvalBatch]:
-        for crops, index, label in _raise_errors(self._loader):
-            images = augment.normalize(crops.to(self.device, non_blocking=True))
-            yield EvalBatch(images, index, label)
+        self.left_out.clear()
+        for crops, index, label, broken in _batches(self._loader, self.images, self.bad_images):
+            self.left_out.update(broken)
+            if len(index):
+                images = augment.normalize(crops.to(self.device, non_blocking=True))
+                yield EvalBatch(images, index, label)
+        if not self.num_readable:
+            raise InputError(
+                f"data {self.images.root}: none of the {len(self.images)} images can be read"
+            )

@@ -88,12 +88,16 @@ class PreviousEmbeddings(nn.Module):
     ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to; one
     batch of it at a time is copied. (The published code held two such stores on the GPU, started as
     noise.)
+
+    saved_in: (N,) int32, the number of the file that holds an image's present row, 0 where none
+    does (`run_folder` writes only those); no part of the state.
     """
 
     def __init__(self, num_images: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("embeddings", torch.zeros(num_images, dim))
         self.register_buffer("seen", torch.zeros(num_images, dtype=torch.bool))
+        self.saved_in = torch.zeros(num_images, dtype=torch.int32)
 
     @torch.no_grad()
     def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +115,15 @@ class PreviousEmbeddings(nn.Module):
             )
         previous = self.embeddings[index].to(embeddings.device)
         seen = self.seen[index].to(embeddings.device)
-        self.embeddings[index] = embeddings.detach().to(self.embeddings)  # a sync point on a GPU
-        self.seen[index] = True
+        self.put(index, embeddings)
         return previous, seen
+
+    @torch.no_grad()
+    def put(self, index: Tensor, embeddings: Tensor) -> None:
+        """Write rows (B, D) of images `index` (B,) int64, on the host, each at most once."""
+        self.embeddings[index] = embeddings.to(self.embeddings)  # a sync point on a GPU
+        self.seen[index] = True
+        self.saved_in[index] = 0
 
     def _apply(self, fn, recurse: bool = True) -> "PreviousEmbeddings":
         """Follow a change of dtype (`model.double()`), never one of device."""

@@ -27,7 +27,7 @@ class Means:
             value = value.detach()
             there = ~value.isnan()
             one = torch.stack([value.masked_fill(~there, 0), there.to(value)])
-            self._sums[name] = self._sums[name] + one if name in self._sums else one
+            self._sums[name] = self._sums[name].to(one) + one if name in self._sums else one
         self.count += 1
 
     def read(self) -> dict[str, float]:
@@ -35,6 +35,14 @@ class Means:
         sums = {name: value.tolist() for name, value in self._sums.items()}
         self._sums, self.count = {}, 0
         return {name: s / count if count else float("nan") for name, (s, count) in sums.items()}
+
+    def state(self) -> dict:
+        """What was added since the last `read`, for a checkpoint."""
+        return {"sums": dict(self._sums), "count": self.count}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`."""
+        self._sums, self.count = dict(state["sums"]), state["count"]
 
 
 @torch.no_grad()
@@ -76,18 +84,35 @@ class Log:
         self.path = path
         self._start = time.monotonic()
 
-    def keep_until(self, epoch: int) -> None:
-        """Drop lines of later epochs, which a resumed run writes again, and half-written ones."""
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken, that before a resume included."""
+        return time.monotonic() - self._start
+
+    def resume(self, epoch: int, step: int | None, *, seconds: float) -> None:
+        """Go on after a place (step None: the end of the epoch), `seconds` after the start.
+
+        Drops the lines of what came later, which is done again, and half-written ones.
+        """
+        self._start = time.monotonic() - seconds
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) <= epoch]
+        here = (epoch, math.inf if step is None else step)
+        kept = [line for line in self.path.read_text().splitlines() if _place_of(line) <= here]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, self.path)
 
+    def find(self, name: str, *, epoch: int) -> dict | None:
+        """The last entry `name` that was logged for an epoch, None without one."""
+        with open(self.path) as file:
+            records = [json.loads(line) for line in file]
+        entries = [r[name] for r in records if r["epoch"] == epoch and name in r]
+        return entries[-1] if entries else None
+
     def write(self, record: dict) -> None:
-        """Append a record with `seconds` since the start; what is not finite becomes null."""
-        record = {**record, "seconds": round(time.monotonic() - self._start, 3)}
+        """Append a record with the run's `seconds`; what is not finite becomes null."""
+        record = {**record, "seconds": round(self.seconds, 3)}
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
@@ -103,12 +128,13 @@ class Log:
             print(text, flush=True)
 
 
-def _epoch_of(line: str) -> float:
-    """The epoch a log line belongs to; infinity for what a killed process left half written."""
+def _place_of(line: str) -> tuple[float, float]:
+    """Epoch and step of a log line; infinity for what a killed process left half written."""
     try:
-        return json.loads(line)["epoch"]
+        record = json.loads(line)
+        return record["epoch"], record["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, math.inf
 
 
 def _plain(value):

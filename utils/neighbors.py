@@ -136,6 +136,15 @@ def _similarity_at(queries: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     )
 
 
+def all_finite(*embeddings: Tensor) -> bool:
+    """Whether unit vectors (B, D) have neither nan nor infinity; waits for the device.
+
+    Asked before a batch enters a bank: the loss that comes of one that has is not finite, the run
+    stops, and nothing of it has been kept.
+    """
+    return bool(torch.isfinite(torch.stack([part.sum() for part in embeddings])).all())
+
+
 def mean_shift_loss(query: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
     """Mean squared distance of each query to its neighbors (MSF eq. 1, CMSF eq. 1).
 

@@ -7,16 +7,20 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 
 from utils import demo_data
 from utils.augment import BLUR_PROBABILITY
-from utils.errors import InputError, RunError
+from utils.errors import InputError, Interrupted, RunError
+from utils.stop_signals import STOP_SIGNALS
+from utils.workers import worker_failure
 
 # The demo data's settings that the training scripts share: a small network, a small bank.
 DEMO = {
@@ -134,6 +138,19 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=min(4, os.cpu_count() or 1),
         help="processes that decode images",
     )
+    group.add_argument(
+        "--bad_images",
+        choices=["fail", "skip"],
+        default="fail",
+        help="image files that cannot be read: fail: the first one ends the run; skip: leave them "
+        "out, in training for the next image of the set",
+    )
+    group.add_argument(
+        "--max_bad_images",
+        type=number(int, low=0),
+        default=100,
+        help="with --bad_images skip: stop above this number of files",
+    )
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +256,11 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
     group.add_argument("--seed", type=seed, default=0)
     add_device_option(group)
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: only kernels that give the same bits each time (a CPU does anyway)",
+    )
+    group.add_argument(
         "--debug", action="store_true", help="two epochs of five steps, to try a setup"
     )
 
@@ -256,9 +278,26 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
 
     group = parser.add_argument_group("run")
     group.add_argument("--checkpoint_path", type=Path, default=Path("output/mean_shift_default"))
-    group.add_argument("--resume", help="checkpoint of this run to continue after")
+    group.add_argument(
+        "--resume",
+        help='checkpoint to continue after; "auto": the newest whole one of --checkpoint_path, '
+        "or a new run if there is none",
+    )
+    group.add_argument(
+        "--resume_anyway",
+        action="store_true",
+        help="also with flags or images that make it another experiment",
+    )
     group.add_argument("--print_freq", type=positive, default=100, help="steps between log lines")
-    group.add_argument("--save_freq", type=positive, default=10, help="epochs between checkpoints")
+    group.add_argument(
+        "--save_freq", type=positive, default=10, help="epochs between checkpoints that are kept"
+    )
+    group.add_argument(
+        "--save_minutes",
+        type=not_negative,
+        default=10,
+        help="minutes between checkpoints for --resume, of which the newest stay; 0: none",
+    )
     group.add_argument(
         "--knn_freq",
         type=number(int, low=-1),
@@ -307,21 +346,39 @@ def command() -> str:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run main(): what a user can mend is one line and exit code 2, a broken run exit code 1."""
-    code = 0
+    """Run main(): what a user can mend is one line and exit code 2, a broken run exit code 1.
+
+    A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
+    """
+    code, name = 0, os.path.basename(sys.argv[0])
+    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
     try:
         main()
     except (InputError, RunError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         code = 2 if isinstance(error, InputError) else 1
+    except Interrupted as stop:
+        print(f"{name}: {stop}", file=sys.stderr)
+        code = stop.exit_code
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if "alloc" not in str(error) and "memory" not in str(error):
+        advice = "\ntry a smaller --batch_size, --mem_bank_size or --arch"
+        if reason := worker_failure(error):
+            advice = ""
+        elif "alloc" not in str(error) and "memory" not in str(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "no memory left"
-        print(f"{os.path.basename(sys.argv[0])}: error: {reason}", file=sys.stderr)
-        print("try a smaller --batch_size, --mem_bank_size or --arch", file=sys.stderr)
+        else:
+            reason = str(error).splitlines()[0] if str(error) else "no memory left"
+        print(f"{name}: error: {reason}{advice}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Outside of training nothing is to be saved: stop where the script is."""
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")

@@ -5,6 +5,8 @@ the script.
 """
 
 import argparse
+import hashlib
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint, options
+from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
 from utils.engine import Run
@@ -69,6 +72,11 @@ def read_training_data(
     return train, None
 
 
+def build_bad_images(args: argparse.Namespace) -> BadImages:
+    """What the flags say is to be done about broken images."""
+    return BadImages(skip=args.bad_images == "skip", most=args.max_bad_images)
+
+
 def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
     """The two-view loader of the training images."""
     return TwoViewLoader(
@@ -80,6 +88,7 @@ def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
         seed=args.seed,
         num_workers=args.num_workers,
         device=args.device,
+        bad_images=build_bad_images(args),
     )
 
 
@@ -119,16 +128,22 @@ def build_run(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    train: ImageSet,
+    loader: TwoViewLoader,
     val: ImageSet | None,
+    labeled: np.ndarray | None = None,
 ) -> Run:
-    """The run that the flags describe; val: images for k-NN figures, or None.
+    """The run that the flags describe on the loader's images; val: for k-NN figures, or None.
 
-    For the demo data the untrained network and raw pixels are measured first, to compare with.
+    labeled: numbers of the images whose labels are used, where it is not all or none. For the demo
+    data the untrained network and raw pixels are measured first, to compare with.
     """
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     evaluate, untrained = None, {}
     if val is not None:
-        train_loader, val_loader = eval_loaders(args, train, val)
+        train = loader.images
+        train_loader, val_loader = eval_loaders(args, train, val, bad_images=loader.bad_images)
         knn = partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
         backbone = model.encoders.query_encoder.backbone
         evaluate = partial(knn, backbone)
@@ -148,12 +163,15 @@ def build_run(
             decay_rate=args.lr_decay_rate,
         ),
         settings={name: _builtin(value) for name, value in vars(args).items()},
+        data=_digests(loader.images, labeled),
         print_freq=args.print_freq,
         save_freq=args.save_freq,
+        save_minutes=args.save_minutes,
         knn_freq=args.knn_freq,
         evaluate=evaluate,
         compare_with=untrained,
         resume=args.resume,
+        resume_anyway=args.resume_anyway,
         debug=args.debug,
     )
 
@@ -197,8 +215,14 @@ def labeled_index(
     return np.arange(len(images))
 
 
-def eval_loaders(args: argparse.Namespace, *image_sets: ImageSet) -> list[EvalLoader]:
-    """Evaluation loaders with the flags' batch size, image size, workers and device."""
+def eval_loaders(
+    args: argparse.Namespace, *image_sets: ImageSet, bad_images: BadImages | None = None
+) -> list[EvalLoader]:
+    """Evaluation loaders with the flags' batch size, image size, workers and device.
+
+    bad_images: shared by them, and with other loaders; default: a new one by the flags.
+    """
+    bad_images = bad_images or build_bad_images(args)
     return [
         EvalLoader(
             images,
@@ -206,6 +230,7 @@ def eval_loaders(args: argparse.Namespace, *image_sets: ImageSet) -> list[EvalLo
             image_size=args.image_size,
             num_workers=args.num_workers,
             device=args.device,
+            bad_images=bad_images,
         )
         for images in image_sets
     ]
@@ -214,8 +239,10 @@ def eval_loaders(args: argparse.Namespace, *image_sets: ImageSet) -> list[EvalLo
 def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> dict[str, str]:
     """All that an encoder's features of these splits ("train", "val") depend on, by name.
 
-    args and state: after `evaluated_backbone`. Raises InputError for an image that is gone.
+    args and state: after `evaluated_backbone`. Raises InputError for an image that is gone, unless
+    such images are skipped.
     """
+    missing_ok = args.bad_images == "skip"
     origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
     return {
         "checkpoint": checkpoint.sha256(args.weights) if state else origin,
@@ -224,11 +251,19 @@ def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> di
         "stem": "small" if args.small_stem else "as built",
         "image size": str(args.image_size),
         "view": EvalLoader.VIEW,
-    } | {f"{split} images": image_digest(images) for split, images in splits.items()}
+    } | {
+        f"{split} images": image_digest(images, missing_ok=missing_ok)
+        for split, images in splits.items()
+    }
 
 
-def result_record(args: argparse.Namespace, state: dict, *, counts: dict[str, int]) -> dict:
-    """What every result file says of its origin: checkpoint, sha256, network, counts, command."""
+def result_record(
+    args: argparse.Namespace, state: dict, *, counts: dict[str, int], bad_images: BadImages
+) -> dict:
+    """What every result file says of its origin: checkpoint, sha256, network, counts, command.
+
+    counts: of what was used; bad_images: the files that were not, as they cannot be read.
+    """
     from_file = bool(state)
     return {
         "checkpoint": args.weights,
@@ -239,9 +274,18 @@ def result_record(args: argparse.Namespace, state: dict, *, counts: dict[str, in
         "image_size": args.image_size,
         "seed": args.seed,
         "counts": counts,
+        "bad_images": bad_images.names,
         "command": options.command(),
         "torch": torch.__version__,
     }
+
+
+def _digests(images: ImageSet, labeled: np.ndarray | None) -> dict[str, str]:
+    """What tells one set of training data from another, by name."""
+    digests = {"training images or classes": images.digest()}
+    if labeled is not None:
+        digests["labeled images"] = hashlib.sha256(labeled.tobytes()).hexdigest()
+    return digests
 
 
 def _builtin(value: Any) -> Any:

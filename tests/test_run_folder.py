@@ -1,0 +1,228 @@
+"""The folder of a run: which checkpoints stay, parts of the previous embeddings, falling back."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint
+from utils.errors import InputError, RunError
+from utils.memory_bank import PreviousEmbeddings
+from utils.run_folder import PARTS, RunFolder
+
+
+class Model(nn.Module):
+    def __init__(self, num_images=50):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.previous = PreviousEmbeddings(num_images, 4)
+
+    @property
+    def stores(self):
+        return {"previous": self.previous}
+
+
+def state(model, epoch, step=None):
+    return {
+        "format": checkpoint.FORMAT,
+        "epoch": epoch,
+        "step": step,
+        "state_dict": model.state_dict(),
+    }
+
+
+def visit(model, index):
+    """Images get new embeddings."""
+    index = torch.as_tensor(index)
+    model.previous.swap(index, torch.randn(len(index), 4))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.path.glob("*.pth"))
+
+
+def loaded(folder, path, num_images=50):
+    """What a new process finds in a checkpoint."""
+    model = Model(num_images)
+    model.load_state_dict(folder.load(path, model.stores)["state_dict"])
+    return model
+
+
+def assert_same(one, two):
+    assert torch.equal(one.previous.embeddings, two.previous.embeddings)
+    assert torch.equal(one.previous.seen, two.previous.seen)
+
+
+def test_newest_two_and_those_of_epochs_stay(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    folder.save_epoch(state(model, 9))
+    for step in (2, 10, 30):
+        folder.save_step(state(model, 10, step), model.stores)
+    assert names(folder) == [
+        "ckpt_epoch_10_step_10.pth",
+        "ckpt_epoch_10_step_30.pth",
+        "ckpt_epoch_9.pth",
+    ]
+    folder.save_epoch(state(model, 10))
+    assert names(folder) == ["ckpt_epoch_10.pth", "ckpt_epoch_10_step_30.pth", "ckpt_epoch_9.pth"]
+    folder.save_epoch(state(model, 11))
+    assert names(folder) == ["ckpt_epoch_10.pth", "ckpt_epoch_11.pth", "ckpt_epoch_9.pth"]
+    assert [path.name for path in folder.checkpoints()] == [
+        "ckpt_epoch_11.pth",
+        "ckpt_epoch_10.pth",
+        "ckpt_epoch_9.pth",
+    ]
+
+
+def test_previous_embeddings_come_back_from_parts(tmp_path):
+    """Whatever was visited between saves, both checkpoints kept hold what the model held."""
+    torch.manual_seed(0)
+    folder, model, saved = RunFolder(tmp_path), Model(), {}
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 40):
+        count = int(torch.randint(0, 12, (1,), generator=generator))
+        visit(model, torch.randperm(50, generator=generator)[:count])
+        path = folder.save_step(state(model, 1, step), model.stores)
+        saved[path] = {name: value.clone() for name, value in model.state_dict().items()}
+        for kept in folder.checkpoints():
+            there = loaded(RunFolder(tmp_path), kept).state_dict()
+            assert all(torch.equal(there[name], saved[kept][name]) for name in there)
+        if step in (13, 20):  # a new process goes on
+            model = loaded(folder := RunFolder(tmp_path), path)
+
+
+def test_an_epoch_writes_each_row_about_once(tmp_path):
+    folder, model, written = RunFolder(tmp_path), Model(1000), 0
+    before, order = set(), torch.randperm(1000)
+    for step in range(300):  # three epochs of 100 steps
+        place = step % 100
+        order = order if place else torch.randperm(1000)
+        visit(model, order[10 * place : 10 * place + 10])
+        folder.save_step(state(model, 1 + step // 100, place), model.stores)
+        parts = set((tmp_path / PARTS).iterdir())
+        written += sum(len(torch.load(path)["index"]) for path in parts - before)
+        before = parts
+    assert 3000 <= written <= 3.5 * 1000
+    assert len(before) <= 250
+    assert_same(loaded(RunFolder(tmp_path), folder.checkpoints()[0], 1000), model)
+
+
+def test_checkpoint_of_an_epoch_needs_nothing_else(tmp_path):
+    folder, model = RunFolder(tmp_path / "here"), Model()
+    visit(model, range(30))
+    folder.save_step(state(model, 1, 3), model.stores)
+    path = folder.save_epoch(state(model, 1))
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(path.read_bytes())
+    assert_same(loaded(RunFolder(tmp_path / "there"), copy), model)
+
+
+def test_a_run_that_goes_on_elsewhere_is_complete_there(tmp_path):
+    here, there = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there")
+    model = Model()
+    visit(model, range(30))
+    path = here.save_step(state(model, 1, 3), model.stores)
+    model = loaded(there, path)
+    model = Model()
+    model.load_state_dict(there.load(path, model.stores)["state_dict"])
+    visit(model, [3, 40])
+    path = there.save_step(state(model, 1, 4), model.stores)
+    for part in (here.path / PARTS).iterdir():
+        part.unlink()
+    assert_same(loaded(RunFolder(there.path), path), model)
+
+
+def test_newest_good_falls_back_and_says_so(tmp_path):
+    said = []
+    folder, model = RunFolder(tmp_path, say=said.append), Model()
+    assert folder.newest_good(model.stores) == (None, None)
+    visit(model, range(10))
+    good = folder.save_step(state(model, 1, 1), model.stores)
+    visit(model, range(5, 20))
+    broken = folder.save_step(state(model, 1, 2), model.stores)
+    broken.write_bytes(broken.read_bytes()[:-100])
+    path, _ = folder.newest_good(model.stores)
+    assert path == good
+    assert str(broken) in said[0] and "falling back" in said[0]
+    assert model.previous.seen.tolist() == [True] * 10 + [False] * 40
+    good.write_bytes(b"")
+    with pytest.raises(InputError, match="no whole checkpoint in .*, of 2"):
+        folder.newest_good(model.stores)
+
+
+def test_a_damaged_part_makes_its_checkpoint_fall_back(tmp_path):
+    folder, model = RunFolder(tmp_path, say=lambda text: None), Model()
+    visit(model, range(10))
+    first = folder.save_step(state(model, 1, 1), model.stores)
+    visit(model, range(5, 20))
+    folder.save_step(state(model, 1, 2), model.stores)
+    part = tmp_path / PARTS / "part_2.pth"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    path, _ = folder.newest_good(model.stores)
+    assert path == first
+    assert model.previous.seen.sum() == 10
+    part.unlink()
+    with pytest.raises(InputError, match="part_2.pth: no such file"):
+        folder.load(folder.checkpoints()[0], model.stores)
+
+
+@pytest.mark.parametrize("store", [PreviousEmbeddings(5, 4), PreviousEmbeddings(50, 7)])
+def test_parts_of_another_run_are_refused(tmp_path, store):
+    folder, model = RunFolder(tmp_path), Model()
+    visit(model, range(30))
+    path = folder.save_step(state(model, 1, 1), model.stores)
+    with pytest.raises(InputError, match="part_1.pth: .*previous embeddings"):
+        folder.load(path, {"previous": store})
+    with pytest.raises(InputError, match="a run with previous, which this one has not"):
+        folder.load(path, {})
+
+
+def test_starting_anew_moves_all_of_a_run_aside(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    visit(model, range(30))
+    path = folder.save_step(state(model, 1, 1), model.stores)
+    folder.log.write_text('{"epoch": 1, "step": 1}\n')
+    folder.start_anew()
+    assert folder.checkpoints() == [] and folder.log.read_text() == ""
+    assert not (tmp_path / PARTS).exists()
+    aside = tmp_path / "earlier_1"
+    assert_same(loaded(RunFolder(aside), aside / path.name), model)
+    assert (aside / "log.jsonl").read_text()
+    folder.start_anew()
+    assert not (tmp_path / "earlier_2").exists()
+
+
+def test_going_on_from_an_older_checkpoint_keeps_the_newer_ones_aside(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    for epoch in (1, 2, 3):
+        visit(model, range(10 * epoch))
+        folder.save_epoch(state(model, epoch))
+    later = folder.save_step(state(model, 4, 1), model.stores)
+    folder.continue_from(2, None)
+    assert names(folder) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
+    aside = tmp_path / "earlier_1"
+    assert_same(loaded(RunFolder(aside), aside / later.name), model)
+    folder.continue_from(2, None)
+    assert not (tmp_path / "earlier_2").exists()
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    visit(model, [0])
+    folder.save_step(state(model, 1, 1), model.stores)
+    for place in (tmp_path, tmp_path / PARTS):
+        (place / ".ckpt_epoch_2.pth.123.tmp").write_bytes(b"half")
+    RunFolder(tmp_path)
+    left = [name for _, _, files in os.walk(tmp_path) for name in files]
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--checkpoint_path .*file"):
+        RunFolder(tmp_path / "file")
+    with pytest.raises(RunError, match="could not be written: No such file"):
+        checkpoint.save(tmp_path / "no" / "x.pth", {})

@@ -1,0 +1,226 @@
+"""Worker processes: signals pass them by, they end with the main process, a dead one is a line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_image
+from tiny import FLAGS
+
+from utils.workers import worker_failure
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+SCRIPT = "self_supervised/train_msf_2q.py"
+# Reads a folder with two workers, prints their numbers and does what it is told in the middle.
+# `keep` has the loader live until the interpreter ends.
+READER = """
+import os, signal, sys, time
+from pathlib import Path
+from utils import options
+from utils.data import read_image_folder
+from torch.utils.data import _utils
+from utils.loaders import TwoViewLoader
+
+_utils.worker.MP_STATUS_CHECK_INTERVAL = 1  # seconds until a worker misses its main process, not 5
+keep = []
+
+def main():
+    images = read_image_folder(Path(sys.argv[1]))
+    loader = TwoViewLoader(images, batch_size=4, image_size=16, num_workers=2)
+    epoch = loader.epoch(1)
+    keep.extend([loader, epoch])
+    next(epoch)
+    print(*(worker.pid for worker in loader._loader._iterator._workers), flush=True)
+    exec(sys.argv[2])
+    print(sum(1 for _ in epoch), flush=True)
+
+options.run_script(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for number in range(60):
+        write_image(root / f"{number:02}.jpg", seed=number)
+    return root
+
+
+def start(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read(folder, deed):
+    """Start READER: the process and its workers' numbers."""
+    process = start(sys.executable, "-c", READER, folder, deed)
+    return process, [int(number) for number in process.stdout.readline().split()]
+
+
+def finish(process, *, within=30):
+    """Exit code, stdout and stderr of a process that has to end by itself."""
+    try:
+        stdout, stderr = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, stdout, stderr
+
+
+def assert_gone(workers, *, within):
+    deadline = time.monotonic() + within
+    while left := [number for number in workers if Path(f"/proc/{number}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def assert_one_line(code, stderr, *words):
+    assert code == 1, stderr
+    assert stderr.count("\n") == 1 and "Traceback" not in stderr, stderr
+    for word in words:
+        assert word in stderr, stderr
+
+
+def test_signals_pass_workers_by(folder):
+    """Those of a cluster, from outside; the epoch then ends as if nothing had been."""
+    process, workers = read(folder, "sys.stdin.readline()")
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(worker, number)
+    time.sleep(0.3)
+    code, stdout, stderr = finish_after_line(process)
+    assert (code, stdout, stderr) == (0, "14\n", "")
+    assert_gone(workers, within=1)
+
+
+def finish_after_line(process):
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    return finish(process)
+
+
+@pytest.mark.parametrize(
+    ("deed", "expected"),
+    [
+        ("sys.exit(3)", 3),
+        ("raise ValueError('a mistake')", 1),
+    ],
+)
+def test_workers_end_with_the_main_process(folder, deed, expected):
+    process, workers = read(folder, deed)
+    begin = time.monotonic()
+    assert len(workers) == 2
+    assert finish(process)[0] == expected
+    assert_gone(workers, within=1)
+    assert time.monotonic() - begin < 15
+
+
+def test_workers_end_when_the_main_process_is_killed(folder):
+    process, workers = read(folder, "os.kill(os.getpid(), signal.SIGKILL)")
+    process.wait(timeout=30)  # its pipes stay open as long as a worker lives
+    assert process.returncode == -signal.SIGKILL
+    assert_gone(workers, within=20)
+    process.communicate()
+
+
+def children(process):
+    return [
+        int(number)
+        for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+
+
+def test_a_worker_killed_while_the_main_process_is_elsewhere(folder):
+    process, workers = read(folder, "time.sleep(20)")
+    os.kill(workers[1], signal.SIGKILL)
+    code, _, stderr = finish(process, within=10)
+    what = f"worker process {workers[1]} was killed by signal Killed"
+    assert_one_line(code, stderr, what, "memory", "--num_workers")
+    assert_gone(workers, within=1)
+
+
+def test_a_worker_killed_in_a_training_run(image_tree, tmp_path):
+    flags = (*FLAGS, "--num_workers", 2, "--epochs", 10_000, "--print_freq", 3)
+    process = start(sys.executable, SCRIPT, *flags, "--checkpoint_path", tmp_path, image_tree)
+    while "epoch 2" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    workers = children(process)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    code, _, stderr = finish(process)
+    # torch hears of it ("was killed by signal Killed") or finds it dead ("ended unexpectedly").
+    assert_one_line(code, stderr, f"worker process {workers[0]} ", "memory", "--num_workers")
+    assert_gone(workers, within=1)
+
+
+@pytest.mark.parametrize("size", ["64k", pytest.param("4k", marks=pytest.mark.slow)])
+def test_shared_memory_that_is_too_small(image_tree, tmp_path, size):
+    """A /dev/shm of its own; the smaller one does not even let workers start."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    try:
+        subprocess.run(["unshare", "-m", "sh", "-c", mount], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount")
+    flags = (*FLAGS, "--num_workers", 2, "--checkpoint_path", tmp_path, "--image_size", 64)
+    command = [sys.executable, SCRIPT, *flags, image_tree]
+    process = start("unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *command)
+    code, _, stderr = finish(process)
+    assert_one_line(code, stderr, "shared memory", "--num_workers", "/dev/shm")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Killed. ", ("12", "Killed", "memory")),
+        (
+            "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that "
+            "dataloader's workers are out of shared memory.",
+            ("12", "Bus error", "/dev/shm", "--shm-size"),
+        ),
+        (
+            "DataLoader worker (pid 12) is killed by signal: Segmentation fault. ",
+            ("12", "Segmentation fault", "--num_workers 0"),
+        ),
+        (
+            "DataLoader worker (pid 12) exited unexpectedly with exit code 1. Details are lost",
+            ("12", "ended unexpectedly", "--batch_size"),
+        ),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", ("12, 13", "--num_workers")),
+        ("Pin memory thread exited unexpectedly", ("memory",)),
+        (
+            "Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback: x",
+            ("no memory left", "--batch_size"),
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\n"
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+            ("no memory left",),
+        ),
+        ("received 0 items of ancdata", ("ulimit -n",)),
+    ],
+)
+def test_what_torch_says_of_workers(text, words):
+    line = worker_failure(RuntimeError(text))
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA out of memory", "can't allocate memory: you tried 9 bytes", "shapes differ", ""]
+)
+def test_other_errors_are_no_failure_of_a_worker(text):
+    assert worker_failure(RuntimeError(text)) is None

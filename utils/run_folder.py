@@ -1,0 +1,221 @@
+"""The folder of a run: its checkpoints by name, which are kept, what is moved aside.
+
+`ckpt_epoch_E.pth` stands after epoch E and holds everything. `ckpt_epoch_E_step_S.pth` stands
+within an epoch; the previous embeddings of all images, 2.6 GB on ImageNet, are then not in it but
+in `previous_embeddings/`: each such save adds a file of those rows that have changed since the one
+before, so that an epoch writes every row once however often it is saved.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils import checkpoint
+from utils.errors import InputError
+from utils.memory_bank import PreviousEmbeddings
+
+KEPT = 2  # the newest checkpoints, whatever they are
+PARTS = "previous_embeddings"
+_NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
+_PART_FORMAT = "cmsf-previous-1"
+# A part of which fewer rows are still current is rewritten with the next one, and can go.
+_WORTH_KEEPING = 0.1
+
+
+class RunFolder:
+    """Names, order and lifetime of the files in `path`; say: prints a line for the user."""
+
+    def __init__(self, path: Path, *, say: Callable[[str], None] = print) -> None:
+        self.path = Path(path)
+        self.log = self.path / "log.jsonl"
+        self._say = say
+        self._part_rows: dict[int, int] = {}  # number of a part in use -> rows in the file
+        self._parts_of: dict[Path, set[int]] = {}  # checkpoint -> numbers of the parts it needs
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.log.open("a").close()
+        except OSError as error:
+            raise InputError(f"--checkpoint_path {self.path}: {error.strerror}") from error
+        checkpoint.remove_temporaries(self.path)
+        if (self.path / PARTS).is_dir():
+            checkpoint.remove_temporaries(self.path / PARTS)
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of the run, the one farthest on first."""
+        found = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_progress, reverse=True)
+
+    def epoch_path(self, epoch: int) -> Path:
+        """The checkpoint after an epoch."""
+        return self.path / f"ckpt_epoch_{epoch}.pth"
+
+    def save_epoch(self, state: dict) -> Path:
+        """Save a whole state after its epoch; kept for good."""
+        path = self.epoch_path(state["epoch"])
+        checkpoint.save(path, state)
+        self._remove_old()
+        return path
+
+    def save_step(self, state: dict, stores: dict[str, PreviousEmbeddings]) -> Path:
+        """Save a state within its epoch; the newest `KEPT` checkpoints of any kind stay.
+
+        state: as for `save_epoch`. stores: by their name in its `state_dict`, modules whose rows go
+        to files of their own.
+        """
+        prefixes = tuple(f"{name}." for name in stores)
+        weights = {k: v for k, v in state["state_dict"].items() if not k.startswith(prefixes)}
+        parts = {name: self._save_changes(store) for name, store in stores.items()}
+        path = self.path / f"ckpt_epoch_{state['epoch']}_step_{state['step']}.pth"
+        checkpoint.save(path, state | {"state_dict": weights, "parts": parts})
+        self._parts_of[path] = {number for numbers in parts.values() for number in numbers}
+        self._remove_old()
+        return path
+
+    def load(self, path: Path, stores: dict[str, PreviousEmbeddings]) -> dict:
+        """The state that a checkpoint (of this run or another) holds; fills the stores.
+
+        stores: as for `save_step`; afterward `state_dict` has their entries, whether they came from
+        the checkpoint or from files beside it. Raises InputError for a file that is missing,
+        damaged or no run of this repository.
+        """
+        state = checkpoint.load(path, flag="--resume")
+        if state.get("format") != checkpoint.FORMAT:
+            reason = "not a run of this repository (to start from it: --weights)"
+            raise InputError(f"--resume {path}: {reason}")
+        own = path.parent.resolve() == self.path.resolve()
+        self._part_rows = {}
+        for store in stores.values():
+            store.saved_in.zero_()
+        for name, parts in state.get("parts", {}).items():
+            if name not in stores:
+                raise InputError(f"--resume {path}: a run with {name}, which this one has not")
+            store = stores[name]
+            store.seen.zero_()
+            store.embeddings.zero_()
+            for number, rows in sorted(parts.items()):
+                _load_part(store, _part_path(path.parent / PARTS, number), number)
+                self._part_rows[number] = rows
+            state["state_dict"] |= store.state_dict(prefix=f"{name}.")
+            if not own:  # the files are another run's: everything is yet to be written here
+                store.saved_in.zero_()
+        self._parts_of = {self.path / path.name: set(self._part_rows)} if own else {}
+        return state
+
+    def newest_good(
+        self, stores: dict[str, PreviousEmbeddings]
+    ) -> tuple[Path, dict] | tuple[None, None]:
+        """The checkpoint farthest on that is whole, and its state; None, None in an empty folder.
+
+        Says which ones are damaged. InputError if all are.
+        """
+        paths = self.checkpoints()
+        for path in paths:
+            try:
+                return path, self.load(path, stores)
+            except InputError as error:
+                self._say(f"WARNING {error}; falling back to the checkpoint before")
+        if paths:
+            raise InputError(f"--resume auto: no whole checkpoint in {self.path}, of {len(paths)}")
+        return None, None
+
+    def move_aside(self, paths: list[Path]) -> None:
+        """Put checkpoints and what they need, with a copy of the log, into `earlier_N`."""
+        number = 1
+        while (aside := self.path / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+        shutil.copyfile(self.log, aside / self.log.name)
+        if (self.path / PARTS).is_dir():
+            shutil.copytree(self.path / PARTS, aside / PARTS, copy_function=_link)
+        self._say(f"an earlier run was in {self.path}: moved to {aside}")
+
+    def start_anew(self) -> None:
+        """Move a run that is in the folder aside, and empty the log."""
+        paths = self.checkpoints()
+        if paths or self.log.stat().st_size:
+            self.move_aside(paths)
+            shutil.rmtree(self.path / PARTS, ignore_errors=True)
+            self.log.write_bytes(b"")
+
+    def continue_from(self, epoch: int, step: int | None) -> None:
+        """Move checkpoints that are farther on aside: the run that goes on makes them again."""
+        here = (epoch, float("inf") if step is None else step)
+        if later := [path for path in self.checkpoints() if _progress(path) > here]:
+            self.move_aside(later)
+
+    def _save_changes(self, store: PreviousEmbeddings) -> dict[int, int]:
+        """Write the rows that no file holds yet; the files that now hold the store: number -> rows.
+
+        Files of which little is current are written anew with them, and needed no more.
+        """
+        folder = self.path / PARTS
+        current = torch.bincount(store.saved_in).tolist()  # by number
+        for number, rows in self._part_rows.items():
+            if number < len(current) and current[number] < _WORTH_KEEPING * rows:
+                store.saved_in[store.saved_in == number] = 0
+        index = (store.seen & (store.saved_in == 0)).nonzero().squeeze(1)
+        if len(index):
+            taken = [int(path.stem.removeprefix("part_")) for path in folder.glob("part_*.pth")]
+            number = 1 + max(taken, default=0)
+            part = {"format": _PART_FORMAT, "index": index, "embeddings": store.embeddings[index]}
+            folder.mkdir(exist_ok=True)
+            checkpoint.save(_part_path(folder, number), part)
+            self._part_rows[number] = len(index)
+            store.saved_in[index] = number
+        return {n: self._part_rows[n] for n in store.saved_in.unique().tolist() if n}
+
+    def _remove_old(self) -> None:
+        """Remove checkpoints within epochs but for those among the newest `KEPT` of any kind.
+
+        Then the parts that none of the others needs, once it is known what each needs.
+        """
+        for path in self.checkpoints()[KEPT:]:
+            if _is_step(path):
+                path.unlink(missing_ok=True)
+        kept = [path for path in self.checkpoints() if _is_step(path)]
+        if all(path in self._parts_of for path in kept):
+            needed = {number for path in kept for number in self._parts_of[path]}
+            for path in (self.path / PARTS).glob("part_*.pth"):
+                if int(path.stem.removeprefix("part_")) not in needed:
+                    path.unlink(missing_ok=True)
+
+
+def _progress(path: Path) -> tuple[float, float]:
+    """How far a checkpoint is, by its name: (epoch, step), the step infinite after the epoch."""
+    match = _NAME.fullmatch(path.name)
+    epoch, step = match.groups() if match else ("inf", None)
+    return float(epoch), float(step or "inf")
+
+
+def _is_step(path: Path) -> bool:
+    return _progress(path)[1] < float("inf")
+
+
+def _part_path(folder: Path, number: int) -> Path:
+    return folder / f"part_{number}.pth"
+
+
+def _load_part(store: PreviousEmbeddings, path: Path, number: int) -> None:
+    """Put the rows of one part into a store; parts in the order of their numbers."""
+    part = checkpoint.load(path, flag="--resume")
+    rows = part.get("embeddings")
+    if part.get("format") != _PART_FORMAT or rows.shape[1:] != store.embeddings.shape[1:]:
+        raise InputError(f"--resume {path}: no previous embeddings of this run")
+    if len(part["index"]) and int(part["index"].max()) >= len(store.seen):
+        raise InputError(f"--resume {path}: previous embeddings of more images")
+    store.put(part["index"], rows)
+    store.saved_in[part["index"]] = number
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

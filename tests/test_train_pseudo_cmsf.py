@@ -166,6 +166,7 @@ def test_without_a_cache_embeddings_come_from_the_images():
 
     class Images:
         images = range(5)
+        left_out = ()
 
         def __iter__(self):
             yield EvalBatch(images, torch.arange(5), torch.tensor([0, 1, 2, 0, 1]))

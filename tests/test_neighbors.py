@@ -218,3 +218,74 @@ def test_gpu_agrees_with_cpu():
     queries, rows = unit(8, 16), unit(300, 16, seed=1)
     here, there = nearest(queries, rows, k=5), nearest(queries.cuda(), rows.cuda(), k=5)
     assert torch.equal(here.rows, there.rows.cpu())
+
+
+@pytest.fixture
+def chosen_first(monkeypatch):
+    """Searches choose candidates in bfloat16 whatever the CPU; counts queries searched again."""
+    monkeypatch.setattr(neighbors, "_has_fast_bfloat16", lambda: True)
+    again, search = [], neighbors._nearest_of_all
+
+    def count(queries, *others):
+        again.append(len(queries))
+        return search(queries, *others)
+
+    monkeypatch.setattr(neighbors, "_nearest_of_all", count)
+    return again
+
+
+def closest(queries, rows, k, allowed=None):
+    """The k largest inner products in float64, by sorting each query's."""
+    similarity = queries.double() @ rows.double().T
+    if allowed is not None:
+        similarity[~allowed.expand_as(similarity)] = -2
+    return similarity.sort(dim=1, descending=True).values[:, :k]
+
+
+def assert_found(queries, rows, k, allowed=None):
+    """What was found has the largest similarities there are, to float32."""
+    found = nearest(queries, rows, k=k, allowed=allowed)
+    similarity = (queries.double() @ rows.double().T).gather(1, found.rows)
+    expected = closest(queries, rows, k, allowed)
+    assert torch.equal(found.valid, expected > -2)
+    torch.testing.assert_close(similarity[found.valid], expected[found.valid], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.05, 0.01, 0.001])
+def test_candidates_chosen_in_bfloat16_miss_nothing(chosen_first, spread):
+    """From rows far apart to rows that bfloat16 cannot tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    center = torch.randn(1, 96, generator=generator)
+    rows = normalize(center + spread * torch.randn(3000, 96, generator=generator), dim=1)
+    queries = normalize(center + spread * torch.randn(40, 96, generator=generator), dim=1)
+    assert_found(queries, rows, 5)
+    if spread == 1:
+        assert sum(chosen_first) < 10
+    if spread <= 0.01:
+        assert chosen_first == [40]
+    few = torch.zeros(3000, dtype=torch.bool)
+    few[[5, 77, 2999]] = True
+    assert_found(queries, rows, 5, few)
+    assert_found(queries, rows, 5, torch.rand(40, 3000, generator=generator) < 0.002)
+
+
+def test_rows_between_two_values_of_bfloat16(chosen_first):
+    """The worst case: wrong rows round up and the nearest ones down."""
+    near = torch.full((1600,), 0.5 + 2**-9 - 2**-20)  # down, as all that follow the first
+    near[1000:1005] = 0.5 + 2**-9 - 2**-22  # the nearest
+    rows = torch.zeros(1600, 64)
+    rows[:, 0], rows[:, 1] = near, (1 - near.square()).sqrt()
+    queries = torch.zeros(2, 64)
+    queries[:, 0] = 1
+    found = nearest(queries, rows, k=5)
+    assert sorted(found.rows[0].tolist()) == [1000, 1001, 1002, 1003, 1004]
+    assert chosen_first == [2]
+
+
+def test_nan_survives_the_choice_in_bfloat16(chosen_first):
+    rows = normalize(torch.randn(3000, 64), dim=1)
+    queries = normalize(torch.randn(4, 64), dim=1)
+    queries[1, 3] = torch.nan
+    found = nearest(queries, rows, k=5)
+    assert found.valid.all()
+    assert mean_shift_loss(queries, rows, found).isnan()

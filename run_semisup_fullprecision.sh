@@ -3,6 +3,7 @@
 # and fine-tuning on the labeled images, and one table at the end (also in $OUT/results.json).
 #
 #   DATA=/imagenet bash run_semisup_fullprecision.sh              the paper's settings
+#   GPUS=4 DATA=/imagenet bash run_semisup_fullprecision.sh       the same by four processes under torchrun
 #   bash run_semisup_fullprecision.sh                             the demo data and a small network, minutes
 #
 # Every variable below can be set from the environment, each stage be switched off with 0:
@@ -14,6 +15,7 @@ DATA=${DATA:-}                      # folder with train/<class>/ and val/<class>
 PYTHON=${PYTHON:-python}
 SEED=${SEED:-0}
 WORKERS=${WORKERS:-}                # empty: the scripts' default
+GPUS=${GPUS:-1}                     # processes of every stage, one a GPU; without a GPU on the CPU
 SPLIT_FILE=${SPLIT_FILE:-}          # labeled images, one a line; empty: LABEL_FRACTION of every class
 LABEL_FRACTION=${LABEL_FRACTION:-0.1}
 TRAIN=${TRAIN:-1} KNN=${KNN:-1} LINEAR=${LINEAR:-1} FINETUNE=${FINETUNE:-1} # the stages
@@ -48,6 +50,8 @@ fi
 XENT_LR=${XENT_LR:-0.05} XENT_EPOCHS=${XENT_EPOCHS:-600} XENT_SCHEDULE=${XENT_SCHEDULE:-400,520}
 case "$OUT" in /*) ;; *) OUT="$PWD/$OUT" ;; esac
 
+run=("$PYTHON")
+[ "$GPUS" = 1 ] || run+=(-m torch.distributed.run --standalone --nproc_per_node="$GPUS") # torchrun
 common=(--seed "$SEED" ${WORKERS:+--num_workers "$WORKERS"})
 if [ -n "$SPLIT_FILE" ]; then split=(--sup-split-file "$SPLIT_FILE"); else split=(--label_fraction "$LABEL_FRACTION"); fi
 labeled="$OUT/train/labeled.txt"    # written by the training: evaluation uses the same images
@@ -72,22 +76,22 @@ evaluate() {
   local flags=(--weights "$weights" --arch "$ARCH" "${common[@]}" "$@")
   mkdir -p "$folder"
   [ "$KNN" = 0 ] || stage "k-NN, $name" \
-    "$PYTHON" "$root/eval/eval_knn.py" "${flags[@]}" --save "$folder" "${data[@]}"
+    "${run[@]}" "$root/eval/eval_knn.py" "${flags[@]}" --save "$folder" "${data[@]}"
   [ "$LINEAR" = 0 ] || stage "linear, $name" \
-    "$PYTHON" "$root/eval/eval_linear.py" "${flags[@]}" --cached --lr "$LINEAR_LR" \
+    "${run[@]}" "$root/eval/eval_linear.py" "${flags[@]}" --cached --lr "$LINEAR_LR" \
     --epochs "$LINEAR_EPOCHS" --train-file "$labeled" --save "$folder/linear" "${data[@]}"
 }
 
 # finetune NAME FOLDER WEIGHTS LR EPOCHS SCHEDULE: the whole encoder on the labeled images.
 finetune() {
   [ "$FINETUNE" = 0 ] || stage "fine-tuning, $1" \
-    "$PYTHON" "$root/eval/eval_linear.py" --weights "$3" --arch "$ARCH" --image_size "$IMAGE_SIZE" \
+    "${run[@]}" "$root/eval/eval_linear.py" --weights "$3" --arch "$ARCH" --image_size "$IMAGE_SIZE" \
     "${common[@]}" --fine-tune --lr "$4" --epochs "$5" --lr_schedule "$6" --batch_size "$FT_BATCH_SIZE" \
     --train-file "$labeled" --eval_freq "$EVAL_FREQ" --save "$2/finetune" "${data[@]}"
 }
 
 [ "$TRAIN" = 0 ] || stage "training" \
-  "$PYTHON" "$root/semi_supervised/train_pseudo_cmsf.py" --cos --weak_strong --arch "$ARCH" \
+  "${run[@]}" "$root/semi_supervised/train_pseudo_cmsf.py" --cos --weak_strong --arch "$ARCH" \
   --image_size "$IMAGE_SIZE" --batch_size "$BATCH_SIZE" --epochs "$EPOCHS" \
   --learning_rate "$LEARNING_RATE" --momentum "$MOMENTUM" --topk "$TOPK" --topk_plain "$TOPK_PLAIN" \
   --constraint_start "$CONSTRAINT_START" --mem_bank_size "$MEM_BANK_SIZE" \
@@ -106,7 +110,7 @@ if [ "$BASELINES" != 0 ]; then
     mkdir -p "$OUT/xent"
     finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE"
     [ "$TRAIN" = 0 ] || stage "training 2Q" \
-      "$PYTHON" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
+      "${run[@]}" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
       --checkpoint_path "$OUT/train_2q" "${common[@]}" "${data[@]}"
     evaluate "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth"
     finetune "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"

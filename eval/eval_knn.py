@@ -2,6 +2,8 @@
 
     python eval/eval_knn.py --weights <CHECKPOINT> --arch resnet50 -k 1 <DATASET PATH>
 
+Under torchrun several processes extract the features, and one searches.
+
 Features before the projector, encoder in eval mode, L2-normalized; exact search of every val image
 among the train images; majority vote, and beside it the vote weighted by exp(similarity /
 temperature). k = 1, 5, 10, 20 and -k come out of one search. Reads checkpoints of this repository,
@@ -13,10 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+from torch import nn
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import feature_cache, knn, options, setup
-from utils.data import check_same_classes, read_split
+from utils import distributed, feature_cache, knn, options, setup
+from utils.bad_images import BadImages
+from utils.data import ImageSet, check_same_classes, read_split
 from utils.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
@@ -85,6 +90,24 @@ def append(path: Path, text: str) -> None:
         raise InputError(f"--save_acc {path}: {error.strerror}") from error
 
 
+def get_features(
+    args: argparse.Namespace,
+    backbone: nn.Module,
+    train: ImageSet,
+    val: ImageSet,
+    *,
+    key: dict[str, str] | None,
+    bad_images: BadImages,
+) -> feature_cache.Features | None:
+    """Read from --load_cache, whose key is this one, or extracted; None but on the main process."""
+    if not args.load_cache:
+        loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
+        return feature_cache.extract(backbone.to(args.device), *loaders)
+    if not distributed.is_main():
+        return None
+    return feature_cache.load(args.load_cache, key, flag="--load_cache", bad_images=bad_images)
+
+
 def main() -> None:
     """Evaluate, print a table, write knn.json."""
     args = parse_args()
@@ -95,16 +118,13 @@ def main() -> None:
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = setup.evaluated_backbone(args)
     check_flags(args, state)
-    if args.load_cache or args.save_features:
+    key = None
+    if distributed.is_main() and (args.load_cache or args.save_features):
         key = setup.feature_key(args, state, train=train, val=val)
     bad_images = setup.build_bad_images(args)
-    if args.load_cache:
-        features = feature_cache.load(
-            args.load_cache, key, flag="--load_cache", bad_images=bad_images
-        )
-    else:
-        loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
-        features = feature_cache.extract(backbone.module.to(args.device), *loaders)
+    features = get_features(args, backbone.module, train, val, key=key, bad_images=bad_images)
+    if not distributed.is_main():
+        return
     if args.save_features:
         path = args.save / feature_cache.NAME
         feature_cache.save(path, key, features, bad_images=bad_images.names)

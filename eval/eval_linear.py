@@ -6,7 +6,8 @@ A linear classifier on frozen features, trained from random crops and measured o
 takes features extracted once instead of crops, `--lr 0.01,0.03,0.1` trains one classifier for each
 learning rate in the same pass, `--fine-tune` trains the encoder too (the published code's trained
 no weight of it), and `--train-file` or `--label_fraction` leave only some images their labels.
-Reads the checkpoints that eval_knn.py does.
+Reads the checkpoints that eval_knn.py does. Under torchrun several processes share the work on
+images, with the results of one.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, feature_cache, linear, options, setup
+from utils import batch_norm, checkpoint, distributed, feature_cache, linear, options, setup
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone
@@ -148,12 +149,12 @@ def build_data(
     *,
     key: dict[str, str],
     bad_images: BadImages,
-) -> FromImages | FromFeatures:
-    """Where features come from; key: of their cache."""
+) -> FromImages | FromFeatures | None:
+    """Where features come from; key: of their cache. None: another process trains on them."""
     loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
         features = cached_features(args, encoder, *loaders, key=key)
-        return FromFeatures(
+        return features and FromFeatures(
             features, batch_size=args.batch_size, seed=args.seed, device=args.device
         )
     views = LabeledLoader(
@@ -170,18 +171,24 @@ def build_data(
 
 def cached_features(
     args: argparse.Namespace, encoder: nn.Module, *loaders: EvalLoader, key: dict[str, str]
-) -> feature_cache.Features:
-    """The features of a cache that has this key; extracted, and kept there, where it has not."""
+) -> feature_cache.Features | None:
+    """The features of a cache that has this key; extracted, and kept there, where it has not.
+
+    None but on the main process.
+    """
     folder = args.cache_dir or args.save
     path = folder and folder / feature_cache.NAME
     bad_images = loaders[0].bad_images
-    if path and path.exists():
+    features = None
+    if distributed.is_main() and path and path.exists():
         try:
-            return feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
+            features = feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
         except InputError as error:
             print(f"{error}: extracted anew", flush=True)
+    if distributed.any_true(features is not None):
+        return features
     features = feature_cache.extract(encoder, *loaders)
-    if path:
+    if distributed.is_main() and path:
         feature_cache.save(path, key, features, bad_images=bad_images.names)
     return features
 
@@ -228,7 +235,7 @@ def save_run(
     A fine-tuned encoder is in it under the names of this repository's checkpoints, so that both
     evaluations read it as --weights.
     """
-    if not args.save:
+    if not (args.save and distributed.is_main()):
         return
     state = {
         "format": FORMAT,
@@ -244,6 +251,27 @@ def save_run(
         weights = encoder.state_dict()
         state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
     checkpoint.save(args.save / "linear.pth", state)
+
+
+def train_epoch(
+    probe: linear.LinearProbe,
+    data: FromImages | FromFeatures,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epoch: int,
+    seed: int,
+) -> list[float]:
+    """One epoch's mean loss of each learning rate; RunError if none of them is finite."""
+    # Only dropout in a fine-tuned encoder draws from here; so resuming changes no bit of it.
+    entropy = [seed, epoch, distributed.rank()]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    losses = linear.train_epoch(probe, data.epoch(epoch), optimizer)
+    for value in (losses, *probe.state_dict().values()):  # each GPU may round differently
+        distributed.from_main(value)
+    losses = losses.tolist()
+    if not any(map(math.isfinite, losses)):
+        raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr")
+    return losses
 
 
 def train_probe(
@@ -262,29 +290,34 @@ def train_probe(
     """Train up to the last epoch; each adds its figures to history.
 
     Every `eval_freq` epochs and after the last, val is measured, a line printed and the run saved;
-    in between top1 and top5 are None. RunError if no learning rate has a finite loss.
+    in between top1 and top5 are None. RunError if no learning rate has a finite loss. Of several
+    processes all train, and the main one measures.
     """
+    unmeasured = [{"top1": None, "top5": None}] * len(rates)
     for epoch in range(len(history) + 1, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = learning_rate(
                 rate, epoch, epochs=epochs, cosine=False, decay_epochs=schedule, decay_rate=0.1
             )
-        # Only dropout in a fine-tuned encoder draws from here; so resuming changes no bit of it.
-        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-        losses = linear.train_epoch(probe, data.epoch(epoch), optimizer).tolist()
-        if not any(map(math.isfinite, losses)):
-            raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr")
+        losses = train_epoch(probe, data, optimizer, epoch=epoch, seed=seed)
         due = epoch % eval_freq == 0 or epoch == epochs
-        unmeasured = [{"top1": None, "top5": None}] * len(rates)
-        figures = linear.accuracy(probe, *data.val()) if due else unmeasured
+        figures = (measure(probe, data) if due else None) or unmeasured
         history.append(linear.history_row(losses, figures))
-        if due:
+        if due and distributed.is_main():
             parts = (
                 f"lr {rate}: loss {loss:.4f} top-1 {row['top1']:.2f}"
                 for rate, loss, row in zip(rates, losses, figures, strict=True)
             )
             Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
             save()
+
+
+def measure(
+    probe: linear.LinearProbe, data: FromImages | FromFeatures
+) -> list[dict[str, float | None]] | None:
+    """Accuracy on val of each learning rate's classifier; None but on the main process."""
+    val = data.val()
+    return linear.accuracy(probe, *val) if val else None
 
 
 def protocol(args: argparse.Namespace) -> str:
@@ -323,12 +356,28 @@ def build_probe(
         weight_decay=args.wd,
         also=backbone.module.parameters() if args.fine_tune else (),
     )
+    if args.fine_tune:
+        optimizer.register_step_pre_hook(
+            lambda *_: distributed.sum_gradients(backbone.module.parameters())
+        )
     if saved:
         checkpoint.load_strictly(probe, saved["probe"], what=f"--resume {args.resume}")
         optimizer.load_state_dict(saved["optimizer"])
     else:
         probe.standardize.measure(data.for_statistics())
     return probe, optimizer
+
+
+def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> None:
+    """Print the table of each learning rate's figures; write it and the record to linear.json."""
+    counts = record["counts"]
+    print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
+    print(linear.format_table(summary))
+    if args.save:
+        best = max(summary, key=lambda rate: summary[rate]["top1"])
+        figures = {name: summary[best][name] for name in ("top1", "top5")}
+        record = {"lr": summary, "best_lr": best} | figures | record
+        print(options.write_json(args.save, "linear.json", record))
 
 
 def main() -> None:
@@ -343,11 +392,18 @@ def main() -> None:
     saved = load_run(args, key, train.classes) if args.resume else None
     if saved and args.fine_tune:
         checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+    if args.fine_tune:
+        module = batch_norm.synchronized(backbone.module, args.device)
+        backbone = backbone._replace(module=module)
     backbone.module.to(args.device)
     bad_images = setup.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved.get("bad_images", []))
     data = build_data(args, backbone.module, train, val, key=key, bad_images=bad_images)
+    if args.cached and not args.evaluate:
+        distributed.stop()  # the rest is quick
+    if data is None:
+        return
     probe, optimizer = build_probe(
         args, backbone, data, num_classes=len(train.classes), saved=saved
     )
@@ -355,8 +411,7 @@ def main() -> None:
     num_train = saved["num_images"] if saved else data.num_images["train"]
     if args.evaluate:
         what_was_done = saved["protocol"]
-        figures = linear.accuracy(probe, *data.val())
-        summary = {str(rate): row for rate, row in zip(args.lr, figures, strict=True)}
+        figures = measure(probe, data)
     else:
         what_was_done = protocol(args)
         origin = {"key": key, "classes": train.classes, "num_images": num_train}
@@ -373,18 +428,17 @@ def main() -> None:
             seed=args.seed,
             save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
         )
+    if not distributed.is_main():
+        return
+    if args.evaluate:
+        summary = {str(rate): row for rate, row in zip(args.lr, figures, strict=True)}
+    else:
         summary = linear.summarize(args.lr, history)
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
-    print(f"{counts['val']} val images, probe trained on {num_train} images, percent")
-    print(linear.format_table(summary))
-    if args.save:
-        best = max(summary, key=lambda rate: summary[rate]["top1"])
-        record = {"lr": summary, "best_lr": best}
-        record |= {name: summary[best][name] for name in ("top1", "top5")}
-        record |= {"epochs": len(history), "protocol": what_was_done}
-        record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
-        record["seconds"] = round(time.monotonic() - start, 1)
-        print(options.write_json(args.save, "linear.json", record))
+    record = {"epochs": len(history), "protocol": what_was_done}
+    record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+    record["seconds"] = round(time.monotonic() - start, 1)
+    report(args, summary, record)
 
 
 if __name__ == "__main__":

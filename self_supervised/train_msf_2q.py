@@ -21,6 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options, setup
+from utils.distributed import any_true, gather, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
@@ -63,14 +64,17 @@ class CMSF2Q(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
-            if not all_finite(q, t):
+            if any_true(not all_finite(q, t)):
                 return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
-            u, visited = self.previous.swap(batch.index, t)  # (B, D), (B,)
 
-            # The targets enter the bank before the search: each is its own nearest neighbor.
+            # The targets of all processes enter the bank before the search: each is its own
+            # nearest neighbor.
+            all_t, index, label = gather(t, batch.index, batch.label)
+            all_u, all_visited = self.previous.swap(index, all_t)  # previous embeddings
             self.bank.enqueue(
-                t, previous=u, has_previous=visited, index=batch.index, label=batch.label
+                all_t, previous=all_u, has_previous=all_visited, index=index, label=label
             )
+            u, visited = own_rows(all_u, all_visited)  # (B, D), (B,)
             rows, older, has_older = self.bank.in_use("features", "previous", "has_previous")
             near = nearest(t, rows, k=self.topk)  # in M, rows (K, D)
             related = nearest(u, older, k=self.topkp, allowed=has_older)  # in M'
@@ -120,7 +124,7 @@ def main() -> None:
 
     with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
         for batch in run.batches(loader):
-            loss, stats = model(batch)
+            loss, stats = run.forward(batch)
             run.step(loss, stats)
         run.finish("CMSF-2Q")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from utils import distributed
 from utils.encoders import mlp
 
 
@@ -55,7 +56,10 @@ def train_head(
     Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
     """
     optimizer = torch.optim.SGD(
-        head.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        head.requires_grad_(True).parameters(),
+        lr=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(decay_epochs), gamma=0.1)
     random = np.random.default_rng(seed)
@@ -64,7 +68,9 @@ def train_head(
         order = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
         sums = _train_epoch(head, embeddings, labels, order.split(batch_size), optimizer)
         schedule.step()
-    head.eval()
+    head.eval().requires_grad_(False)
+    for value in head.state_dict().values():  # kernels may round differently on each GPU
+        distributed.from_main(value)
     loss, accuracy = (sums / len(labels)).tolist()  # the only wait for a GPU
     return {"head_loss": loss, "head_accuracy": 100 * accuracy, "head_rows": len(labels)}
 

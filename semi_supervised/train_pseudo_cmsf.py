@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils import options, setup
+from utils.distributed import any_true, gather, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.errors import InputError
 from utils.features import extract_features
@@ -71,7 +72,7 @@ class PseudoCMSF(nn.Module):
         cache_confident: bool = False,
     ) -> None:
         super().__init__()
-        self.encoders, self.head = encoders, head
+        self.encoders, self.head = encoders, head.requires_grad_(False)  # until `train_head`
         self.labeled = labeled
         self.topk, self.topk_plain = topk, topk_plain or topk
         self.conf_th, self.cache_confident = conf_th, cache_confident
@@ -89,27 +90,28 @@ class PseudoCMSF(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
-        if not all_finite(q, t):
+        if any_true(not all_finite(q, t)):
             return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
 
-        known = self.labeled[batch.index].to(t.device)  # (B,) bool
-        guess, confidence = self.head.predict(t)  # (B,), (B,)
+        # Labels and predictions for the targets of all processes, (B, D).
+        all_t, index, truth = gather(t, batch.index, batch.label)
+        known = self.labeled[index].to(t.device)  # (B,) bool
+        guess, confidence = self.head.predict(all_t)  # (B,), (B,)
         counts = known | self._is_confident(confidence, constrained=constrained)
-        label = torch.where(known, batch.label, guess).masked_fill(~counts, -1)
+        label = torch.where(known, truth, guess).masked_fill(~counts, -1)
 
         # The targets enter the bank before the search: each is its own nearest neighbor.
-        self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
-        self._fill_cache(t, batch.index, label, known if not self.cache_confident else counts)
-        rows, row_labels, truth = self.bank.in_use("features", "label", "true_label")
-        wanted = label if constrained else torch.full_like(label, -1)
+        self.bank.enqueue(all_t, index=index, label=label, true_label=truth)
+        self._fill_cache(all_t, index, label, known if not self.cache_confident else counts)
+        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
+        (wanted,) = own_rows(label if constrained else torch.full_like(label, -1))
         near = self._neighbors(t, rows, wanted, row_labels)
-        loss = mean_shift_loss(q, rows, near)
-        return loss, {
-            "purity_constrained": purity(batch.label.masked_fill(wanted < 0, -1), truth, near),
+        return mean_shift_loss(q, rows, near), {
+            "purity_constrained": purity(batch.label.masked_fill(wanted < 0, -1), row_truth, near),
             "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), wanted >= 0),
             "confident": _percent(counts, ~known),
-            "accuracy_confident": _percent(guess == batch.label, counts & ~known),
-            "accuracy_all": _percent(guess == batch.label, ~known),
+            "accuracy_confident": _percent(guess == truth, counts & ~known),
+            "accuracy_all": _percent(guess == truth, ~known),
         }
 
     def _is_confident(self, confidence: Tensor, *, constrained: bool) -> Tensor:
@@ -147,6 +149,7 @@ class PseudoCMSF(nn.Module):
             images,
             num_images=len(images.images),
             left_out=images.left_out,
+            everywhere=True,  # each process trains the head as the others do
         )
         device = self.bank.features.device
         return nn.functional.normalize(features, dim=1).to(device), labels.to(device)
@@ -223,7 +226,7 @@ def main() -> None:
         )
         for batch in run.batches(loader):
             constrained = run.epoch >= args.constraint_start
-            loss, stats = model(batch, constrained=constrained)
+            loss, stats = run.forward(batch, constrained=constrained)
             run.step(loss, stats)
             if constrained and run.epoch_step in (run.epoch_steps // 2, run.epoch_steps):
                 seed = [args.seed, run.total_steps]

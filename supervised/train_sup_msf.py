@@ -20,6 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options, setup
+from utils.distributed import any_true, gather
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank
@@ -66,11 +67,13 @@ class SupervisedCMSF(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
-        if not all_finite(q, t):
+        if any_true(not all_finite(q, t)):
             return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
 
-        # The targets enter the bank before the search: each is its own nearest neighbor.
-        self.bank.enqueue(t, index=batch.index, label=batch.label)
+        # The targets of all processes enter the bank before the search: each is its own nearest
+        # neighbor.
+        all_t, index, label = gather(t, batch.index, batch.label)
+        self.bank.enqueue(all_t, index=index, label=label)
         rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
         if self.topk is None:
             loss = mean_shift_loss_all(
@@ -115,7 +118,7 @@ def main() -> None:
 
     with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
         for batch in run.batches(loader):
-            loss, stats = model(batch)
+            loss, stats = run.forward(batch)
             run.step(loss, stats)
         run.finish("supervised CMSF")
 

@@ -1,6 +1,7 @@
 """Shared by the tests: few threads, real image files, scripts as real processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,17 @@ from utils import options
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Scripts called in this process leave their handlers, which a process of their own may."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def write_image(path: Path, *, seed: int, size: tuple[int, int] = (24, 20)) -> None:

@@ -196,7 +196,8 @@ def test_resuming_as_another_experiment(call_script, image_tree, tmp_path, chang
         assert result[0] == 0 and (out / "ckpt_epoch_3.pth").exists()
     else:
         assert_refused(result, f"--resume {out}/ckpt_epoch_1.pth", words, "--resume_anyway")
-        assert sorted(path.name for path in out.iterdir()) == ["ckpt_epoch_1.pth", "log.jsonl"]
+        there = sorted(path.name for path in out.glob("[!.]*"))
+        assert there == ["ckpt_epoch_1.pth", "log.jsonl"]
 
 
 def test_no_traceback_from_a_real_process(run_script, image_tree, tmp_path):

@@ -311,12 +311,11 @@ def test_a_run_saved_within_an_epoch_goes_on_there(tmp_path, step):
 )
 def test_signals_save_and_stop(tmp_path, name, code):
     loader = Loader(after={(1, 2): lambda: os.kill(os.getpid(), getattr(signal, name))})
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted, match=f"{name} after epoch 1, step 2") as stop:
         train(make_run(tmp_path), loader)
     assert stop.value.exit_code == code
     assert names(tmp_path) == ["ckpt_epoch_1_step_2.pth"]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    os.kill(os.getpid(), signal.SIGTERM)  # another one, as the process ends, changes nothing
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):

@@ -1,7 +1,10 @@
 """Every command in the README runs as it stands there, made small by flags added at its end."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -57,6 +60,54 @@ def test_scripts_of_the_readme_run(run_script, image_tree, tmp_path):
             extra = f"{SMALL_RUN} --checkpoint_path {tmp_path / next(folder)}"
         done = run_script(words[0], *words[1:], *extra.split(), timeout=300)
         assert done.returncode == 0, (words, done.stderr)
+
+
+def test_commands_for_several_processes_run(image_tree, tmp_path):
+    """With two processes on the CPU."""
+    split = tmp_path / "split.txt"
+    split.write_text("".join(f"{name}/{i}.jpg\n" for name in "abc" for i in range(3)))
+    places = {"dataset_path": image_tree, "checkpoint_path": tmp_path, "split_file": split}
+    lines = [words for words in commands(**places) if words[0] == "torchrun"]
+    assert len(lines) == 2
+    for number, (_, *flags) in enumerate(lines):
+        flags = [flag.replace("node=4", "node=2") for flag in flags]
+        extra = f"{SMALL_RUN} --arch conv4 --checkpoint_path {tmp_path / str(number)}".split()
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *flags, *extra],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / str(number) / "ckpt_epoch_2.pth").exists()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_slurm_file_requeues_what_was_stopped(tmp_path, stopped):
+    """With stand-ins for SLURM and torchrun that write down how they are called."""
+    (text,) = re.findall(r"```slurm\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(text.splitlines()) <= 15
+    out, called = tmp_path / "out", tmp_path / "called"
+    out.mkdir()
+    programs = {
+        "scontrol": f'echo "$@" >> {called}; [ "$1" = show ] && printf "host1\\nhost2\\n"; true',
+        "srun": '"$@"',
+        "torchrun": f'echo "$@" >> {called}; {f"touch {out}/requeue;" * stopped} exit 1',
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    script = text.replace("<CHECKPOINT PATH>", str(out)).replace("<DATASET PATH>", "/data")
+    names = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[1-2]"}
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env={**os.environ, **names, **paths})
+    assert done.returncode == 0
+    show, launched, *rest = called.read_text().splitlines()
+    assert show == "show hostnames host[1-2]" and "--rdzv_endpoint=host1:29500" in launched
+    assert "--nnodes=2" in launched and launched.endswith("--resume auto /data")
+    assert rest == (["requeue 7"] if stopped else [])
 
 
 def test_no_figure_is_left_open():

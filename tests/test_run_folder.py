@@ -1,15 +1,18 @@
 """The folder of a run: which checkpoints stay, parts of the previous embeddings, falling back."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from utils import checkpoint
 from utils.errors import InputError, RunError
 from utils.memory_bank import PreviousEmbeddings
-from utils.run_folder import PARTS, RunFolder
+from utils.run_folder import PARTS, RunFolder, apart
 
 
 class Model(nn.Module):
@@ -24,12 +27,9 @@ class Model(nn.Module):
 
 
 def state(model, epoch, step=None):
-    return {
-        "format": checkpoint.FORMAT,
-        "epoch": epoch,
-        "step": step,
-        "state_dict": model.state_dict(),
-    }
+    with apart(model.stores.values(), are_apart=step is not None):
+        weights = model.state_dict()
+    return {"format": checkpoint.FORMAT, "epoch": epoch, "step": step, "state_dict": weights}
 
 
 def visit(model, index):
@@ -45,7 +45,9 @@ def names(folder):
 def loaded(folder, path, num_images=50):
     """What a new process finds in a checkpoint."""
     model = Model(num_images)
-    model.load_state_dict(folder.load(path, model.stores)["state_dict"])
+    state = folder.load(path, model.stores)
+    with apart(model.stores.values(), are_apart="parts" in state):
+        model.load_state_dict(state["state_dict"])
     return model
 
 
@@ -92,6 +94,64 @@ def test_previous_embeddings_come_back_from_parts(tmp_path):
             model = loaded(folder := RunFolder(tmp_path), path)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_row_is_lost_however_saves_alternate(tmp_path, seed):
+    """Saves within and after epochs in any order, parts that go with the last who needs them."""
+    generator = torch.Generator().manual_seed(seed)
+    folder, model, saved = RunFolder(tmp_path), Model(30), {}
+    epoch = step = 1
+    for _ in range(40):
+        count = int(torch.randint(0, 25, (1,), generator=generator))
+        visit(model, torch.randperm(30, generator=generator)[:count])
+        kind = float(torch.rand(1, generator=generator))
+        if kind < 0.4:
+            path, step = folder.save_step(state(model, epoch, step), model.stores), step + 1
+        elif kind < 0.8:
+            path, epoch, step = folder.save_epoch(state(model, epoch)), epoch + 1, 1
+        else:  # a new process goes on
+            if saved:
+                newest = RunFolder(tmp_path).checkpoints()[0]
+                model, epoch, step = loaded(folder := RunFolder(tmp_path), newest, 30), epoch + 1, 1
+            continue
+        saved[path] = {name: value.clone() for name, value in model.state_dict().items()}
+        for kept in folder.checkpoints():
+            there = loaded(RunFolder(tmp_path), kept, 30).state_dict()
+            assert all(torch.equal(there[name], saved[kept][name]) for name in there)
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    path = folder.save_epoch(state(model, 1)).rename(tmp_path / "ckpt_epoch_9.pth")
+    with pytest.raises(InputError, match="ckpt_epoch_9.pth: holds epoch 1, unlike its name"):
+        folder.newest_good(model.stores)
+    other = path.rename(tmp_path / "best.pth")
+    assert folder.load(other, model.stores)["epoch"] == 1
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    code = "import sys; from utils.run_folder import RunFolder; RunFolder(sys.argv[1])"
+    folder = RunFolder(tmp_path)
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert f"--checkpoint_path {tmp_path}: a run is going on there" in done.stderr
+    folder.close()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def test_what_is_not_wanted_is_no_damage(tmp_path):
+    """A state that is refused is not passed over as a damaged one would be."""
+    folder, model = RunFolder(tmp_path), Model()
+    visit(model, range(30))
+    folder.save_step(state(model, 1, 1), model.stores)
+    folder.save_step(state(model, 1, 2), model.stores)
+
+    def refuse(state, what):
+        raise InputError(f"{what}: step {state['step']}")
+
+    with pytest.raises(InputError, match="--resume .*step_2.pth: step 2"):
+        folder.newest_good(Model(7).stores, accept=refuse)
+
+
 def test_an_epoch_writes_each_row_about_once(tmp_path):
     folder, model, written = RunFolder(tmp_path), Model(1000), 0
     before, order = set(), torch.randperm(1000)
@@ -124,8 +184,6 @@ def test_a_run_that_goes_on_elsewhere_is_complete_there(tmp_path):
     visit(model, range(30))
     path = here.save_step(state(model, 1, 3), model.stores)
     model = loaded(there, path)
-    model = Model()
-    model.load_state_dict(there.load(path, model.stores)["state_dict"])
     visit(model, [3, 40])
     path = there.save_step(state(model, 1, 4), model.stores)
     for part in (here.path / PARTS).iterdir():

@@ -12,6 +12,7 @@ checksums. For other readers the file is what torch.save writes.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import zipfile
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.encoders import Backbone, QueryTargetEncoders
-from utils.errors import InputError, RunError
+from utils.errors import DamagedError, InputError, RunError
 
 FORMAT = "cmsf-2"
 
@@ -102,7 +103,8 @@ def _flush_folder(path: Path) -> None:
     """Have the names in a folder reach the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(folder)
     finally:
         os.close(folder)
 
@@ -122,22 +124,22 @@ def load(path: str | Path, *, flag: str) -> dict:
     flag: the user's flag that named the file, for the message. A file of ours must have its seal
     intact, any other zip archive its checksums. Raises InputError for a missing or damaged file and
     for one that holds no dict of tensors and builtins (argparse.Namespace of published checkpoints
-    is the one other class that is let in).
+    is the one other class that is let in); DamagedError, one of them, where the file is at fault.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
-        raise InputError(f"{what}: no such file")
+        raise DamagedError(f"{what}: no such file")
     try:
         sealed = _is_intact(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise about anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{what}: not a readable checkpoint ({reason})") from error
+        raise DamagedError(f"{what}: not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{what}: not a checkpoint (holds a {type(checkpoint).__name__})")
     if "format" in checkpoint and not sealed:
-        raise InputError(f"{what}: not a readable checkpoint (its seal is missing)")
+        raise DamagedError(f"{what}: not a readable checkpoint (its seal is missing)")
     return checkpoint
 
 

@@ -8,13 +8,14 @@ is the moving average of the query encoder.
 import copy
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from utils import distributed
 from utils.errors import InputError
 
 # torchvision classifiers whose training output is not one tensor.
@@ -105,6 +106,16 @@ def check_image_size(backbone: Backbone, arch: str, image_size: int) -> None:
         backbone.module.train(was_training)
 
 
+class _Layers(nn.Sequential):
+    """nn.Sequential with a forward of ours: PyTorch 2.11 compiles no container of its own."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pass features (B, F) through the layers, one after the other."""
+        for layer in self:
+            features = layer(features)
+        return features
+
+
 def mlp(sizes: Sequence[int], *, output_norm: bool = False) -> nn.Sequential:
     """Linear-BN-ReLU-...-Linear through the given sizes, [input, hidden, ..., output].
 
@@ -117,7 +128,7 @@ def mlp(sizes: Sequence[int], *, output_norm: bool = False) -> nn.Sequential:
     layers.append(nn.Linear(sizes[-2], sizes[-1]))
     if output_norm:
         layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
-    return nn.Sequential(*layers)
+    return _Layers(*layers)
 
 
 class Encoder(nn.Module):
@@ -139,7 +150,13 @@ class QueryTargetEncoders(nn.Module):
     backbone: any module (B, 3, S, S) -> (B, feature_dim); the target encoder starts as a copy of
     it. proj_dim: D, default feature_dim / 4; hidden_dim: of projector and predictor, default 2
     feature_dim (the published sizes). proj_bn: batch norm without affine parameters on the
-    projector's output. momentum: m of the moving average, 0 to 1.
+    projector's output. momentum: m of the moving average, 0 to 1. shuffle_target: with several
+    processes, the target's batch norm sees other rows together than the query's (MoCo).
+
+    autocast: the dtype of 16 bits in which convolutions and linear layers compute (torch.autocast),
+    or None. Parameters, gradients, moving average and embeddings stay float32 all the same, so the
+    weights fit encoders with and without it. channels_last: images and the weights of convolutions
+    lie in memory with the channels last, which changes speed, and results by rounding alone.
     """
 
     def __init__(
@@ -151,24 +168,41 @@ class QueryTargetEncoders(nn.Module):
         hidden_dim: int | None = None,
         proj_bn: bool = False,
         momentum: float = 0.99,
+        shuffle_target: bool = False,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
+        self.shuffle_target = shuffle_target
         self.proj_dim = proj_dim or feature_dim // 4
         hidden_dim = hidden_dim or 2 * feature_dim
         self.momentum = momentum
+        self.autocast, self.channels_last = autocast, channels_last
         projector = mlp([feature_dim, hidden_dim, self.proj_dim], output_norm=proj_bn)
         self.query_encoder = Encoder(backbone, projector)
         self.predictor = mlp([self.proj_dim, hidden_dim, self.proj_dim])
         self.target_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
 
     def query(self, images: Tensor) -> Tensor:
         """q = norm(h(f(images))): (B, D), unit norm, with gradient."""
-        return normalize(self.predictor(self.query_encoder(images)), dim=1)
+        return self._embed(images, self.query_encoder, self.predictor)
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """t = norm(g(images)): (B, D), unit norm, no gradient."""
-        return normalize(self.target_encoder(images), dim=1)
+        """t = norm(g(images)): (B, D), unit norm, no gradient.
+
+        With `shuffle_target` the rows are dealt out anew among the processes before, and taken back
+        after, all of which must then call it together.
+        """
+        if self.shuffle_target:
+            images, order = distributed.shuffled(images)
+            return distributed.unshuffled(self._target(images), order)
+        return self._target(images)
+
+    def _target(self, images: Tensor) -> Tensor:
+        return self._embed(images, self.target_encoder)
 
     @torch.no_grad()
     def update_target(self) -> None:
@@ -183,3 +217,29 @@ class QueryTargetEncoders(nn.Module):
             list(self.query_encoder.parameters()),
             1 - self.momentum,
         )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile query encoder, predictor and target encoder in place, as nn.Module.compile does.
+
+        The names of the weights stay. A backbone run by itself, as in evaluation, is not compiled.
+        """
+        for network in (self.query_encoder, self.predictor, self.target_encoder):
+            network.compile(*args, **kwargs)
+
+    def _embed(self, images: Tensor, *networks: nn.Module) -> Tensor:
+        """Pass images through the networks, one after the other: (B, D), unit norm."""
+        if self.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        output = images
+        # No cache of cast weights: each is used once here, and one that outlived a step (in an
+        # autocast of the caller's) would hide what the optimizer did to it.
+        with torch.autocast(
+            images.device.type,
+            self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=False,
+        ):
+            for network in networks:
+                output = network(output)
+        # bfloat16 has 8 significant bits: too few for a unit norm and for telling neighbors apart.
+        return normalize(output if self.autocast is None else output.float(), dim=1)

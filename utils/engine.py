@@ -5,7 +5,7 @@ of the method. A script iterates over it:
 
     with Run(model, optimizer, ...) as run:
         for batch in run.batches(loader):
-            loss, stats = model(batch)
+            loss, stats = run.forward(batch)
             run.step(loss, stats)
 """
 
@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -21,27 +23,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint
+from utils import checkpoint, distributed, experiment
 from utils.errors import InputError, Interrupted, RunError
 from utils.knn import format_comparison
 from utils.loaders import Batch, TwoViewLoader
 from utils.memory_bank import PreviousEmbeddings
 from utils.meters import Log, Means
-from utils.run_folder import RunFolder
-from utils.stop_signals import Stopped, StopSignals
+from utils.run_folder import RunFolder, apart
+from utils.stop_signals import Stopped, StopSignals, ignore
 from utils.workers import worker_failure
 
 # Below these the embeddings hardly tell images apart, however low the loss is.
 _LOW_SPREAD = 0.1
 _LOW_RANK = 5.0
-
-# Flags that a resumed run may have otherwise without becoming another experiment. The images are
-# compared by what they are, not by where they lie; --epochs may grow.
-_MAY_DIFFER = {
-    *("data", "demo", "device", "deterministic", "num_workers", "checkpoint_path", "weights"),
-    *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
-    *("bad_images", "max_bad_images"),
-}
 
 
 class Run:
@@ -57,6 +51,9 @@ class Run:
     if there is one. Otherwise the files of an earlier run in the folder are moved aside, never
     overwritten. resume_anyway: also with flags or data that make it another experiment. debug: two
     epochs of five steps.
+
+    Of several processes each makes the same run; `forward` is the model's, with gradients that are
+    the mean over all of them, and the main one writes the files.
     """
 
     def __init__(
@@ -99,10 +96,11 @@ class Run:
         self._signals = StopSignals()
         self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
         self._files = RunFolder(self.folder, say=Log.say)
-        self.log = Log(self._files.log)
+        self.log = Log(self._files.log, silent=not distributed.is_main())
         self._last_saved: Path | None = None
         self._epoch_ended = False  # all that is left of `epoch` is to evaluate
         self._begin(resume, anyway=resume_anyway)
+        self.forward = distributed.parallel(model)
 
     def __enter__(self) -> "Run":
         """From here on the run stops for signals, and errors say what is kept."""
@@ -114,11 +112,16 @@ class Run:
     ) -> None:
         """Add to an error that ends the run where the last checkpoint is."""
         self._signals.restore()
-        if isinstance(error, RuntimeError) and (reason := worker_failure(error)):
-            error = RunError(reason)
+        if isinstance(error, Interrupted):
+            ignore()
+        if isinstance(error, OSError):
+            error = RunError(f"{error.filename or 'output'}: {error.strerror or error}")
+        if isinstance(error, RuntimeError):
+            reason = worker_failure(error) or distributed.failure(error)
+            error = RunError(reason) if reason else error
         if isinstance(error, (RunError, InputError)):
-            kept = f"{self._last_saved} (--resume auto)" if self._last_saved else "none yet"
-            raise type(error)(f"{error}; last checkpoint: {kept}") from None
+            text = f"{distributed.prefix()}{error}; last checkpoint: {self._where_to_resume()}"
+            raise type(error)(text) from None
 
     def batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
         """Yield every remaining batch of every remaining epoch; each must be followed by `step`.
@@ -128,6 +131,7 @@ class Run:
         """
         self._loader = loader
         loader.bad_images.restore(self._bad_images)
+        self._check_same_everywhere()
         self.epoch_steps = min(len(loader), self.max_steps)
         while self.epoch <= self.epochs:
             for group in self.optimizer.param_groups:
@@ -145,7 +149,7 @@ class Run:
             desc=f"epoch {self.epoch}/{self.epochs}",
             total=self.epoch_steps,
             initial=start,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and distributed.is_main()),
         )
         with bar:
             for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
@@ -189,11 +193,12 @@ class Run:
         self.log.write(place | {"error": f"loss {loss}", "lr": rate, "images": images})
         raise RunError(
             f"the loss is {loss} in epoch {self.epoch}, step {self.epoch_step}, learning rate "
-            f"{rate:.4g}, images {images}; try a lower --learning_rate"
+            f"{rate:.4g}, images {images}; try a lower --learning_rate (with --resume_anyway)"
         )
 
     def _report(self, batch_size: int) -> None:
         """One line in the log and on the console for the steps since the last one."""
+        self._check_same_everywhere()
         figures = self._means.read()
         seconds = time.monotonic() - self._interval_start
         figures |= {name: float(value) for name, value in self.model.diagnostics().items()}
@@ -207,6 +212,16 @@ class Run:
         if warning:
             self.log.say(f"WARNING {warning}")
         self._interval_start, self._interval_steps = time.monotonic(), 0
+
+    def _check_same_everywhere(self) -> None:
+        """RunError if weights or bank, which all processes have, are not the same in all."""
+        shared = [value for name, value in self.model.named_buffers() if name.startswith("bank.")]
+        shared += [p for p in self.model.parameters() if p.requires_grad]
+        if not distributed.same_everywhere(shared):
+            raise RunError(
+                f"weights or bank differ between the processes at epoch {self.epoch}, step "
+                f"{self.epoch_step}: a fault of the machine or a bug; resume from a checkpoint"
+            )
 
     def _warning(self, figures: dict[str, float]) -> str | None:
         """What is wrong with the embeddings, if anything: this family fails with a low loss."""
@@ -222,12 +237,17 @@ class Run:
         return None
 
     def _save_if_due(self) -> None:
-        """Between two steps: save and stop for a signal, or save once --save_minutes are over."""
-        if self._signals.received:
-            self._save_and_stop()
-        at_end = self.epoch_step == self.epoch_steps
+        """Between two steps: save and stop for a signal, or save once --save_minutes are over.
+
+        What one process was told, or the main one's clock, holds for all.
+        """
         due = 0 < self.save_minutes <= (time.monotonic() - self._saved_at) / 60
-        if due and not (at_end and self._epoch_is_saved()):
+        at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
+        told = torch.tensor([self._signals.received or 0, due and not at_end])
+        number, due = distributed.highest(told, of_main=[1]).tolist()
+        if number:
+            self._save_and_stop(signal.Signals(number))
+        if due:
             self._save_step()
 
     def _epoch_is_saved(self) -> bool:
@@ -245,46 +265,68 @@ class Run:
             self._measure_knn()
 
     def _measure_knn(self) -> None:
-        """k-NN figures of this epoch, from the log if they are there; a signal breaks them off."""
-        if logged := self.log.find("knn", epoch=self.epoch):
+        """k-NN figures of this epoch, from the log if they are there.
+
+        A signal breaks them off if there is only one process; several would wait for each other.
+        """
+        (logged, *_) = distributed.gather_objects(self.log.find("knn", epoch=self.epoch))
+        if logged:
             self.knn = {int(k): figures for k, figures in logged.items()}
             return
+        alone = distributed.world_size() == 1
+        if not (alone or self._epoch_ended):
+            self._save_step()
         try:
-            with self._signals.heeded_at_once():
+            with self._signals.heeded_at_once() if alone else nullcontext():
                 self.knn = self._evaluate()
         except Stopped:
-            self._save_and_stop()
-        self.log.write({"epoch": self.epoch, "step": self.epoch_steps, "knn": self.knn})
-        text = "  ".join(f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
-        self.log.say(f"epoch {self.epoch}/{self.epochs}  {text}")
+            self._save_and_stop(self._signals.received)
+        if self.knn:
+            self.log.write({"epoch": self.epoch, "step": self.epoch_steps, "knn": self.knn})
+            parts = (f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
+            self.log.say(f"epoch {self.epoch}/{self.epochs}  {'  '.join(parts)}")
+
+    def _where_to_resume(self) -> str:
+        """The last checkpoint, and the flag that goes on from it."""
+        if self._last_saved is None:
+            return "none yet"
+        own = self._files.holds(self._last_saved)
+        return f"{self._last_saved} (--resume {'auto' if own else self._last_saved})"
 
     def _save_step(self) -> None:
         self._last_saved = self._files.save_step(self._state(), self._stores)
         self._saved_at = time.monotonic()
 
-    def _save_and_stop(self) -> NoReturn:
+    def _save_and_stop(self, told: signal.Signals) -> NoReturn:
         if not self._epoch_ended:
             self._save_step()
-        name, interrupted = self._signals.received.name, self._signals.received == signal.SIGINT
+        elif not self._files.holds(self._last_saved):  # resumed from elsewhere, nothing done since
+            self._last_saved = self._files.save_epoch(self._state())
+        self._files.ask_for_requeue()
         raise Interrupted(
-            f"{name} after epoch {self.epoch}, step {self.epoch_step}: saved {self._last_saved}; "
-            f"the same command with --resume auto goes on",
-            exit_code=130 if interrupted else 75,
+            f"{told.name} after epoch {self.epoch}, step {self.epoch_step}: saved "
+            f"{self._last_saved}; the same command with --resume auto goes on",
+            exit_code=130 if told == signal.SIGINT else 75,
         )
 
     def _state(self) -> dict:
-        """All that decides how the run goes on, as of now."""
+        """All that decides how the run goes on, as of now; the main process' is complete."""
         rng_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             rng_state["cuda"] = torch.cuda.get_rng_state()
+        with apart(self._stores.values(), are_apart=not self._epoch_ended):
+            weights = self.model.state_dict()
+        for name, value in weights.items():
+            if value.is_floating_point() and not (value.is_meta or value.sum().isfinite()):
+                raise RunError(f"not saved: {name} is not finite; try a lower --learning_rate")
         return {
             "format": checkpoint.FORMAT,
             "method": type(self.model).__name__,
             "epoch": self.epoch,
             "step": None if self._epoch_ended else self.epoch_step,
-            "state_dict": self.model.state_dict(),
+            "state_dict": weights,
             "optimizer": self.optimizer.state_dict(),
-            "rng_state": rng_state,
+            "rng_states": distributed.gather_objects(rng_state),
             "means": self._means.state(),
             "bad_images": self._loader.bad_images.names,
             "seconds": self.log.seconds,
@@ -294,20 +336,32 @@ class Run:
 
     def _begin(self, resume: str | None, *, anyway: bool) -> None:
         """Go on from the checkpoint that `resume` names or finds, or start anew."""
+        accept = partial(
+            experiment.check_same,
+            method=type(self.model).__name__,
+            settings=self.settings,
+            data=self.data,
+            anyway=anyway,
+            say=Log.say,
+        )
         if resume == "auto":
-            path, state = self._files.newest_good(self._stores)
+            path, state = self._files.newest_good(self._stores, accept=accept)
             if path is None:
                 Log.say(f"--resume auto: no checkpoint in {self.folder} yet, a new run")
         elif resume:
-            path, state = Path(resume), self._files.load(Path(resume), self._stores)
+            path = Path(resume)
+            state = self._files.load(path, self._stores, accept=accept)
         else:
             path, state = None, None
         if state:
-            self._restore(state, what=f"--resume {path}", anyway=anyway)
+            self._restore(state, what=f"--resume {path}")
             if self._epoch_ended and self.epoch >= self.epochs and resume != "auto":
                 done = f"it has finished epoch {self.epoch} of --epochs {self.epochs}"
                 raise InputError(f"--resume {path}: {done}")
-        if path is None or path.parent.resolve() != self.folder.resolve():
+        distributed.wait_for_all()  # all have read what the main process may move now
+        if not distributed.is_main():
+            pass
+        elif path is None or not self._files.holds(path):
             self._files.start_anew()
         else:
             self._files.continue_from(state["epoch"], state["step"])
@@ -317,43 +371,20 @@ class Run:
             place = f", step {self.epoch_step}" if not self._epoch_ended else ""
             Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
 
-    def _restore(self, state: dict, *, what: str, anyway: bool) -> None:
+    def _restore(self, state: dict, *, what: str) -> None:
         """Take over the state of a run; InputError that begins with `what` if it does not fit."""
-        if state.get("method") != type(self.model).__name__:
-            raise InputError(f"{what}: a run of {state.get('method')}, not of this script")
-        self._check_same_experiment(state, what=what, anyway=anyway)
         try:
-            checkpoint.load_strictly(self.model, state["state_dict"], what=what)
+            with apart(self._stores.values(), are_apart="parts" in state):
+                checkpoint.load_strictly(self.model, state["state_dict"], what=what)
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng_state"]["cpu"])
-            if "cuda" in state["rng_state"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["rng_state"]["cuda"])
-            self._means.restore(state["means"])
+            rng_state = state["rng_states"][distributed.rank() % len(state["rng_states"])]
+            torch.set_rng_state(rng_state["cpu"])
+            if "cuda" in rng_state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(rng_state["cuda"])
+            if distributed.is_main():
+                self._means.restore(state["means"])
             self._bad_images = state["bad_images"]
             self.epoch, step = int(state["epoch"]), state["step"]
             self._epoch_ended, self.epoch_step = step is None, step or 0
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{what}: incomplete or damaged ({error!r})") from error
-
-    def _check_same_experiment(self, state: dict, *, what: str, anyway: bool) -> None:
-        """InputError for flags or data that would make it another one; a warning with `anyway`."""
-        before = checkpoint.settings(state)
-        differing = [
-            f"--{name} {before[name]}, not {value}"
-            for name, value in self.settings.items()
-            if name in before and not _may_become(name, before[name], value)
-        ]
-        before = state.get("data", {})
-        differing += [f"other {name}" for name in self.data if before.get(name) != self.data[name]]
-        if differing and not anyway:
-            others = "; ".join(differing)
-            raise InputError(
-                f"{what}: a run with {others} (to go on all the same: --resume_anyway)"
-            )
-        for difference in differing:
-            Log.say(f"WARNING {what}: a run with {difference}")
-
-
-def _may_become(name: str, before: object, now: object) -> bool:
-    """Whether a flag may change in a resumed run without making it another experiment."""
-    return name in _MAY_DIFFER or now == before or (name == "epochs" and now > before)

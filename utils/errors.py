@@ -5,6 +5,10 @@ class InputError(Exception):
     """Bad input from the user: one line that names the flag and the value. Exit code 2."""
 
 
+class DamagedError(InputError):
+    """A file that is missing, cut short or changed: another one may do instead."""
+
+
 class RunError(Exception):
     """A run that cannot go on: one line that says what happened and what is kept. Exit code 1."""
 

@@ -7,13 +7,12 @@ used.
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.errors import InputError
@@ -47,15 +46,19 @@ def image_digest(images: ImageSet, *, missing_ok: bool = False) -> str:
     return digest.hexdigest()
 
 
-def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features:
-    """Pass both splits through a backbone: what `features.extract_features` gives for each."""
+def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features | None:
+    """Pass both splits through a backbone: what `features.extract_features` gives for each.
+
+    Of several processes only the main one has features, the others None.
+    """
     features = {}
     for split, loader in {"train": train, "val": val}.items():
-        bar = tqdm(loader, f"features of {split}", leave=False, disable=not sys.stderr.isatty())
+        hidden = not distributed.shows_bars()
+        bar = tqdm(loader, f"features of {split}", leave=False, disable=hidden)
         features[split] = extract_features(
             backbone, bar, num_images=len(loader.images), left_out=loader.left_out
         )
-    return features
+    return features if distributed.is_main() else None
 
 
 def save(path: Path, key: dict[str, str], features: Features, *, bad_images: list[str]) -> None:

@@ -5,13 +5,20 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor, nn
 
+from utils import distributed
+
 _CHUNK = 65536  # rows moved at a time
 
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, loader: Iterable, *, num_images: int, left_out: Container[int] = ()
-) -> tuple[Tensor, Tensor]:
+    backbone: nn.Module,
+    loader: Iterable,
+    *,
+    num_images: int,
+    left_out: Container[int] = (),
+    everywhere: bool = False,
+) -> tuple[Tensor, Tensor] | None:
     """Pass a data set through a backbone in eval mode.
 
     backbone: (B, 3, S, S) -> (B, F). loader: yields `loaders.EvalBatch` (images on the backbone's
@@ -19,27 +26,57 @@ def extract_features(
     CPU, row i from image i. Every row is written exactly once or RuntimeError is raised. left_out:
     `loaders.EvalLoader.left_out`, which is known after the pass: numbers of images that could not
     be read; the rows of those are taken out. The backbone's mode is restored.
+
+    Of several processes each passes its own part of the images through, and all take the running
+    statistics of the main one's backbone. The main one returns all rows, the others None unless
+    they are wanted everywhere.
     """
-    features, labels = None, torch.full((num_images,), -1)
-    visits = torch.zeros(num_images, dtype=torch.int64)
+    _share_statistics(backbone)
+    own = distributed.own_share(num_images)
+    features, labels = None, torch.full((len(own),), -1)
+    visits = torch.zeros(len(own), dtype=torch.int64)
     was_training = backbone.training
     backbone.eval()
     try:
         for batch in loader:
             part = backbone(batch.images).float().cpu()
             if features is None:
-                features = torch.empty(num_images, part.shape[1])
-            features[batch.index] = part
-            labels[batch.index] = batch.label
-            visits[batch.index] += 1
+                features = torch.empty(len(own), part.shape[1])
+            rows = batch.index - own.start
+            assert rows.min() >= 0 and rows.max() < len(own), "images of another process"
+            features[rows] = part
+            labels[rows] = batch.label
+            visits[rows] += 1
     finally:
         backbone.train(was_training)
     expected = torch.tensor([number not in left_out for number in range(num_images)])
-    if features is None or not torch.equal(visits, expected.long()):
-        raise RuntimeError(
-            f"{int((visits != expected).sum())} of {num_images} images not visited exactly once"
-        )
+    wrong = int(distributed.add_up((visits != expected[own.start : own.stop]).sum()))
+    sizes = distributed.gather_objects(None if features is None else features.shape[1])
+    if wrong or not any(sizes):
+        raise RuntimeError(f"{wrong} of {num_images} images not visited exactly once")
+    if features is None:
+        features = torch.empty(len(own), next(filter(None, sizes)))
+    features, labels = (
+        distributed.rows_on_main(rows, num_images, everywhere=everywhere)
+        for rows in (features, labels)
+    )
+    if not (everywhere or distributed.is_main()):
+        return None
     return _rows_of(features, expected), labels[expected]
+
+
+@torch.no_grad()
+def _share_statistics(backbone: nn.Module) -> None:
+    """Give every process the running statistics of the main one's batch norms.
+
+    They differ where each process trains on its own part of a batch. Only eval mode reads them, and
+    only the main process saves them, so training goes on as it would have. By way of the host, so
+    that an evaluation needs no connection between GPUs.
+    """
+    if distributed.world_size() > 1:
+        for buffer in backbone.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(distributed.from_main(buffer.cpu()))
 
 
 def _rows_of(features: Tensor, chosen: Tensor) -> Tensor:

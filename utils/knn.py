@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from utils import distributed
 from utils.errors import InputError, RunError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
@@ -156,17 +157,19 @@ def ks_for(num_images: int, *, also: int | None = None) -> list[int]:
 
 def evaluate_knn(
     backbone: nn.Module, train: EvalLoader, val: EvalLoader, *, ks: Sequence[int] = KS
-) -> dict[int, dict[str, float | None]]:
+) -> dict[int, dict[str, float | None]] | None:
     """k-NN figures of a backbone for every k in one search (CMSF sec. 4): see `vote_figures`.
 
     Features are those before the projector, backbone in eval mode, L2-normalized. train: the
     labeled base, at least max(ks) images; val: the queries. A k above the number of images that can
-    be read has no figures.
+    be read has no figures. Of several processes only the main one has figures, the others None.
     """
     base, queries = (
         extract_features(backbone, loader, num_images=len(loader.images), left_out=loader.left_out)
         for loader in (train, val)
     )
+    if not distributed.is_main():
+        return None
     ks = [k for k in ks if k <= len(base[1])]
     return knn_figures(base, queries, ks=ks, num_classes=len(train.images.classes))
 

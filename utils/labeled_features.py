@@ -3,14 +3,13 @@
 Both have the same four: `for_statistics`, `epoch`, `val` and `num_images`. F is the feature size.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import feature_cache
+from utils import distributed, feature_cache
 from utils.features import extract_features
 from utils.loaders import EvalLoader, LabeledLoader, epoch_batches
 
@@ -21,6 +20,10 @@ class FromImages:
     views: the random crops to train on; train and val: the evaluation views. With fine_tune the
     encoder trains: it is in train mode and features of `epoch` have gradients. Otherwise it is in
     eval mode, nothing of it changes, and val features are computed once.
+
+    Of several processes each passes its part of the images through; all get the features of
+    `for_statistics` and `epoch`, the main one those of `val`. To train, the encoder's batch norm is
+    that of `batch_norm.synchronized`, and its gradients are to be summed over the processes.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class FromImages:
         self.views, self._train, self._val = views, train, val
         self.fine_tune = fine_tune
         self._val_features: tuple[Tensor, Tensor] | None = None
+        self._val_is_known = False
 
     @property
     def num_images(self) -> dict[str, int]:
@@ -45,9 +49,15 @@ class FromImages:
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images in the evaluation view."""
         self.encoder.eval()
-        for batch in _bar(self._train, "statistics"):
+        batches = iter(_bar(self._train, "statistics"))
+        none = torch.empty(0, device=self._train.device)
+        while True:
             with torch.no_grad():
-                features = self.encoder(batch.images)
+                batch = next(batches, None)
+                features = none if batch is None else self.encoder(batch.images)
+                features = distributed.gather_uneven(features)
+            if not len(features):
+                return
             yield features
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,12 +66,14 @@ class FromImages:
         batches = self.views.epoch(epoch)
         for images, _, label in _bar(batches, f"epoch {epoch}", total=len(self.views)):
             with torch.set_grad_enabled(self.fine_tune):
-                features = self.encoder(images)
+                features = distributed.gather_uneven(self.encoder(images))
+            label = distributed.gather_uneven(label)
             yield features, label.to(images.device, non_blocking=True)
 
-    def val(self) -> tuple[Tensor, Tensor]:
+    def val(self) -> tuple[Tensor, Tensor] | None:
         """Features (N, F) and labels (N,) of the val images in the evaluation view."""
-        if self.fine_tune or self._val_features is None:
+        if self.fine_tune or not self._val_is_known:
+            self._val_is_known = True
             self._val_features = extract_features(
                 self.encoder,
                 _bar(self._val, "val"),
@@ -102,5 +114,5 @@ class FromFeatures:
 
 
 def _bar(batches: Iterable, text: str, *, total: int | None = None) -> Iterable:
-    """A progress bar around batches, on a terminal only."""
-    return tqdm(batches, text, total=total, leave=False, disable=not sys.stderr.isatty())
+    """A progress bar around batches."""
+    return tqdm(batches, text, total=total, leave=False, disable=not distributed.shows_bars())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils import augment
+from utils import augment, distributed
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.errors import InputError, RunError
@@ -46,25 +46,59 @@ class _CropBatch(NamedTuple):
     broken: dict[int, str]
 
 
+class _Batch(NamedTuple):
+    """What a sampler asks for: a batch of images by number, and the places in it to be read."""
+
+    epoch: int
+    numbers: list[int]
+    own: range
+
+
 def _read(
     images: ImageSet,
     numbers: list[int],
     cut: Callable[[int, Tensor], Tensor],
     *,
     tolerated: int,
-    replace: bool,
+    own: range | None = None,
 ) -> _CropBatch:
     """The worker part of every loader: cut(number, decoded image) for a batch of images.
 
-    A broken image is left out. With `replace`, the first after it in the order of the set (behind
-    the last comes the first) that can be read and is not in the batch takes its place: so what a
-    batch holds depends on the images alone. tolerated: with more broken images, which end the run,
-    no further ones are looked at.
+    A broken image is left out. With `own`, the places in the batch that are asked for, the first
+    after it in the order of the set (behind the last comes the first) that can be read and is not
+    in the batch takes its place: so what a batch holds depends on the images alone. tolerated: with
+    more broken images, which end the run, no further ones are looked at.
     """
-    crops: dict[int, Tensor] = {}  # in the order of the batch
+    replace = own is not None
+    own = own if replace else range(len(numbers))
+    read, broken = _read_places(images, numbers, own, cut, tolerated=tolerated, replace=replace)
+    if broken and len(own) < len(numbers):
+        # What replaces an image depends on the broken ones in the places before it.
+        whole = range(len(numbers))
+        read, broken = _read_places(images, numbers, whole, cut, tolerated=tolerated, replace=True)
+    crops = {number: crop for place, (number, crop) in read.items() if place in own}
+    index = torch.tensor(list(crops), dtype=torch.int64)
+    batch = torch.stack(list(crops.values())) if crops else torch.empty(0, dtype=torch.uint8)
+    label = torch.from_numpy(images.labels[index.numpy()])
+    share(batch, index, label)
+    return _CropBatch(batch, index, label, broken)
+
+
+def _read_places(
+    images: ImageSet,
+    numbers: list[int],
+    places: range,
+    cut: Callable[[int, Tensor], Tensor],
+    *,
+    tolerated: int,
+    replace: bool,
+) -> tuple[dict[int, tuple[int, Tensor]], dict[int, str]]:
+    """What these places of a batch hold, place -> (number, crop), and the broken images met."""
+    read: dict[int, tuple[int, Tensor]] = {}  # in the order of the batch
     broken: dict[int, str] = {}
     taken = set(numbers)
-    for number in numbers:
+    for place in places:
+        number = numbers[place]
         for candidate in _candidates(number, len(images) if replace else 1, taken):
             if len(broken) > tolerated:
                 break
@@ -77,14 +111,10 @@ def _read(
             except Exception as error:  # a damaged file can raise about anything
                 broken[candidate] = _reason(error, images.path(candidate))
                 continue
-            crops[candidate] = cut(candidate, image)
+            read[place] = candidate, cut(candidate, image)
             taken.add(candidate)
             break
-    index = torch.tensor(list(crops), dtype=torch.int64)
-    batch = torch.stack(list(crops.values())) if crops else torch.empty(0, dtype=torch.uint8)
-    label = torch.from_numpy(images.labels[index.numpy()])
-    share(batch, index, label)
-    return _CropBatch(batch, index, label, broken)
+    return read, broken
 
 
 def _candidates(number: int, count: int, taken: set[int]) -> Iterator[int]:
@@ -102,7 +132,7 @@ def _reason(error: Exception, path: str) -> str:
 
 
 class _TwoCrops(Dataset):
-    """The worker part: decodes an image once and cuts its two crops. Keys are (epoch, index)."""
+    """The worker part: decodes an image once and cuts its two crops; keys are a `_Batch`."""
 
     def __init__(self, images: ImageSet, *, image_size: int, seed: int, tolerated: int) -> None:
         self.images = images
@@ -113,19 +143,19 @@ class _TwoCrops(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _CropBatch:
-        epoch = keys[0][0]
-
+    def __getitems__(self, batch: _Batch) -> _CropBatch:
         def two_crops(number: int, image: Tensor) -> Tensor:
-            draws = augment.uniforms(self.seed, epoch, np.array([number]))[0]
+            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]))[0]
             return augment.two_crops(image, draws, self.image_size)
 
-        numbers = [number for _, number in keys]
-        return _read(self.images, numbers, two_crops, tolerated=self.tolerated, replace=True)
+        return _read(self.images, batch.numbers, two_crops, tolerated=self.tolerated, own=batch.own)
 
 
 class _EpochSampler:
-    """Yields each batch of one epoch as a list of (epoch, index); set `epoch` and `start` first."""
+    """Yields each batch of one epoch, with this process' part of it, as a `_Batch`.
+
+    Set `epoch` and `start` first.
+    """
 
     def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
@@ -134,11 +164,13 @@ class _EpochSampler:
     def __len__(self) -> int:
         return self.num_images // self.batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[_Batch]:
+        for batch in self._batches()[self.start :]:
+            yield _Batch(self.epoch, batch.tolist(), distributed.own_share(len(batch)))
+
+    def _batches(self) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
-        for step in range(self.start, len(self)):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(self.epoch, int(index)) for index in batch]
+        return list(order[: len(self) * self.batch_size].reshape(-1, self.batch_size))
 
 
 def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
@@ -201,6 +233,8 @@ def _data_loader(images: Dataset, device: torch.device, **options) -> DataLoader
 class TwoViewLoader:
     """Yields a `Batch` of two views of each image, drawn from (seed, epoch, image index).
 
+    Of several processes each yields its part of every batch of `batch_size`.
+
     Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
     whole batch. An epoch is `len(loader)` full batches of a new permutation; the few images left
     over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
@@ -224,6 +258,9 @@ class TwoViewLoader:
     ) -> None:
         if len(images) < batch_size:
             raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
+        if batch_size % distributed.world_size():
+            count = distributed.world_size()
+            raise InputError(f"--batch_size {batch_size}: no multiple of the {count} processes")
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
@@ -250,7 +287,7 @@ class TwoViewLoader:
         """The batches of one epoch (from 1), from step `start` (from 0)."""
         self._sampler.epoch, self._sampler.start = epoch, start
         for crops, index, label, _ in _batches(self._loader, self.images, self.bad_images):
-            if len(index) < self.batch_size:
+            if len(index) < self.batch_size // distributed.world_size():
                 raise InputError(
                     f"--batch_size {self.batch_size}: of {len(self.images)} training images only "
                     f"{len(index)} can be read"
@@ -274,7 +311,7 @@ class EvalBatch(NamedTuple):
 
 
 class _OneCrop(Dataset):
-    """The worker part of `LabeledLoader`: one random crop. Keys are (epoch, index)."""
+    """The worker part of `LabeledLoader`: one random crop; keys are a `_Batch`."""
 
     def __init__(
         self,
@@ -294,27 +331,22 @@ class _OneCrop(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _CropBatch:
-        epoch = keys[0][0]
-
+    def __getitems__(self, batch: _Batch) -> _CropBatch:
         def random_crop(number: int, image: Tensor) -> Tensor:
-            draws = augment.uniforms(self.seed, epoch, np.array([number]), views=1)[0, 0]
+            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]), views=1)[0, 0]
             box = augment.crop_box(draws, *image.shape[1:], scale=self.scale)
             return augment.resized_crop(image, box, self.image_size)
 
-        numbers = [number for _, number in keys]
-        return _read(self.images, numbers, random_crop, tolerated=self.tolerated, replace=True)
+        return _read(
+            self.images, batch.numbers, random_crop, tolerated=self.tolerated, own=batch.own
+        )
 
 
 class _WholeEpochSampler(_EpochSampler):
-    """Yields the batches of `epoch_batches`, every image of the epoch, as lists of keys."""
+    """Yields the batches of `epoch_batches`, every image of the epoch."""
 
     def __len__(self) -> int:
         return len(self._batches())
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self._batches()[self.start :]:
-            yield [(self.epoch, int(index)) for index in batch]
 
     def _batches(self) -> list[np.ndarray]:
         return epoch_batches(self.num_images, self.batch_size, seed=self.seed, epoch=self.epoch)
@@ -322,6 +354,8 @@ class _WholeEpochSampler(_EpochSampler):
 
 class LabeledLoader:
     """Yields an `EvalBatch` of one random view of each image, for training with labels.
+
+    Of several processes each yields its part of every batch, which can be empty.
 
     The view is torchvision's RandomResizedCrop and a flip, drawn from (seed, epoch, image index).
     An epoch is every image once, in the batches of `epoch_batches`. scale: share of the area that a
@@ -343,6 +377,7 @@ class LabeledLoader:
     ) -> None:
         self.images = images
         self.batch_size = batch_size
+        self.image_size = image_size
         self.seed = seed
         self.device = torch.device(device)
         self.bad_images = bad_images or BadImages()
@@ -369,11 +404,13 @@ class LabeledLoader:
         """The batches of one epoch (from 1)."""
         self._sampler.epoch = epoch
         for crops, index, label, _ in _batches(self._loader, self.images, self.bad_images):
-            if len(index) < min(2, self.batch_size):  # batch norm cannot train on one
+            readable = int(distributed.add_up(torch.tensor(len(index))))
+            if readable < min(2, self.batch_size):  # batch norm cannot train on one
                 raise InputError(
                     f"data {self.images.root}: of {len(self.images)} training images only "
-                    f"{len(index)} can be read"
+                    f"{readable} can be read"
                 )
+            crops = crops.view(-1, 3, self.image_size, self.image_size)  # also where there is none
             draws = augment.uniforms(self.seed, epoch, index, views=1)[:, 0]
             images = augment.weak_view(crops.to(self.device, non_blocking=True), draws)
             yield EvalBatch(images, index, label)
@@ -394,14 +431,18 @@ class _CenterCrops(Dataset):
         def center_crop(_: int, image: Tensor) -> Tensor:
             return augment.center_crop(image, self.image_size)
 
-        return _read(self.images, numbers, center_crop, tolerated=self.tolerated, replace=False)
+        return _read(self.images, numbers, center_crop, tolerated=self.tolerated)
 
 
 class EvalLoader:
     """Yields an `EvalBatch` for every image once, in order: resize, central crop, normalize.
 
+    Of several processes each yields its own part of the images, and waits for the others at the end
+    of a pass.
+
     bad_images: what is done about a broken image; by default InputError. Where it is skipped, it is
-    left out of its batch and its number is in `left_out`; InputError if every image is.
+    left out of its batch and its number is in `left_out`, after a pass for all processes;
+    InputError if every image is.
     """
 
     VIEW = "shorter side to 256/224 of the size, bilinear; central crop; ImageNet mean and spread"
@@ -423,6 +464,7 @@ class EvalLoader:
         self._loader = _data_loader(
             _CenterCrops(images, image_size=image_size, tolerated=self.bad_images.tolerated),
             self.device,
+            sampler=distributed.own_share(len(images)),
             batch_size=batch_size,
             num_workers=num_workers,
         )
@@ -438,12 +480,27 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         self.left_out.clear()
+        known, found = self.bad_images.names, {}
         for crops, index, label, broken in _batches(self._loader, self.images, self.bad_images):
-            self.left_out.update(broken)
+            found |= broken
             if len(index):
                 images = augment.normalize(crops.to(self.device, non_blocking=True))
                 yield EvalBatch(images, index, label)
+        self._note_of_all(known, found)
         if not self.num_readable:
             raise InputError(
                 f"data {self.images.root}: none of the {len(self.images)} images can be read"
             )
+
+    def _note_of_all(self, known: list[str], found: dict[int, str]) -> None:
+        """Learn which images the other processes knew as broken before the pass and found in it.
+
+        All then know the same, so that if there are too many, all end with the same InputError.
+        """
+        everyone = distributed.gather_objects((known, found))
+        for names, _ in everyone:
+            self.bad_images.restore(names)
+        for _, broken in everyone:
+            self.left_out.update(broken)
+            for number, reason in broken.items():
+                self.bad_images.add(self.images.path(number), reason)

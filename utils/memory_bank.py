@@ -7,6 +7,8 @@ model.
 import torch
 from torch import Tensor, nn
 
+from utils import distributed
+
 
 class MemoryBank(nn.Module):
     """First-in, first-out store of K embeddings with columns aligned to its rows.
@@ -89,41 +91,90 @@ class PreviousEmbeddings(nn.Module):
     batch of it at a time is copied. (The published code held two such stores on the GPU, started as
     noise.)
 
-    saved_in: (N,) int32, the number of the file that holds an image's present row, 0 where none
-    does (`run_folder` writes only those); no part of the state.
+    Of W processes the one of rank r holds the rows of images r, r + W, r + 2 W, ... only. Its state
+    has all of them: to get it, or to swap, is something that all processes do together.
+
+    saved_in: for each row held, int32, the number of the file that holds it as it is, 0 where none
+    does (`run_folder` writes only those); no part of the state. saved_apart: True where files of
+    their own hold the rows: then the state has nothing of them, and loading it leaves them alone.
     """
+
+    saved_apart = False
 
     def __init__(self, num_images: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("embeddings", torch.zeros(num_images, dim))
-        self.register_buffer("seen", torch.zeros(num_images, dtype=torch.bool))
-        self.saved_in = torch.zeros(num_images, dtype=torch.int32)
+        self.num_images = num_images
+        held = len(range(distributed.rank(), num_images, distributed.world_size()))
+        self.register_buffer("embeddings", torch.zeros(held, dim))
+        self.register_buffer("seen", torch.zeros(held, dtype=torch.bool))
+        self.saved_in = torch.zeros(held, dtype=torch.int32)
 
     @torch.no_grad()
     def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return the previous embeddings of a batch and put its present ones in their place.
 
-        index: (B,) int64, 0 to N - 1, each at most once. embeddings: (B, D), unit norm, any device.
-        Returns previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the
-        device of `embeddings`. Raises IndexError for an index out of range: -1 must not alias the
-        last image.
+        index: (B,) int64, 0 to N - 1. embeddings: (B, D), unit norm, any device; both of the whole
+        batch, the same in every process. Of an image that comes twice the last row stays. Returns
+        previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the device of
+        `embeddings`. Raises IndexError for an index out of range: -1 must not alias the last image.
         """
         index = index.cpu()
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self.seen):
-            raise IndexError(
-                f"image index out of range 0 to {len(self.seen) - 1}: {index.tolist()}"
-            )
-        previous = self.embeddings[index].to(embeddings.device)
-        seen = self.seen[index].to(embeddings.device)
-        self.put(index, embeddings)
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
+            last = self.num_images - 1
+            raise IndexError(f"image index out of range 0 to {last}: {index.tolist()}")
+        own, rows = self._held(index)
+        previous = self.embeddings.new_zeros(embeddings.shape)
+        previous[own] = self.embeddings[rows]
+        seen = torch.zeros(len(index), dtype=torch.uint8)
+        seen[own] = self.seen[rows].to(torch.uint8)
+        device = embeddings.device
+        previous = distributed.add_up(previous.to(device))  # all but one of the terms are zero
+        seen = distributed.add_up(seen.to(device)).bool()
+        self.put(index, embeddings.cpu())  # a sync point on a GPU
         return previous, seen
 
     @torch.no_grad()
     def put(self, index: Tensor, embeddings: Tensor) -> None:
-        """Write rows (B, D) of images `index` (B,) int64, on the host, each at most once."""
-        self.embeddings[index] = embeddings.to(self.embeddings)  # a sync point on a GPU
-        self.seen[index] = True
-        self.saved_in[index] = 0
+        """Write rows (B, D) of images `index` (B,) int64, both on the host; the last of each."""
+        last = {image: place for place, image in enumerate(index.tolist())}
+        if len(last) < len(index):  # a replaced image; the order of such writes is not defined
+            places = torch.tensor(list(last.values()))
+            index, embeddings = index[places], embeddings[places]
+        own, rows = self._held(index)
+        self.embeddings[rows] = embeddings[own].to(self.embeddings)
+        self.seen[rows] = True
+        self.saved_in[rows] = 0
+
+    def images(self, rows: Tensor) -> Tensor:
+        """Numbers of the images that rows (n,) of this process belong to."""
+        return rows * distributed.world_size() + distributed.rank()
+
+    def mark_saved(self, index: Tensor, number: int) -> None:
+        """Note that the file `number` holds the present rows of images `index` (n,)."""
+        self.saved_in[self._held(index)[1]] = number
+
+    def _held(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the images (B,) bool this process holds, and in which rows (n,)."""
+        own = index % distributed.world_size() == distributed.rank()
+        return own, index[own] // distributed.world_size()
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """All processes' rows on the main one; elsewhere tensors of that shape without memory."""
+        if self.saved_apart:
+            return
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if distributed.world_size() > 1:
+            for name in ("embeddings", "seen"):
+                held = destination[prefix + name]
+                destination[prefix + name] = distributed.interleaved(held, self.num_images)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+        """Take the rows that this process holds."""
+        if self.saved_apart:
+            return
+        own = slice(distributed.rank(), None, distributed.world_size())
+        taken = {n: v[own] for n, v in state_dict.items() if n.startswith(prefix)}
+        super()._load_from_state_dict(state_dict | taken, prefix, *others)
 
     def _apply(self, fn, recurse: bool = True) -> "PreviousEmbeddings":
         """Follow a change of dtype (`model.double()`), never one of device."""

@@ -1,5 +1,6 @@
 """What a run reports: means over an interval, health of the embeddings, log.jsonl, the console."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import distributed
 from utils.errors import RunError
 
 
@@ -31,14 +33,22 @@ class Means:
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """The means since the last `read` (waits for the device), nan for no figure; start over."""
-        sums = {name: value.tolist() for name, value in self._sums.items()}
+        """The means since the last `read`, over all processes, nan for no figure; start over.
+
+        Waits for the device.
+        """
+        if not self._sums:
+            return {}
+        table = torch.stack([value.cpu().double() for value in self._sums.values()])
+        distributed.add_up(table)
+        sums = dict(zip(self._sums, table.tolist(), strict=True))
         self._sums, self.count = {}, 0
         return {name: s / count if count else float("nan") for name, (s, count) in sums.items()}
 
     def state(self) -> dict:
-        """What was added since the last `read`, for a checkpoint."""
-        return {"sums": dict(self._sums), "count": self.count}
+        """What was added since the last `read`, over all processes, for a checkpoint."""
+        sums = {name: distributed.add_up(value.clone()) for name, value in self._sums.items()}
+        return {"sums": sums, "count": self.count}
 
     def restore(self, state: dict) -> None:
         """Go on from a `state`."""
@@ -77,11 +87,13 @@ def embedding_health(embeddings: Tensor, *, most: int = 2048) -> dict[str, Tenso
 class Log:
     """One JSON object a line in `path`, one short line on the console.
 
-    On a terminal the console lines go above tqdm's bar, otherwise they are plain.
+    On a terminal the console lines go above tqdm's bar, otherwise they are plain. silent: one of
+    several processes that leaves the file to the main one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, silent: bool = False) -> None:
         self.path = path
+        self.silent = silent
         self._start = time.monotonic()
 
     @property
@@ -95,11 +107,11 @@ class Log:
         Drops the lines of what came later, which is done again, and half-written ones.
         """
         self._start = time.monotonic() - seconds
-        if not self.path.exists():
+        if self.silent or not self.path.exists():
             return
         here = (epoch, math.inf if step is None else step)
         kept = [line for line in self.path.read_text().splitlines() if _place_of(line) <= here]
-        temporary = self.path.with_suffix(".tmp")
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, self.path)
 
@@ -112,6 +124,8 @@ class Log:
 
     def write(self, record: dict) -> None:
         """Append a record with the run's `seconds`; what is not finite becomes null."""
+        if self.silent:
+            return
         record = {**record, "seconds": round(self.seconds, 3)}
         try:
             with open(self.path, "a") as file:
@@ -122,10 +136,11 @@ class Log:
     @staticmethod
     def say(text: str) -> None:
         """Print one line, above the progress bar if there is one."""
-        if sys.stderr.isatty():
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
+            if sys.stderr.isatty():
+                tqdm.write(text)
+            else:
+                print(text, flush=True)
 
 
 def _place_of(line: str) -> tuple[float, float]:

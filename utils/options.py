@@ -7,19 +7,18 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 
-from utils import demo_data
+from utils import demo_data, distributed
 from utils.augment import BLUR_PROBABILITY
 from utils.errors import InputError, Interrupted, RunError
-from utils.stop_signals import STOP_SIGNALS
+from utils.stop_signals import StopSignals, ignore
 from utils.workers import worker_failure
 
 # The demo data's settings that the training scripts share: a small network, a small bank.
@@ -43,14 +42,22 @@ DEMO = {
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = str(ROOT / "output" / "demo_2q" / f"ckpt_epoch_{DEMO['epochs']}.pth")
 DEMO_FOLDER = ROOT / "data" / "demo"
+_MAIN_SPEAKS_FIRST = 15  # seconds
+
+# What --precision may be, and the dtype that the encoders compute in instead of float32.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `script: error: message` and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Print `script: error: message` and exit with code 2.
+
+        Of several processes, which all get the same flags, one prints.
+        """
+        first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
 
 def number(kind: type, *, low: float, high: float = float("inf")) -> Callable[[str], Any]:
@@ -238,44 +245,45 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--momentum", type=number(float, low=0, high=1), default=0.99, help="of the moving average"
     )
+    group.add_argument(
+        "--bn",
+        choices=["shuffle", "sync", "local"],
+        default="shuffle",
+        help="batch norm of several processes: shuffle: each on its part of the batch, the "
+        "target's dealt out anew, as published; sync: on the whole batch, as one process does; "
+        "local: on its part",
+    )
     group.add_argument("--weights", help="checkpoint to start the encoders from")
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
-    """Everything the training scripts have in common; topk_all: --topk may be "all"."""
-    add_data_options(parser)
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=positive, default=256)
-    group.add_argument("--epochs", type=positive, default=200)
-    group.add_argument("--learning_rate", type=not_negative, default=0.01)
-    group.add_argument("--cos", action="store_true", help="cosine learning rate")
-    group.add_argument("--lr_decay_epochs", type=int_list, default="90,120", help="without --cos")
-    group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
-    group.add_argument("--weight_decay", type=not_negative, default=1e-4)
-    group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
-    group.add_argument("--seed", type=seed, default=0)
-    add_device_option(group)
+def _add_speed_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed")
     group.add_argument(
-        "--deterministic",
+        "--precision",
+        choices=list(PRECISIONS),
+        default="fp32",
+        help="bf16: the encoders compute in bfloat16, for GPUs (and CPUs) with instructions for "
+        "it; weights, embeddings, bank and loss stay float32",
+    )
+    group.add_argument(
+        "--channels_last",
         action="store_true",
-        help="on a GPU: only kernels that give the same bits each time (a CPU does anyway)",
+        help="lay images out with the channels last, which convolutions in bf16 or TF32 prefer",
     )
     group.add_argument(
-        "--debug", action="store_true", help="two epochs of five steps, to try a setup"
+        "--compile",
+        action="store_true",
+        help="torch.compile the encoders: minutes at the start, faster steps; needs a C++ compiler",
     )
-
-    _add_view_options(parser)
-    _add_encoder_options(parser)
-
-    group = parser.add_argument_group("mean shift")
-    group.add_argument("--mem_bank_size", type=positive, default=128000)
     group.add_argument(
-        "--topk",
-        type=positive_or_all if topk_all else positive,
-        default=5,
-        help="neighbors a query is pulled to" + (', or "all" of its class' if topk_all else ""),
+        "--tf32",
+        action="store_true",
+        help="on NVIDIA GPUs since Ampere: float32 products and convolutions with the 10 bits of "
+        "TF32, the search in the bank too; without it with all 23",
     )
 
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--checkpoint_path", type=Path, default=Path("output/mean_shift_default"))
     group.add_argument(
@@ -306,20 +314,68 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
     )
 
 
+def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
+    """Everything the training scripts have in common; topk_all: --topk may be "all"."""
+    add_data_options(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=positive, default=256)
+    group.add_argument("--epochs", type=positive, default=200)
+    group.add_argument("--learning_rate", type=not_negative, default=0.01)
+    group.add_argument("--cos", action="store_true", help="cosine learning rate")
+    group.add_argument("--lr_decay_epochs", type=int_list, default="90,120", help="without --cos")
+    group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
+    group.add_argument("--weight_decay", type=not_negative, default=1e-4)
+    group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
+    group.add_argument("--seed", type=seed, default=0)
+    add_device_option(group)
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: only kernels that give the same bits each time (a CPU does anyway)",
+    )
+    group.add_argument(
+        "--debug", action="store_true", help="two epochs of five steps, to try a setup"
+    )
+
+    _add_view_options(parser)
+    _add_encoder_options(parser)
+    _add_speed_options(parser)
+
+    group = parser.add_argument_group("mean shift")
+    group.add_argument("--mem_bank_size", type=positive, default=128000)
+    group.add_argument(
+        "--topk",
+        type=positive_or_all if topk_all else positive,
+        default=5,
+        help="neighbors a query is pulled to" + (', or "all" of its class' if topk_all else ""),
+    )
+    _add_run_options(parser)
+
+
 def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.Namespace:
-    """Parse the command line; with --demo, draw its data and take the defaults from `demo`."""
+    """Parse the command line; with --demo, draw its data and take the defaults from `demo`.
+
+    Under torchrun this process joins the others, and only the main one prints from then on.
+    """
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
         args = parser.parse_args()
+    if args.data is None and not args.demo:
+        parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
+    args.device = distributed.start(args.device)
     if args.data is None:
-        if not args.demo:
-            parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
-        try:
-            args.data = demo_data.draw_data_set(DEMO_FOLDER)
-        except (OSError, ValueError) as error:
-            parser.error(f"--demo: {error}")
+        with distributed.main_first():
+            args.data = _demo_folder(parser)
     return args
+
+
+def _demo_folder(parser: argparse.ArgumentParser) -> Path:
+    """The demo data, drawn if they are not there."""
+    try:
+        return demo_data.draw_data_set(DEMO_FOLDER)
+    except (OSError, ValueError) as error:
+        parser.error(f"--demo: {error}")
 
 
 def make_folder(folder: Path, *, flag: str) -> None:
@@ -351,34 +407,51 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
     code, name = 0, os.path.basename(sys.argv[0])
-    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
+    signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
+    signals.install()
     try:
-        main()
+        with signals.heeded_at_once():  # outside of training nothing is to be saved
+            main()
     except (InputError, RunError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        _say_error(name, str(error), signals)
         code = 2 if isinstance(error, InputError) else 1
     except Interrupted as stop:
-        print(f"{name}: {stop}", file=sys.stderr)
+        ignore()
+        if distributed.is_main():
+            print(f"{name}: {stop}", file=sys.stderr)
         code = stop.exit_code
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         advice = "\ntry a smaller --batch_size, --mem_bank_size or --arch"
-        if reason := worker_failure(error):
+        if reason := worker_failure(error) or distributed.failure(error):
             advice = ""
         elif "alloc" not in str(error) and "memory" not in str(error):
             raise
         else:
             reason = str(error).splitlines()[0] if str(error) else "no memory left"
-        print(f"{name}: error: {reason}{advice}", file=sys.stderr)
+        _say_error(name, f"{reason}{advice}", signals)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except OSError as error:  # a full or failing disk, a closed pipe
+        _say_error(name, f"{error.filename or 'output'}: {error.strerror or error}", signals)
+        code = 1
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        distributed.stop()
     sys.exit(code)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Outside of training nothing is to be saved: stop where the script is."""
-    raise Interrupted(f"stopped by {signal.Signals(number).name}")
+def _say_error(name: str, error: str, signals: StopSignals) -> None:
+    """Print an error: what all of several processes meet, as a mistake in a flag, once.
+
+    When the main process ends, torchrun ends the others, those that wait here among them.
+    """
+    prefix = distributed.prefix()
+    if not distributed.is_main() and not error.startswith(prefix):
+        until = time.monotonic() + _MAIN_SPEAKS_FIRST
+        while time.monotonic() < until:
+            if signals.received:
+                return
+            time.sleep(0.1)
+        error = prefix + error
+    print(f"{name}: error: {error}", file=sys.stderr)

@@ -6,20 +6,25 @@ in `previous_embeddings/`: each such save adds a file of those rows that have ch
 before, so that an epoch writes every row once however often it is saved.
 """
 
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from utils import checkpoint
-from utils.errors import InputError
+from utils import checkpoint, distributed
+from utils.errors import DamagedError, InputError
 from utils.memory_bank import PreviousEmbeddings
 
 KEPT = 2  # the newest checkpoints, whatever they are
 PARTS = "previous_embeddings"
+REQUEUE = "requeue"
+_ALONG = ("labeled.txt",)  # files of scripts that tell what a run was
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 _PART_FORMAT = "cmsf-previous-1"
 # A part of which fewer rows are still current is rewritten with the next one, and can go.
@@ -40,9 +45,16 @@ class RunFolder:
             self.log.open("a").close()
         except OSError as error:
             raise InputError(f"--checkpoint_path {self.path}: {error.strerror}") from error
-        checkpoint.remove_temporaries(self.path)
-        if (self.path / PARTS).is_dir():
+        if distributed.is_main():
+            self._lock = _lock(self.path / ".lock")
+            (self.path / REQUEUE).unlink(missing_ok=True)
+            checkpoint.remove_temporaries(self.path)
             checkpoint.remove_temporaries(self.path / PARTS)
+
+    def close(self) -> None:
+        """Leave the folder to others; the end of the process does it too."""
+        if distributed.is_main():
+            self._lock.close()
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of the run, the one farthest on first."""
@@ -54,39 +66,52 @@ class RunFolder:
         return self.path / f"ckpt_epoch_{epoch}.pth"
 
     def save_epoch(self, state: dict) -> Path:
-        """Save a whole state after its epoch; kept for good."""
+        """Save a whole state after its epoch; kept for good. All processes call it, one writes."""
         path = self.epoch_path(state["epoch"])
-        checkpoint.save(path, state)
-        self._remove_old()
+        if distributed.is_main():
+            checkpoint.save(path, state)
+            self._remove_old()
+        distributed.wait_for_all()
         return path
 
     def save_step(self, state: dict, stores: dict[str, PreviousEmbeddings]) -> Path:
         """Save a state within its epoch; the newest `KEPT` checkpoints of any kind stay.
 
-        state: as for `save_epoch`. stores: by their name in its `state_dict`, modules whose rows go
-        to files of their own.
+        state: as for `save_epoch`, made with the `stores` apart. stores: by name, the modules whose
+        rows go to files of their own, one of each process.
         """
-        prefixes = tuple(f"{name}." for name in stores)
-        weights = {k: v for k, v in state["state_dict"].items() if not k.startswith(prefixes)}
         parts = {name: self._save_changes(store) for name, store in stores.items()}
         path = self.path / f"ckpt_epoch_{state['epoch']}_step_{state['step']}.pth"
-        checkpoint.save(path, state | {"state_dict": weights, "parts": parts})
-        self._parts_of[path] = {number for numbers in parts.values() for number in numbers}
-        self._remove_old()
+        if distributed.is_main():
+            checkpoint.save(path, state | {"parts": parts})
+            self._parts_of[path] = {number for numbers in parts.values() for number in numbers}
+            self._remove_old()
+        distributed.wait_for_all()
         return path
 
-    def load(self, path: Path, stores: dict[str, PreviousEmbeddings]) -> dict:
-        """The state that a checkpoint (of this run or another) holds; fills the stores.
+    def load(
+        self,
+        path: Path,
+        stores: dict[str, PreviousEmbeddings],
+        *,
+        accept: Callable[[dict, str], None] = lambda state, what: None,
+    ) -> dict:
+        """The state that a checkpoint (of this run or another) holds.
 
-        stores: as for `save_step`; afterward `state_dict` has their entries, whether they came from
-        the checkpoint or from files beside it. Raises InputError for a file that is missing,
-        damaged or no run of this repository.
+        stores: as for `save_step`. If the checkpoint has "parts", they are filled from those, and
+        `state_dict` is one without them. accept: raises InputError for a state that is not wanted,
+        given with the words that name it. Raises InputError for a file that is no run of this
+        repository, DamagedError for one that is missing or damaged.
         """
         state = checkpoint.load(path, flag="--resume")
         if state.get("format") != checkpoint.FORMAT:
             reason = "not a run of this repository (to start from it: --weights)"
             raise InputError(f"--resume {path}: {reason}")
-        own = path.parent.resolve() == self.path.resolve()
+        place = _place(state.get("epoch"), state.get("step"))
+        if _NAME.fullmatch(path.name) and _progress(path) != place:
+            raise InputError(f"--resume {path}: holds epoch {state.get('epoch')}, unlike its name")
+        accept(state, f"--resume {path}")
+        own = self.holds(path)
         self._part_rows = {}
         for store in stores.values():
             store.saved_in.zero_()
@@ -99,24 +124,30 @@ class RunFolder:
             for number, rows in sorted(parts.items()):
                 _load_part(store, _part_path(path.parent / PARTS, number), number)
                 self._part_rows[number] = rows
-            state["state_dict"] |= store.state_dict(prefix=f"{name}.")
             if not own:  # the files are another run's: everything is yet to be written here
                 store.saved_in.zero_()
         self._parts_of = {self.path / path.name: set(self._part_rows)} if own else {}
         return state
 
+    def holds(self, path: Path) -> bool:
+        """Whether a checkpoint lies in this folder."""
+        return path.parent.resolve() == self.path.resolve()
+
     def newest_good(
-        self, stores: dict[str, PreviousEmbeddings]
+        self,
+        stores: dict[str, PreviousEmbeddings],
+        *,
+        accept: Callable[[dict, str], None] = lambda state, what: None,
     ) -> tuple[Path, dict] | tuple[None, None]:
         """The checkpoint farthest on that is whole, and its state; None, None in an empty folder.
 
-        Says which ones are damaged. InputError if all are.
+        Says which ones are damaged. InputError if all are. accept: as for `load`.
         """
         paths = self.checkpoints()
         for path in paths:
             try:
-                return path, self.load(path, stores)
-            except InputError as error:
+                return path, self.load(path, stores, accept=accept)
+            except DamagedError as error:
                 self._say(f"WARNING {error}; falling back to the checkpoint before")
         if paths:
             raise InputError(f"--resume auto: no whole checkpoint in {self.path}, of {len(paths)}")
@@ -128,15 +159,18 @@ class RunFolder:
         while (aside := self.path / f"earlier_{number}").exists():
             number += 1
         aside.mkdir()
-        for path in paths:
-            path.rename(aside / path.name)
-        shutil.copyfile(self.log, aside / self.log.name)
+        # What the checkpoints need is there before them: this may be broken off anywhere.
+        for name in (self.log.name, *_ALONG):
+            if (self.path / name).exists():
+                shutil.copyfile(self.path / name, aside / name)
         if (self.path / PARTS).is_dir():
             shutil.copytree(self.path / PARTS, aside / PARTS, copy_function=_link)
+        for path in paths:
+            path.rename(aside / path.name)
         self._say(f"an earlier run was in {self.path}: moved to {aside}")
 
     def start_anew(self) -> None:
-        """Move a run that is in the folder aside, and empty the log."""
+        """Move a run that is in the folder aside, and empty the log; for the main process only."""
         paths = self.checkpoints()
         if paths or self.log.stat().st_size:
             self.move_aside(paths)
@@ -144,10 +178,21 @@ class RunFolder:
             self.log.write_bytes(b"")
 
     def continue_from(self, epoch: int, step: int | None) -> None:
-        """Move checkpoints that are farther on aside: the run that goes on makes them again."""
-        here = (epoch, float("inf") if step is None else step)
+        """Move checkpoints that are farther on aside: the run that goes on makes them again.
+
+        For the main process only.
+        """
+        here = _place(epoch, step)
         if later := [path for path in self.checkpoints() if _progress(path) > here]:
             self.move_aside(later)
+
+    def ask_for_requeue(self) -> None:
+        """Leave a file that tells of a run that was stopped and wants to go on.
+
+        torchrun ends with code 1 whatever the code of its processes is.
+        """
+        if distributed.is_main():
+            (self.path / REQUEUE).touch()
 
     def _save_changes(self, store: PreviousEmbeddings) -> dict[int, int]:
         """Write the rows that no file holds yet; the files that now hold the store: number -> rows.
@@ -157,18 +202,25 @@ class RunFolder:
         folder = self.path / PARTS
         current = torch.bincount(store.saved_in).tolist()  # by number
         for number, rows in self._part_rows.items():
-            if number < len(current) and current[number] < _WORTH_KEEPING * rows:
+            gone = not _part_path(folder, number).exists()
+            if number < len(current) and (gone or current[number] < _WORTH_KEEPING * rows):
                 store.saved_in[store.saved_in == number] = 0
-        index = (store.seen & (store.saved_in == 0)).nonzero().squeeze(1)
-        if len(index):
-            taken = [int(path.stem.removeprefix("part_")) for path in folder.glob("part_*.pth")]
-            number = 1 + max(taken, default=0)
-            part = {"format": _PART_FORMAT, "index": index, "embeddings": store.embeddings[index]}
+        number = self._free_number() + distributed.rank()
+        rows = (store.seen & (store.saved_in == 0)).nonzero().squeeze(1)
+        if len(rows):
+            index, embeddings = store.images(rows), store.embeddings[rows]
             folder.mkdir(exist_ok=True)
+            part = {"format": _PART_FORMAT, "index": index, "embeddings": embeddings}
             checkpoint.save(_part_path(folder, number), part)
-            self._part_rows[number] = len(index)
-            store.saved_in[index] = number
-        return {n: self._part_rows[n] for n in store.saved_in.unique().tolist() if n}
+            self._part_rows[number] = len(rows)
+            store.saved_in[rows] = number
+        own = {n: self._part_rows[n] for n in store.saved_in.unique().tolist() if n}
+        return {n: rows for part in distributed.gather_objects(own) for n, rows in part.items()}
+
+    def _free_number(self) -> int:
+        """A number that, and as many after it as there are processes, no part has or has had."""
+        there = [int(path.stem.removeprefix("part_")) for path in (self.path / PARTS).glob("*.pth")]
+        return max(distributed.gather_objects(1 + max([*there, *self._part_rows], default=0)))
 
     def _remove_old(self) -> None:
         """Remove checkpoints within epochs but for those among the newest `KEPT` of any kind.
@@ -186,11 +238,43 @@ class RunFolder:
                     path.unlink(missing_ok=True)
 
 
+@contextmanager
+def apart(stores: Iterable[PreviousEmbeddings], *, are_apart: bool = True) -> Iterator[None]:
+    """Within, a model's state is saved and loaded without its stores, if they `are_apart`."""
+    for store in stores:
+        store.saved_apart = are_apart
+    try:
+        yield
+    finally:
+        for store in stores:
+            store.saved_apart = False
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Hold a folder for the life of this process; InputError if another process does.
+
+    A record lock: the system gives it back however the process ends, and workers do not inherit it.
+    """
+    file = path.open("wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--checkpoint_path {path.parent}: a run is going on there") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
 def _progress(path: Path) -> tuple[float, float]:
     """How far a checkpoint is, by its name: (epoch, step), the step infinite after the epoch."""
     match = _NAME.fullmatch(path.name)
     epoch, step = match.groups() if match else ("inf", None)
     return float(epoch), float(step or "inf")
+
+
+def _place(epoch: int, step: int | None) -> tuple[float, float]:
+    """How far a run is, as `_progress` says it."""
+    return epoch, float("inf") if step is None else step
 
 
 def _is_step(path: Path) -> bool:
@@ -207,10 +291,10 @@ def _load_part(store: PreviousEmbeddings, path: Path, number: int) -> None:
     rows = part.get("embeddings")
     if part.get("format") != _PART_FORMAT or rows.shape[1:] != store.embeddings.shape[1:]:
         raise InputError(f"--resume {path}: no previous embeddings of this run")
-    if len(part["index"]) and int(part["index"].max()) >= len(store.seen):
+    if len(part["index"]) and int(part["index"].max()) >= store.num_images:
         raise InputError(f"--resume {path}: previous embeddings of more images")
     store.put(part["index"], rows)
-    store.saved_in[part["index"]] = number
+    store.mark_saved(part["index"], number)
 
 
 def _link(source: str, target: str) -> None:

@@ -7,6 +7,7 @@ the script.
 import argparse
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import checkpoint, options
+from utils import batch_norm, checkpoint, distributed, options
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
@@ -30,8 +31,10 @@ from utils.splits import class_balanced_split, read_split_file
 
 def check_bank(args: argparse.Namespace) -> None:
     """InputError for a batch without statistics, a bank too small for it or the neighbors."""
-    if args.batch_size < 2:
-        raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images")
+    each = args.batch_size // distributed.world_size()
+    if args.batch_size < 2 or (each < 2 and args.bn != "sync"):
+        of = f" of each of {distributed.world_size()} processes" if each < args.batch_size else ""
+        raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images{of}")
     if args.mem_bank_size < args.batch_size:
         raise InputError(
             f"--mem_bank_size {args.mem_bank_size}: below --batch_size {args.batch_size}, so not "
@@ -93,7 +96,14 @@ def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
 
 
 def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
-    """The encoders, seeded by --seed, filled from --weights if given."""
+    """The encoders, seeded by --seed, filled from --weights if given; sets TF32 by --tf32.
+
+    InputError for a --precision that the device has not, or a --compile that does not work here.
+    """
+    _check_speed(args)
+    # PyTorch's own default is TF32 for convolutions but not for products; here it is both or none.
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch, small_stem=args.small_stem)
     check_image_size(backbone, args.arch, args.image_size)
@@ -104,12 +114,19 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
         hidden_dim=args.hidden_dim,
         proj_bn=args.proj_bn,
         momentum=args.momentum,
+        shuffle_target=args.bn == "shuffle" and distributed.world_size() > 1,
+        autocast=options.PRECISIONS[args.precision],
+        channels_last=args.channels_last,
     )
+    if args.bn == "sync":
+        encoders = batch_norm.synchronized(encoders, args.device)
     if args.weights:
         what = f"--weights {args.weights} (--arch {args.arch})"
         state = checkpoint.load(args.weights, flag="--weights")
         loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
         print(f"{args.weights}: {loaded}", flush=True)
+    if args.compile:
+        encoders.compile()
     return encoders
 
 
@@ -140,15 +157,12 @@ def build_run(
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
+    if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
+        torch.manual_seed(args.seed + distributed.rank())
     evaluate, untrained = None, {}
     if val is not None:
-        train = loader.images
-        train_loader, val_loader = eval_loaders(args, train, val, bad_images=loader.bad_images)
-        knn = partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
         backbone = model.encoders.query_encoder.backbone
-        evaluate = partial(knn, backbone)
-        if args.demo and not args.weights:
-            untrained = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
+        evaluate, untrained = _build_evaluation(args, backbone, loader, val)
     return Run(
         model,
         optimizer,
@@ -174,6 +188,20 @@ def build_run(
         resume_anyway=args.resume_anyway,
         debug=args.debug,
     )
+
+
+def _build_evaluation(
+    args: argparse.Namespace, backbone: nn.Module, loader: TwoViewLoader, val: ImageSet
+) -> tuple[Callable[[], dict | None], dict[str, dict]]:
+    """What measures the backbone's k-NN figures, and for the demo data those to compare with."""
+    train = loader.images
+    train_loader, val_loader = eval_loaders(args, train, val, bad_images=loader.bad_images)
+    knn = partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
+    untrained = {}
+    if args.demo and not args.weights:
+        untrained = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
+    found = {name: figures for name, figures in untrained.items() if figures}  # the main process'
+    return partial(knn, backbone), found
 
 
 def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
@@ -278,6 +306,20 @@ def result_record(
         "command": options.command(),
         "torch": torch.__version__,
     }
+
+
+def _check_speed(args: argparse.Namespace) -> None:
+    """InputError for what --precision or --compile asks for and this machine does not have."""
+    can_bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not can_bf16:
+        raise InputError("--precision bf16: this GPU has no instructions for bfloat16")
+    if not args.compile:
+        return
+    try:
+        torch.compile(torch.cos)(torch.zeros(2, device=args.device))
+    except Exception as error:  # a compiler can fail in about any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--compile: does not work here ({reason})") from error
 
 
 def _digests(images: ImageSet, labeled: np.ndarray | None) -> dict[str, str]:

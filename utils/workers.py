@@ -99,7 +99,8 @@ def ignore_signals(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM ends a worker, whoever sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+        main_process = multiprocessing.parent_process().pid
+        threading.Thread(target=_end_when_told, args=(main_process,), daemon=True).start()
 
 
 def _end_when_told(main_process: int) -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from self_supervised.train_msf_2q import CMSF2Q
 from utils import checkpoint
 from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, apart
 
 NUM_IMAGES, BANK = 1_281_167, 128_000
 TEN_MINUTES = 10 * 60 * 510  # images at the published speed, 510 a second
@@ -80,12 +80,14 @@ def main() -> None:
 
         def after_ten_minutes() -> None:
             model.previous.saved_in[torch.randperm(NUM_IMAGES)[:TEN_MINUTES]] = 0
-            state["step"] += 1
-            folder.save_step(state, stores)
+            inner["step"] += 1
+            folder.save_step(inner, stores)
 
         whole = partial(folder.save_epoch, state)
         report("everything, after ten epochs", whole, folder.path, every=TEN_EPOCHS)
-        folder.save_step(state, stores)  # the first one within an epoch writes every row
+        with apart(stores.values()):
+            inner = state | {"state_dict": model.state_dict()}
+        folder.save_step(inner, stores)  # the first one within an epoch writes every row
         report("within an epoch, after ten minutes", after_ten_minutes, folder.path, every=600)
         start = time.perf_counter()
         folder.load(folder.epoch_path(1), stores)

@@ -1,0 +1,122 @@
+"""What `test_distributed` starts under torchrun: runs of regimes in float64 on real image files.
+
+    torchrun --nproc_per_node=2 tests/process_worker.py REGIME,... DATA FOLDER BN [FLAG ...]
+
+Flags: --resume, --corrupt. The main process writes FOLDER/REGIME/record.pth: losses of the global
+batch, the order of the images, and the bank and previous embeddings at the end.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from self_supervised.train_msf_2q import CMSF2Q
+from semi_supervised.pseudo_label import PseudoLabelHead, train_head
+from semi_supervised.train_pseudo_cmsf import PseudoCMSF
+from supervised.train_sup_msf import SupervisedCMSF
+from utils import batch_norm, distributed, options
+from utils.data import ImageSet, read_split
+from utils.encoders import QueryTargetEncoders
+from utils.engine import Run
+from utils.loaders import TwoViewLoader
+
+SIZE, BATCH, STEPS = 8, 6, 30
+
+
+def build_encoders(bn: str) -> QueryTargetEncoders:
+    """A small convolutional network in float64."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(4 * 4 * 4, 8), nn.BatchNorm1d(8), nn.ReLU()),
+    )
+    shuffle = bn == "shuffle" and distributed.world_size() > 1
+    encoders = QueryTargetEncoders(backbone, 8, proj_dim=4, momentum=0.9, shuffle_target=shuffle)
+    if bn == "sync":
+        encoders = batch_norm.synchronized(encoders, torch.device("cpu"))
+    return encoders
+
+
+def build_model(regime: str, images: ImageSet, bn: str) -> nn.Module:
+    """A regime's method with a bank of a size that no batch divides."""
+    encoders = build_encoders(bn)
+    if regime == "2Q":
+        model = CMSF2Q(encoders, len(images), mem_bank_size=19, topk=3, topkp=4)
+    elif regime == "supervised":
+        model = SupervisedCMSF(encoders, 3, mem_bank_size=19, topk=3)
+    else:
+        labeled = torch.arange(len(images)) % 2 == 0
+        sizes = {"mem_bank_size": 19, "topk": 3, "cache_size": 11, "conf_th": 0.4}
+        model = PseudoCMSF(encoders, PseudoLabelHead("mlp", 4, 3), labeled, **sizes)
+    return model.double()
+
+
+def train(
+    run: Run, loader: TwoViewLoader, *, record: dict[str, list[Tensor]], corrupt: bool
+) -> None:
+    """All steps, in float64; the head of the semi-supervised method learns at each epoch's end.
+
+    corrupt: one number of one process' bank changes, as by a fault of memory.
+    """
+    for batch in run.batches(loader):
+        views = (batch.query_view.double(), batch.target_view.double())
+        loss, stats = run.forward(batch._replace(query_view=views[0], target_view=views[1]))
+        run.step(loss, stats)
+        if corrupt and run.total_steps == 8 and distributed.rank() == 1:
+            run.model.bank.features[2, 1] += 1e-12
+        record["losses"].append(sum(distributed.gather(loss[None])[0]) / distributed.world_size())
+        record["order"].append(distributed.gather(batch.index)[0])
+        if hasattr(run.model, "head") and run.epoch_step == run.epoch_steps:
+            rows, labels = run.model.cache.in_use("features", "label")
+            train_head(
+                *(run.model.head, rows, labels),
+                **{"epochs": 2, "batch_size": 4, "learning_rate": 0.1, "decay_epochs": []},
+                **{"momentum": 0.9, "weight_decay": 0, "seed": [run.total_steps]},
+            )
+
+
+def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list[str]) -> None:
+    """One run."""
+    loader = TwoViewLoader(images, batch_size=BATCH, image_size=SIZE, weak_strong=True, seed=1)
+    model = build_model(regime, images, bn)
+    trained = [p for p in model.encoders.parameters() if p.requires_grad]
+    run = Run(
+        model,
+        torch.optim.SGD(trained, lr=0.1, momentum=0.9),
+        folder=folder,
+        epochs=STEPS // len(loader),
+        learning_rate=lambda epoch: 0.1 / epoch,
+        settings={},
+        save_minutes=1e-6,
+        resume="auto" if "--resume" in flags else None,
+        print_freq=2,
+    )
+    record = {"losses": [], "order": []}
+    with run:
+        train(run, loader, record=record, corrupt="--corrupt" in flags)
+    own_bank = torch.cat([value.double().flatten() for value in model.bank.buffers()])
+    (banks,) = distributed.gather(own_bank[None])
+    state = model.state_dict()
+    if distributed.is_main():
+        kinds = ("bank", "previous", "cache", "running", "weight")
+        names = [name for name in state if any(kind in name for kind in kinds)]
+        record = {name: torch.stack(values) for name, values in record.items() if values}
+        record |= {name: state[name] for name in names} | {"banks": banks}
+        torch.save(record, folder / "record.pth")
+
+
+def main() -> None:
+    """A run of each regime."""
+    regimes, data, folder, bn, *flags = sys.argv[1:]
+    distributed.start(torch.device("cpu"))
+    images = read_split(Path(data), "train")
+    for regime in regimes.split(","):
+        run_regime(regime, images, Path(folder) / regime, bn, flags)
+
+
+if __name__ == "__main__":
+    options.run_script(main)

@@ -1,0 +1,52 @@
+"""Whether a run that goes on is still the experiment that it was."""
+
+from collections.abc import Callable
+
+from utils import checkpoint
+from utils.errors import InputError
+
+# Flags that a resumed run may have otherwise. The images are compared by what they are, not by
+# where they lie; --epochs may grow.
+_MAY_DIFFER = {
+    *("data", "demo", "device", "deterministic", "num_workers", "checkpoint_path", "weights"),
+    *("precision", "channels_last", "compile", "tf32"),
+    *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
+    *("bad_images", "max_bad_images", "sup_split_file"),
+}
+
+
+def check_same(
+    state: dict,
+    what: str,
+    *,
+    method: str,
+    settings: dict,
+    data: dict[str, str],
+    anyway: bool,
+    say: Callable[[str], None],
+) -> None:
+    """InputError for a state of another method, or of flags or data that make another experiment.
+
+    state: of a checkpoint; `what` names it. settings: the flags now; data: digests by name of what
+    is trained on. anyway: other flags and data are a warning, said by `say`.
+    """
+    if state.get("method") != method:
+        raise InputError(f"{what}: a run of {state.get('method')}, not of this script")
+    before, data_before = checkpoint.settings(state), state.get("data", {})
+    differing = [
+        f"--{name} {before[name]}, not {value}"
+        for name, value in settings.items()
+        if name in before and not _may_become(name, before[name], value)
+    ]
+    differing += [f"other {name}" for name in data if data_before.get(name) != data[name]]
+    if differing and not anyway:
+        others = "; ".join(differing)
+        raise InputError(f"{what}: a run with {others} (to go on all the same: --resume_anyway)")
+    if settings.get("cos") and before.get("epochs") != settings.get("epochs"):
+        say(f"the cosine falls over --epochs {settings['epochs']} from here on")
+    for difference in differing:
+        say(f"WARNING {what}: a run with {difference}")
+
+
+def _may_become(name: str, before: object, now: object) -> bool:
+    return name in _MAY_DIFFER or now == before or (name == "epochs" and now > before)

@@ -401,7 +401,7 @@ def main() -> None:
         bad_images.restore(saved.get("bad_images", []))
     data = build_data(args, backbone.module, train, val, key=key, bad_images=bad_images)
     if args.cached and not args.evaluate:
-        distributed.stop()  # the rest is quick
+        distributed.stop(together=True)  # the rest is quick
     if data is None:
         return
     probe, optimizer = build_probe(

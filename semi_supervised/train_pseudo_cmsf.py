@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils import options, setup
-from utils.distributed import any_true, gather, own_rows
+from utils.distributed import any_true, gather, is_main, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.errors import InputError
 from utils.features import extract_features
@@ -220,7 +220,8 @@ def main() -> None:
     ).to(args.device)
     optimizer = setup.build_optimizer(args, model.encoders)
     with setup.build_run(args, model, optimizer, loader=loader, val=val, labeled=index) as run:
-        write_split_file(args.checkpoint_path / "labeled.txt", train, index)
+        if is_main():
+            write_split_file(args.checkpoint_path / "labeled.txt", train, index)
         (labeled_images,) = setup.eval_loaders(
             args, train.take(index), bad_images=loader.bad_images
         )

@@ -17,7 +17,7 @@ UTILS = sorted(path for path in (ROOT / "utils").glob("*.py") if path.stem != "_
 MAY_IMPORT = {
     "errors": set(),
     "neighbors": set(),
-    "distributed": set(),
+    "distributed": {"errors"},
     "memory_bank": {"distributed"},
     "schedule": set(),
     "augment": set(),

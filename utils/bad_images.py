@@ -34,6 +34,11 @@ class BadImages:
         """Add files found before: they count, and are not announced again."""
         self._names.update(names)
 
+    def merge(self, names: Iterable[str]) -> None:
+        """Take over what other processes have found; InputError as from `add`."""
+        for path in sorted(set(names) - self._names):
+            self.add(path, "as another process found")
+
     def add(self, path: str, reason: str) -> None:
         """Note a file. InputError if files are not skipped, or too many are bad."""
         what = f"data {_printable(path)}: cannot be read as an image ({reason})"

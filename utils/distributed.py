@@ -17,10 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import InputError
+
 # A process that waits this long for another gives up: longer than an evaluation by one of them.
 _PATIENCE = timedelta(hours=1)
 # In errors of torch.distributed.
-_CONNECTION = r"gloo|NCCL|ProcessGroup|[Cc]onnection (?:reset|closed|refused)|TCPStore|Broken pipe"
+_CONNECTION = (
+    r"[Cc]onnection (?:was )?(?:reset|closed|refused)|[Tt]imed? ?out|remote process|Broken pipe"
+)
 _CHECKED_AT_ONCE = 2**22  # numbers
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -29,11 +33,15 @@ def start(device: torch.device) -> torch.device:
     """Join the others if torchrun started this process; returns the device of this one.
 
     GPUs speak nccl and everything on the host gloo. Only the main process prints from then on.
+    InputError for a process without a GPU of its own.
     """
     if not os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise InputError(f"--nproc_per_node: more processes than the {count} GPUs here")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
@@ -42,8 +50,13 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def stop() -> None:
-    """Leave the others."""
+def stop(*, together: bool = False) -> None:
+    """Leave the others; together: when all have come here, so that none leaves with words unread.
+
+    Without an error it must be together: connections that close under another process end it.
+    """
+    if together:
+        wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 

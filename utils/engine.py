@@ -93,7 +93,7 @@ class Run:
         self._batch: Batch | None = None
         self._loader: TwoViewLoader | None = None
         self._bad_images: list[str] = []  # of a run that is resumed
-        self._signals = StopSignals()
+        self._signals = StopSignals(noted=lambda: self._files.ask_for_requeue())
         self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
         self._files = RunFolder(self.folder, say=Log.say)
         self.log = Log(self._files.log, silent=not distributed.is_main())
@@ -112,6 +112,8 @@ class Run:
     ) -> None:
         """Add to an error that ends the run where the last checkpoint is."""
         self._signals.restore()
+        if error is None:
+            self._files.ask_for_requeue(False)  # a signal came too late to matter
         if isinstance(error, Interrupted):
             ignore()
         if isinstance(error, OSError):
@@ -199,6 +201,7 @@ class Run:
     def _report(self, batch_size: int) -> None:
         """One line in the log and on the console for the steps since the last one."""
         self._check_same_everywhere()
+        self._share_bad_images()
         figures = self._means.read()
         seconds = time.monotonic() - self._interval_start
         figures |= {name: float(value) for name, value in self.model.diagnostics().items()}
@@ -213,9 +216,15 @@ class Run:
             self.log.say(f"WARNING {warning}")
         self._interval_start, self._interval_steps = time.monotonic(), 0
 
+    def _share_bad_images(self) -> None:
+        """All processes know of the broken images that each has found, and count them."""
+        for names in distributed.gather_objects(self._loader.bad_images.names):
+            self._loader.bad_images.merge(names)
+
     def _check_same_everywhere(self) -> None:
         """RunError if weights or bank, which all processes have, are not the same in all."""
-        shared = [value for name, value in self.model.named_buffers() if name.startswith("bank.")]
+        kept = ("bank.", "cache.")
+        shared = [value for name, value in self.model.named_buffers() if name.startswith(kept)]
         shared += [p for p in self.model.parameters() if p.requires_grad]
         if not distributed.same_everywhere(shared):
             raise RunError(
@@ -358,13 +367,17 @@ class Run:
             if self._epoch_ended and self.epoch >= self.epochs and resume != "auto":
                 done = f"it has finished epoch {self.epoch} of --epochs {self.epochs}"
                 raise InputError(f"--resume {path}: {done}")
-        distributed.wait_for_all()  # all have read what the main process may move now
+        # All have read what the main process may move now, and the same.
+        places = distributed.gather_objects(state and (path.name, state["epoch"], state["step"]))
+        if any(place != places[0] for place in places):
+            raise RunError(f"--resume {resume}: the processes see different checkpoints: {places}")
         if not distributed.is_main():
             pass
         elif path is None or not self._files.holds(path):
             self._files.start_anew()
         else:
             self._files.continue_from(state["epoch"], state["step"])
+        distributed.wait_for_all()
         if state:
             self._last_saved = path
             self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
@@ -377,10 +390,11 @@ class Run:
             with apart(self._stores.values(), are_apart="parts" in state):
                 checkpoint.load_strictly(self.model, state["state_dict"], what=what)
             self.optimizer.load_state_dict(state["optimizer"])
-            rng_state = state["rng_states"][distributed.rank() % len(state["rng_states"])]
-            torch.set_rng_state(rng_state["cpu"])
-            if "cuda" in rng_state and torch.cuda.is_available():
-                torch.cuda.set_rng_state(rng_state["cuda"])
+            if distributed.rank() < len(state["rng_states"]):  # else as seeded at the start
+                rng_state = state["rng_states"][distributed.rank()]
+                torch.set_rng_state(rng_state["cpu"])
+                if "cuda" in rng_state and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(rng_state["cuda"])
             if distributed.is_main():
                 self._means.restore(state["means"])
             self._bad_images = state["bad_images"]

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -406,12 +407,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
-    code, name = 0, os.path.basename(sys.argv[0])
+    code, stopped, name = 0, None, os.path.basename(sys.argv[0])
     signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
     signals.install()
     try:
         with signals.heeded_at_once():  # outside of training nothing is to be saved
             main()
+            distributed.stop(together=True)
     except (InputError, RunError) as error:
         _say_error(name, str(error), signals)
         code = 2 if isinstance(error, InputError) else 1
@@ -419,7 +421,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         ignore()
         if distributed.is_main():
             print(f"{name}: {stop}", file=sys.stderr)
-        code = stop.exit_code
+        code, stopped = stop.exit_code, stop
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         advice = "\ntry a smaller --batch_size, --mem_bank_size or --arch"
         if reason := worker_failure(error) or distributed.failure(error):
@@ -436,8 +438,17 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except OSError as error:  # a full or failing disk, a closed pipe
         _say_error(name, f"{error.filename or 'output'}: {error.strerror or error}", signals)
         code = 1
-    finally:
-        distributed.stop()
+    except Exception:
+        if distributed.world_size() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and not isinstance(stopped, Interrupted) and distributed.world_size() > 1:
+        # Closing nccl's connections waits for the others, who wait for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    distributed.stop()
     sys.exit(code)
 
 

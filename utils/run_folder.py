@@ -186,13 +186,18 @@ class RunFolder:
         if later := [path for path in self.checkpoints() if _progress(path) > here]:
             self.move_aside(later)
 
-    def ask_for_requeue(self) -> None:
-        """Leave a file that tells of a run that was stopped and wants to go on.
+    def ask_for_requeue(self, wanted: bool = True) -> None:
+        """Leave a file that tells of a run that is told to stop and wants to go on, or remove it.
 
-        torchrun ends with code 1 whatever the code of its processes is.
+        torchrun ends with code 1 whatever the code of its processes is, and kills what has not
+        ended half a minute after SIGTERM.
         """
-        if distributed.is_main():
+        if not distributed.is_main():
+            return
+        if wanted:
             (self.path / REQUEUE).touch()
+        else:
+            (self.path / REQUEUE).unlink(missing_ok=True)
 
     def _save_changes(self, store: PreviousEmbeddings) -> dict[int, int]:
         """Write the rows that no file holds yet; the files that now hold the store: number -> rows.
@@ -201,11 +206,13 @@ class RunFolder:
         """
         folder = self.path / PARTS
         current = torch.bincount(store.saved_in).tolist()  # by number
+        there = self._part_numbers()
         for number, rows in self._part_rows.items():
-            gone = not _part_path(folder, number).exists()
+            gone = number not in there
             if number < len(current) and (gone or current[number] < _WORTH_KEEPING * rows):
                 store.saved_in[store.saved_in == number] = 0
-        number = self._free_number() + distributed.rank()
+        known = distributed.gather_objects(max([*there, *self._part_rows], default=0))
+        number = 1 + max(known) + distributed.rank()  # no part has it, or has had it
         rows = (store.seen & (store.saved_in == 0)).nonzero().squeeze(1)
         if len(rows):
             index, embeddings = store.images(rows), store.embeddings[rows]
@@ -217,10 +224,10 @@ class RunFolder:
         own = {n: self._part_rows[n] for n in store.saved_in.unique().tolist() if n}
         return {n: rows for part in distributed.gather_objects(own) for n, rows in part.items()}
 
-    def _free_number(self) -> int:
-        """A number that, and as many after it as there are processes, no part has or has had."""
-        there = [int(path.stem.removeprefix("part_")) for path in (self.path / PARTS).glob("*.pth")]
-        return max(distributed.gather_objects(1 + max([*there, *self._part_rows], default=0)))
+    def _part_numbers(self) -> set[int]:
+        """Numbers of the parts that there are, as the main process sees it, who removes them."""
+        own = {int(path.stem.removeprefix("part_")) for path in (self.path / PARTS).glob("*.pth")}
+        return distributed.gather_objects(own)[0]
 
     def _remove_old(self) -> None:
         """Remove checkpoints within epochs but for those among the newest `KEPT` of any kind.

@@ -27,11 +27,17 @@ def ignore() -> None:
 class StopSignals:
     """Between `install` and `restore` a signal only sets `received`. A second Ctrl-C interrupts.
 
-    stopped: what is raised where signals are heeded at once.
+    stopped: what is raised where signals are heeded at once. noted: called when one comes.
     """
 
-    def __init__(self, stopped: Callable[[signal.Signals], Exception] | None = None) -> None:
+    def __init__(
+        self,
+        stopped: Callable[[signal.Signals], Exception] | None = None,
+        *,
+        noted: Callable[[], None] = lambda: None,
+    ) -> None:
         self._stopped = stopped or (lambda received: Stopped())
+        self._noted = noted
         self.received: signal.Signals | None = None
         self._at_once = False
         self._before: dict = {}
@@ -62,6 +68,7 @@ class StopSignals:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        self._noted()
         if self._at_once:
             signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
             raise self._stopped(self.received)

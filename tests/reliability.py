@@ -37,6 +37,8 @@ from utils.demo_data import draw_data_set
 from utils.memory_bank import PreviousEmbeddings
 from utils.run_folder import PARTS, RunFolder
 
+torch.set_num_threads(1)  # also so that processes can be forked
+
 EPOCHS = 3
 COMMON = (
     *("--arch", "conv4", "--image_size", 16, "--batch_size", 64, "--proj_dim", 16),
@@ -216,9 +218,11 @@ def kill_while_saving(scratch: Path, *, kills: int) -> Row:
     context, good, torn, last = multiprocessing.get_context("fork"), 0, 0, 0
     for _ in range(kills):
         process = context.Process(target=_save_for_ever, args=(path,))
+        before = {found.name for found in path.glob("*.pth")}
         process.start()
-        while len(list(path.glob("*.pth"))) < 2:
-            time.sleep(0.01)
+        while len(names := {found.name for found in path.glob("*.pth")}) < 2 or names <= before:
+            assert process.is_alive()
+            time.sleep(0.005)
         time.sleep(chance.uniform(0.02, 0.2))
         process.kill()
         process.join()
@@ -229,7 +233,7 @@ def kill_while_saving(scratch: Path, *, kills: int) -> Row:
         left = [name for _, _, files in os.walk(path) for name in files if name.endswith(".tmp")]
         steps = [state["step"] for state in states]
         whole = all((s["state_dict"]["weight"] == s["step"]).all() for s in states)
-        good += not left and len(steps) in (2, 3) and whole and steps[0] >= last
+        good += not left and len(steps) in (2, 3) and whole and steps[0] > last
         last = steps[0]
         folder.close()
     return Row("kill -9 while saving", kills, good, f"{torn} left a half-written file")

@@ -35,7 +35,7 @@ def start(device: torch.device) -> torch.device:
     GPUs speak nccl and everything on the host gloo. Only the main process prints from then on.
     InputError for a process without a GPU of its own.
     """
-    if not os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}:
+    if not is_launched():
         return device
     if device.type == "cuda":
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -48,6 +48,11 @@ def start(device: torch.device) -> torch.device:
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     return device
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
 
 
 def stop(*, together: bool = False) -> None:

@@ -5,6 +5,7 @@ Published flags keep their names and defaults; new ones use underscores.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
 import sys
@@ -407,13 +408,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
-    code, stopped, name = 0, None, os.path.basename(sys.argv[0])
+    code, name = 0, os.path.basename(sys.argv[0])
     signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
     signals.install()
     try:
         with signals.heeded_at_once():  # outside of training nothing is to be saved
             main()
-            distributed.stop(together=True)
+            distributed.wait_for_all()
     except (InputError, RunError) as error:
         _say_error(name, str(error), signals)
         code = 2 if isinstance(error, InputError) else 1
@@ -421,13 +422,15 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         ignore()
         if distributed.is_main():
             print(f"{name}: {stop}", file=sys.stderr)
-        code, stopped = stop.exit_code, stop
+        code = stop.exit_code
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         advice = "\ntry a smaller --batch_size, --mem_bank_size or --arch"
         if reason := worker_failure(error) or distributed.failure(error):
             advice = ""
         elif "alloc" not in str(error) and "memory" not in str(error):
-            raise
+            if not distributed.is_launched():
+                raise
+            reason = traceback.format_exc()
         else:
             reason = str(error).splitlines()[0] if str(error) else "no memory left"
         _say_error(name, f"{reason}{advice}", signals)
@@ -439,17 +442,26 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         _say_error(name, f"{error.filename or 'output'}: {error.strerror or error}", signals)
         code = 1
     except Exception:
-        if distributed.world_size() == 1:
+        if not distributed.is_launched():
             raise
         traceback.print_exc()
         code = 1
-    if code and not isinstance(stopped, Interrupted) and distributed.world_size() > 1:
-        # Closing nccl's connections waits for the others, who wait for this process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    distributed.stop()
+    if distributed.is_launched():
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes at once.
+
+    An orderly end would close connections, which with nccl waits for the others, and with gloo now
+    and then aborts (torch 2.14) when threads are left.
+    """
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say_error(name: str, error: str, signals: StopSignals) -> None:

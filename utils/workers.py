@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
+from types import TracebackType
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -95,12 +97,19 @@ def ignore_signals(worker_id: int) -> None:
     A cluster, or Ctrl-C, sends them to every process of a job. The main process still needs batches
     to finish its step; workers end with it, or by the SIGTERM that it sends where they do not.
     """
+    sys.excepthook = _be_quiet_at_the_end
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM ends a worker, whoever sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         main_process = multiprocessing.parent_process().pid
         threading.Thread(target=_end_when_told, args=(main_process,), daemon=True).start()
+
+
+def _be_quiet_at_the_end(kind: type, error: BaseException, traceback: TracebackType) -> None:
+    """Print an error, unless it is that the main process, which has its say, has gone away."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_when_told(main_process: int) -> None:

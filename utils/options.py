@@ -430,7 +430,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         elif "alloc" not in str(error) and "memory" not in str(error):
             if not distributed.is_launched():
                 raise
-            reason = traceback.format_exc()
+            reason, advice = traceback.format_exc(), ""
         else:
             reason = str(error).splitlines()[0] if str(error) else "no memory left"
         _say_error(name, f"{reason}{advice}", signals)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options, setup
-from utils.distributed import any_true, gather, own_rows
+from utils.distributed import all_true, gather, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
@@ -64,15 +64,19 @@ class CMSF2Q(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
-            if any_true(not all_finite(q, t)):
-                return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
+            finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
 
             # The targets of all processes enter the bank before the search: each is its own
             # nearest neighbor.
             all_t, index, label = gather(t, batch.index, batch.label)
             all_u, all_visited = self.previous.swap(index, all_t)  # previous embeddings
             self.bank.enqueue(
-                all_t, previous=all_u, has_previous=all_visited, index=index, label=label
+                all_t,
+                previous=all_u,
+                has_previous=all_visited,
+                index=index,
+                label=label,
+                only_if=finite,
             )
             u, visited = own_rows(all_u, all_visited)  # (B, D), (B,)
             rows, older, has_older = self.bank.in_use("features", "previous", "has_previous")
@@ -83,7 +87,7 @@ class CMSF2Q(nn.Module):
 
         loss_near = mean_shift_loss(q, rows, near)
         loss_far = mean_shift_loss(q, rows, far)
-        return (loss_far + loss_near) / 2, {
+        return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
             "no_previous_visit": 100 * (~visited).float().mean(),
             "filled_up": 100 * (related.valid.sum(dim=1) < self.topk).float().mean(),
             "loss_constrained": loss_far.detach(),
@@ -119,7 +123,8 @@ def main() -> None:
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         topkp=args.topkp,
-    ).to(args.device)
+    )
+    model = setup.place(args, model)
     optimizer = setup.build_optimizer(args, model)
 
     with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:

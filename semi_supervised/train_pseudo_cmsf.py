@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils import options, setup
-from utils.distributed import any_true, gather, is_main, own_rows
+from utils.distributed import all_true, gather, is_main, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.errors import InputError
 from utils.features import extract_features
@@ -32,6 +32,7 @@ from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
 from utils.neighbors import all_finite, mean_shift_loss, nearest, nearest_with_label, purity
 from utils.splits import write_split_file
+from utils.transfers import to_device
 
 DEMO = options.DEMO | {
     "topk": 50,
@@ -90,23 +91,22 @@ class PseudoCMSF(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
-        if any_true(not all_finite(q, t)):
-            return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
+        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
 
         # Labels and predictions for the targets of all processes, (B, D).
         all_t, index, truth = gather(t, batch.index, batch.label)
-        known = self.labeled[index].to(t.device)  # (B,) bool
+        known = to_device(self.labeled[index], t.device)  # (B,) bool
         guess, confidence = self.head.predict(all_t)  # (B,), (B,)
         counts = known | self._is_confident(confidence, constrained=constrained)
         label = torch.where(known, truth, guess).masked_fill(~counts, -1)
 
         # The targets enter the bank before the search: each is its own nearest neighbor.
-        self.bank.enqueue(all_t, index=index, label=label, true_label=truth)
-        self._fill_cache(all_t, index, label, known if not self.cache_confident else counts)
+        self.bank.enqueue(all_t, index=index, label=label, true_label=truth, only_if=finite)
+        self._fill_cache(all_t, index, label, counts=counts, only_if=finite)
         rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
         (wanted,) = own_rows(label if constrained else torch.full_like(label, -1))
         near = self._neighbors(t, rows, wanted, row_labels)
-        return mean_shift_loss(q, rows, near), {
+        return mean_shift_loss(q, rows, near).where(finite, torch.nan), {
             "purity_constrained": purity(batch.label.masked_fill(wanted < 0, -1), row_truth, near),
             "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), wanted >= 0),
             "confident": _percent(counts, ~known),
@@ -128,10 +128,17 @@ class PseudoCMSF(nn.Module):
         place = torch.arange(near.rows.shape[1], device=t.device)
         return near._replace(valid=near.valid & (place < allowance))
 
-    def _fill_cache(self, t: Tensor, index: Tensor, label: Tensor, chosen: Tensor) -> None:
-        """Keep the chosen embeddings with the labels they were constrained by."""
-        if self.cache is not None:
-            self.cache.enqueue(t[chosen], index=index.to(t.device)[chosen], label=label[chosen])
+    def _fill_cache(
+        self, t: Tensor, index: Tensor, label: Tensor, *, counts: Tensor, only_if: Tensor
+    ) -> None:
+        """Keep labeled embeddings, with `cache_confident` all that count, with their labels."""
+        if self.cache is None:
+            return
+        # The host knows which images are labeled; to learn which others count it waits for a GPU.
+        chosen = counts.cpu() if self.cache_confident else self.labeled[index]
+        chosen = chosen.nonzero().squeeze(1)
+        rows = to_device(chosen, t.device)
+        self.cache.enqueue(t[rows], index=index[chosen], label=label[rows], only_if=only_if)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings, and the purity that plain neighbors of the newest have."""
@@ -180,7 +187,9 @@ def parse_args() -> argparse.Namespace:
         "--cache_sup", action="store_true", help="train the head on embeddings kept from training"
     )
     group.add_argument(
-        "--cache_conf_unsup", action="store_true", help="and on those of confident pseudo-labels"
+        "--cache_conf_unsup",
+        action="store_true",
+        help="and on those of confident pseudo-labels (each step then waits for a GPU once)",
     )
     group.add_argument("--sup_mem_bank_size", type=options.positive, default=128000)
     group.add_argument(
@@ -217,7 +226,8 @@ def main() -> None:
         conf_th=args.conf_th if args.use_conf else None,
         cache_size=args.sup_mem_bank_size if args.cache_sup else None,
         cache_confident=args.cache_conf_unsup,
-    ).to(args.device)
+    )
+    model = setup.place(args, model)
     optimizer = setup.build_optimizer(args, model.encoders)
     with setup.build_run(args, model, optimizer, loader=loader, val=val, labeled=index) as run:
         if is_main():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options, setup
-from utils.distributed import any_true, gather
+from utils.distributed import all_true, gather
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank
@@ -67,21 +67,20 @@ class SupervisedCMSF(nn.Module):
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
-        if any_true(not all_finite(q, t)):
-            return q.sum() * torch.nan, {}  # the run stops, and nothing was remembered
+        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
 
         # The targets of all processes enter the bank before the search: each is its own nearest
         # neighbor.
         all_t, index, label = gather(t, batch.index, batch.label)
-        self.bank.enqueue(all_t, index=index, label=label)
+        self.bank.enqueue(all_t, index=index, label=label, only_if=finite)
         rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
         if self.topk is None:
             loss = mean_shift_loss_all(
                 q, rows, labels=batch.label, row_labels=row_labels, num_classes=self.num_classes
             )
-            return loss, {}
+            return loss.where(finite, torch.nan), {}
         same = nearest_with_label(t, rows, k=self.topk, labels=batch.label, row_labels=row_labels)
-        return mean_shift_loss(q, rows, same), {
+        return mean_shift_loss(q, rows, same).where(finite, torch.nan), {
             "purity_constrained": purity(batch.label, row_labels, same),
             "fewer_than_k": 100 * (~same.valid).any(dim=1).float().mean(),
         }
@@ -113,7 +112,8 @@ def main() -> None:
         len(train.classes),
         mem_bank_size=args.mem_bank_size,
         topk=None if args.topk == "all" else args.topk,
-    ).to(args.device)
+    )
+    model = setup.place(args, model)
     optimizer = setup.build_optimizer(args, model)
 
     with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:

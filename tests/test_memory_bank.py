@@ -71,6 +71,48 @@ def test_state_dict_restores_the_place_to_write():
         assert torch.equal(buffer, getattr(two, name)), name
 
 
+def test_a_batch_that_is_not_to_be_kept_changes_nothing():
+    bank = MemoryBank(5, 2, with_previous=True)
+    bank.enqueue(**columns(0, 4, 2))
+    before = {name: buffer.clone() for name, buffer in bank.named_buffers()}
+    bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(False))
+    assert bank.written == 4
+    assert all(torch.equal(buffer, before[name]) for name, buffer in bank.named_buffers())
+    bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(True))
+    assert bank.written == 7 and not torch.equal(bank.features, before["features"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_that_is_not_to_be_kept_changes_no_row_on_a_gpu():
+    bank = MemoryBank(5, 2, with_previous=True).cuda()
+    bank.enqueue(**columns(0, 4, 2))
+    before = {name: buffer.clone() for name, buffer in bank.named_buffers()}
+    bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(False, device="cuda"))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in bank.named_buffers())
+
+
+def test_embeddings_that_are_not_finite_are_not_remembered():
+    store = PreviousEmbeddings(3, 2)
+    store.swap(torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]))
+    assert not store.seen.any() and store.embeddings.isfinite().all()
+
+
+def test_a_bank_in_half_precision():
+    one, half = MemoryBank(5, 2, with_previous=True), MemoryBank(5, 2, with_previous=True)
+    half.store_as(torch.float16)
+    assert half.features.dtype == half.previous.dtype == torch.float16
+    assert half.label.dtype == torch.int64 and half.has_previous.dtype == torch.bool
+    for bank in (one, half):
+        bank.enqueue(
+            **{
+                name: value / 3 if value.is_floating_point() else value
+                for name, value in columns(0, 4, 2).items()
+            }
+        )
+    torch.testing.assert_close(half.features.float(), one.features, rtol=2**-11, atol=0)
+    assert not torch.equal(half.features.float(), one.features)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.permutations(range(6)), min_size=1, max_size=5), st.integers(1, 6))
 def test_previous_embeddings_against_a_dictionary(orders, batch):

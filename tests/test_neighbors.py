@@ -289,3 +289,36 @@ def test_nan_survives_the_choice_in_bfloat16(chosen_first):
     found = nearest(queries, rows, k=5)
     assert found.valid.all()
     assert mean_shift_loss(queries, rows, found).isnan()
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_rows_in_half_precision_are_compared_as_they_are_kept(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(neighbors, "_has_fast_bfloat16", lambda: has_bfloat16)
+    queries, rows = unit(6, 64).float(), unit(3000, 64, seed=1).half()
+    kept = nearest(queries, rows.float(), k=5)
+    found = nearest(queries, rows, k=5)
+    assert torch.equal(found.rows, kept.rows)
+    queries.requires_grad_()
+    loss = mean_shift_loss(queries, rows, found)
+    loss.backward()
+    assert loss.dtype == queries.grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(mean_shift_loss(queries, rows.float(), kept).item())
+    labels, row_labels = torch.arange(6) % 3, torch.arange(3000) % 3
+    all_rows = [
+        mean_shift_loss_all(queries, r, labels=labels, row_labels=row_labels, num_classes=3).item()
+        for r in (rows, rows.float())
+    ]
+    assert all_rows[0] == pytest.approx(all_rows[1], abs=1e-6)
+
+
+def test_labels_beyond_sixteen_bits():
+    queries, rows = unit(3, 5), unit(9, 5, seed=1)
+    row_labels = torch.tensor([70000, 5, 70000, 5, -1, 4464, 4464, 2**40, 70000])
+    found = nearest_with_label(
+        queries, rows, k=9, labels=torch.tensor([70000, 4464, 2**40]), row_labels=row_labels
+    )
+    assert [sorted(own) for own in valid_rows(found)] == [
+        [0, 2, 8],
+        [5, 6],
+        [7],
+    ]  # 70000 = 4464 + 2^16

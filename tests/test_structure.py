@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "errors": set(),
     "neighbors": set(),
     "distributed": {"errors"},
-    "memory_bank": {"distributed"},
+    "transfers": set(),
+    "memory_bank": {"distributed", "transfers"},
     "schedule": set(),
     "augment": set(),
     "demo_data": set(),
@@ -44,11 +45,12 @@ MAY_IMPORT = {
     "stop_signals": set(),
     "engine": {
         *("checkpoint", "distributed", "errors", "experiment", "knn", "loaders", "memory_bank"),
-        *("meters", "run_folder", "stop_signals", "workers"),
+        *("meters", "run_folder", "stop_signals", "transfers", "workers"),
     },
     "setup": {
         *("bad_images", "batch_norm", "checkpoint", "data", "distributed", "encoders", "engine"),
-        *("errors", "feature_cache", "knn", "loaders", "options", "schedule", "splits"),
+        *("errors", "feature_cache", "knn", "loaders", "memory_bank", "options", "schedule"),
+        "splits",
     },
 }
 

@@ -227,6 +227,11 @@ def prefix() -> str:
     return f"process {rank()} of {world_size()}: " if world_size() > 1 else ""
 
 
+def all_true(flag: Tensor) -> Tensor:
+    """Whether it is true in all processes, which all must ask: () bool, nobody waits for a GPU."""
+    return flag if world_size() == 1 else add_up((~flag).int()) == 0
+
+
 def any_true(flag: bool) -> bool:
     """Whether any process has it true; all must ask."""
     if world_size() == 1:
@@ -287,14 +292,14 @@ def shuffled(batch: Tensor) -> tuple[Tensor, Tensor]:
     (whole,) = gather(batch)
     order = from_main(torch.randperm(len(whole)))
     (own,) = own_rows(order)
-    return whole[own.to(whole.device)], order
+    return whole[own.to(whole.device, non_blocking=True)], order
 
 
 def unshuffled(batch: Tensor, order: Tensor) -> Tensor:
     """The rows of this process again, from what came of those that `shuffled` dealt out."""
     (whole,) = gather(batch)
     (own,) = own_rows(order.argsort())
-    return whole[own.to(whole.device)]
+    return whole[own.to(whole.device, non_blocking=True)]
 
 
 def parallel(model: nn.Module) -> nn.Module:

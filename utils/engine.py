@@ -9,6 +9,7 @@ of the method. A script iterates over it:
             run.step(loss, stats)
 """
 
+import math
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,27 @@ from utils.memory_bank import PreviousEmbeddings
 from utils.meters import Log, Means
 from utils.run_folder import RunFolder, apart
 from utils.stop_signals import Stopped, StopSignals, ignore
+from utils.transfers import HostCopy
 from utils.workers import worker_failure
 
 # Below these the embeddings hardly tell images apart, however low the loss is.
 _LOW_SPREAD = 0.1
 _LOW_RANK = 5.0
+
+
+class _LastStep(NamedTuple):
+    """What an error says of a step: its loss, epoch, step, learning rate, image numbers (B,)."""
+
+    loss: HostCopy
+    epoch: int
+    step: int
+    rate: float
+    index: Tensor
+
+
+def _is_read_later(loss: Tensor) -> bool:
+    """Whether a loss is on a device that works on while the host goes ahead."""
+    return loss.device.type == "cuda"
 
 
 class Run:
@@ -91,6 +108,7 @@ class Run:
         self._interval_start, self._interval_steps = self._start, 0
         self._means = Means()
         self._batch: Batch | None = None
+        self._last_step: _LastStep | None = None  # a step whose loss has not been looked at yet
         self._loader: TwoViewLoader | None = None
         self._bad_images: list[str] = []  # of a run that is resumed
         self._signals = StopSignals(noted=lambda: self._files.ask_for_requeue())
@@ -166,9 +184,18 @@ class Run:
                     return
 
     def step(self, loss: Tensor, stats: dict[str, Tensor]) -> None:
-        """Backward pass and update; RunError before either if the loss is not finite."""
-        if not torch.isfinite(loss):  # a sync point on a GPU
-            self._stop_for(loss.item())
+        """Backward pass and update; RunError before either if the loss is not finite.
+
+        A GPU is not waited for: there the loss of a step is looked at when the next one comes, or
+        before anything is saved or reported, whichever is first. So what a bad step did is never
+        kept.
+        """
+        self._look_at_last_loss()
+        rate = self.optimizer.param_groups[0]["lr"]
+        place = (self.epoch, self.epoch_step)
+        self._last_step = _LastStep(HostCopy(loss.detach()), *place, rate, self._batch.index)
+        if not _is_read_later(loss):
+            self._look_at_last_loss()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -189,17 +216,22 @@ class Run:
         seconds = time.monotonic() - self._start
         self.log.say(f"\n{self._files.epoch_path(self.epochs)} after {seconds:.0f} s")
 
-    def _stop_for(self, loss: float) -> NoReturn:
-        rate, images = self.optimizer.param_groups[0]["lr"], self._batch.index.tolist()
-        place = {"epoch": self.epoch, "step": self.epoch_step}
-        self.log.write(place | {"error": f"loss {loss}", "lr": rate, "images": images})
+    def _look_at_last_loss(self) -> None:
+        """RunError if the loss of the last step is not finite; waits for it."""
+        last, self._last_step = self._last_step, None
+        if last is None or math.isfinite(loss := last.loss.get().item()):
+            return
+        images = last.index.tolist()
+        place = {"epoch": last.epoch, "step": last.step}
+        self.log.write(place | {"error": f"loss {loss}", "lr": last.rate, "images": images})
         raise RunError(
-            f"the loss is {loss} in epoch {self.epoch}, step {self.epoch_step}, learning rate "
-            f"{rate:.4g}, images {images}; try a lower --learning_rate (with --resume_anyway)"
+            f"the loss is {loss} in epoch {last.epoch}, step {last.step}, learning rate "
+            f"{last.rate:.4g}, images {images}; try a lower --learning_rate (with --resume_anyway)"
         )
 
     def _report(self, batch_size: int) -> None:
         """One line in the log and on the console for the steps since the last one."""
+        self._look_at_last_loss()
         self._check_same_everywhere()
         self._share_bad_images()
         figures = self._means.read()
@@ -320,6 +352,7 @@ class Run:
 
     def _state(self) -> dict:
         """All that decides how the run goes on, as of now; the main process' is complete."""
+        self._look_at_last_loss()
         rng_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             rng_state["cuda"] = torch.cuda.get_rng_state()

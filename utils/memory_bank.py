@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
+from utils.transfers import HostCopy, to_device
 
 
 class MemoryBank(nn.Module):
@@ -53,25 +54,42 @@ class MemoryBank(nn.Module):
         count = min(count, self.filled)
         return torch.arange(self.written - count, self.written) % self.size
 
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Keep embeddings in this dtype: float16 takes half the memory of float32.
+
+        An entry of a unit vector then errs by at most 2^-12, a similarity by about 2^-11 / sqrt(D).
+        """
+        for name in {"features", "previous"} & dict(self.named_buffers()).keys():
+            setattr(self, name, getattr(self, name).to(dtype))
+
     @torch.no_grad()
-    def enqueue(self, features: Tensor, **columns: Tensor) -> None:
+    def enqueue(
+        self, features: Tensor, *, only_if: Tensor | None = None, **columns: Tensor
+    ) -> None:
         """Write a batch over the oldest rows.
 
         features: (B, D), unit norm. columns: one (B, ...) tensor for every other column, by its
-        name; a missing or unknown name is a TypeError.
+        name; a missing or unknown name is a TypeError. only_if: () bool on the bank's device; where
+        it is False the rows stay as they are, and a GPU is not waited for to know it.
         """
         columns["features"] = features
         own = dict(self.named_buffers())
         if columns.keys() != own.keys():
             raise TypeError(f"enqueue got columns {sorted(columns)}, the bank has {sorted(own)}")
+        if only_if is not None and only_if.device.type == "cpu":
+            if not only_if:
+                return
+            only_if = None
         batch = features.shape[0]
         kept = min(batch, self.size)  # of a batch larger than the bank only the newest rows stay
         start = (self.written + batch - kept) % self.size
         before_end = min(kept, self.size - start)
         for name, values in columns.items():
-            newest = values[batch - kept :].to(own[name].device, non_blocking=True)
-            own[name][start : start + before_end] = newest[:before_end]
-            own[name][: kept - before_end] = newest[before_end:]
+            newest = to_device(values[batch - kept :], own[name].device)
+            parts = newest.split([before_end, kept - before_end])
+            places = own[name][start : start + before_end], own[name][: kept - before_end]
+            for place, part in zip(places, parts, strict=True):
+                place.copy_(part if only_if is None else torch.where(only_if, part, place))
         self.written += batch
 
     def get_extra_state(self) -> Tensor:
@@ -89,7 +107,8 @@ class PreviousEmbeddings(nn.Module):
     embeddings: (N, D), unit norm. seen: (N,) bool, whether the image was visited at all. On
     ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to; one
     batch of it at a time is copied. (The published code held two such stores on the GPU, started as
-    noise.)
+    noise.) What comes from a GPU is put into its place when the store is next asked for something
+    or saved: by then it has arrived, so a step does not wait for it.
 
     Of W processes the one of rank r holds the rows of images r, r + W, r + 2 W, ... only. Its state
     has all of them: to get it, or to swap, is something that all processes do together.
@@ -108,6 +127,7 @@ class PreviousEmbeddings(nn.Module):
         self.register_buffer("embeddings", torch.zeros(held, dim))
         self.register_buffer("seen", torch.zeros(held, dtype=torch.bool))
         self.saved_in = torch.zeros(held, dtype=torch.int32)
+        self._coming: tuple[Tensor, HostCopy] | None = None  # the batch that `settle` puts in place
 
     @torch.no_grad()
     def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,16 +142,36 @@ class PreviousEmbeddings(nn.Module):
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
             last = self.num_images - 1
             raise IndexError(f"image index out of range 0 to {last}: {index.tolist()}")
+        self.settle()
         own, rows = self._held(index)
         previous = self.embeddings.new_zeros(embeddings.shape)
         previous[own] = self.embeddings[rows]
         seen = torch.zeros(len(index), dtype=torch.uint8)
         seen[own] = self.seen[rows].to(torch.uint8)
         device = embeddings.device
-        previous = distributed.add_up(previous.to(device))  # all but one of the terms are zero
-        seen = distributed.add_up(seen.to(device)).bool()
-        self.put(index, embeddings.cpu())  # a sync point on a GPU
+        # All but one of the terms are zero.
+        previous = distributed.add_up(to_device(previous, device))
+        seen = distributed.add_up(to_device(seen, device)).bool()
+        self.remember(index, embeddings)
         return previous, seen
+
+    def remember(self, index: Tensor, embeddings: Tensor) -> None:
+        """Keep the present embeddings of a batch; arguments as those of `swap`.
+
+        A batch that is not finite, at which the run stops, is not kept.
+        """
+        self.settle()
+        self._coming = index, HostCopy(embeddings.detach())
+        if embeddings.device.type != "cuda":
+            self.settle()
+
+    def settle(self) -> None:
+        """Put the batch that came last in its place; waits for it."""
+        if self._coming is not None:
+            (index, copy), self._coming = self._coming, None
+            embeddings = copy.get()
+            if embeddings.isfinite().all():
+                self.put(index, embeddings)
 
     @torch.no_grad()
     def put(self, index: Tensor, embeddings: Tensor) -> None:
@@ -160,6 +200,7 @@ class PreviousEmbeddings(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """All processes' rows on the main one; elsewhere tensors of that shape without memory."""
+        self.settle()
         if self.saved_apart:
             return
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -170,6 +211,7 @@ class PreviousEmbeddings(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
         """Take the rows that this process holds."""
+        self._coming = None
         if self.saved_apart:
             return
         own = slice(distributed.rank(), None, distributed.world_size())

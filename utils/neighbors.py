@@ -17,6 +17,7 @@ from torch import Tensor
 # launches.
 _CPU_SIMILARITIES = 2**22
 _GPU_SIMILARITIES = 2**26
+_SUMMED = 2**16  # rows of the bank that are summed at a time
 # Candidates for each neighbor where bfloat16 chooses them.
 _CANDIDATES = 4
 # Of an inner product of unit vectors in bfloat16: rounding both vectors (2 x 2^-9), the sum in
@@ -39,7 +40,8 @@ class Neighbors(NamedTuple):
 def nearest(queries: Tensor, rows: Tensor, *, k: int, allowed: Tensor | None = None) -> Neighbors:
     """Find the k rows nearest to each query, exactly.
 
-    queries: (B, D), unit norm. rows: (K, D), unit norm. allowed: bool, (K,) or (B, K), rows that
+    queries: (B, D), unit norm. rows: (K, D), unit norm, also in half precision: they are compared
+    in the dtype of the queries. allowed: bool, (K,) or (B, K), rows that
     may be found at all; None allows every row. Returns (B, min(k, K)) neighbors; where fewer rows
     are allowed, the rest are not valid. The bank is searched slice by slice: B x K similarities
     need not exist at once. On a CPU that multiplies in bfloat16, several times as fast as in
@@ -93,7 +95,8 @@ def _is_worth_choosing(queries: Tensor, rows: Tensor, k: int) -> bool:
     """Whether products in bfloat16 save more than comparing the candidates again costs."""
     return (
         rows.device.type == "cpu"
-        and rows.dtype == queries.dtype == torch.float32
+        and queries.dtype == torch.float32
+        and rows.dtype in (torch.float32, torch.float16)
         and _has_fast_bfloat16()
         and rows.shape[0] >= 64 * _CANDIDATES * k
         and rows.shape[1] >= 64
@@ -145,7 +148,7 @@ def nearest_with_label(
         torch.zeros(len(queries), k, dtype=torch.int64),
         torch.zeros(len(queries), k, dtype=torch.bool),
     )
-    by_label = row_labels.argsort(stable=True)
+    by_label = _narrow(row_labels).argsort(stable=True)
     ordered = row_labels[by_label]
     for label in labels.unique():
         mine = (labels == label).nonzero().squeeze(1)
@@ -163,6 +166,17 @@ def nearest_with_label(
         found.rows[mine, : here.rows.shape[1]] = here.rows
         found.valid[mine, : here.rows.shape[1]] = here.valid
     return found
+
+
+def _narrow(labels: Tensor) -> Tensor:
+    """Labels in the narrowest integers that hold them: of 16 bits a CPU sorts five times as fast.
+
+    With that the bank is grouped anew in each step: 1.1 ms for 128,000 rows, of 70 for the search;
+    groups kept up to date as it turns over could save no more than that.
+    """
+    if len(labels) and int(labels.min()) >= -(2**15) and int(labels.max()) < 2**15:
+        return labels.to(torch.int16)
+    return labels
 
 
 @torch.no_grad()
@@ -196,18 +210,21 @@ def _similarity_at(queries: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """Inner products (B, n) of each query (B, D) with its own rows (B, n), by slices of columns."""
     step = max(_CPU_SIMILARITIES // queries.numel(), 1)
     return torch.cat(
-        [torch.einsum("bd,bnd->bn", queries, rows[part]) for part in index.split(step, dim=1)],
+        [
+            torch.einsum("bd,bnd->bn", queries, rows[part].to(queries.dtype))
+            for part in index.split(step, dim=1)
+        ],
         dim=1,
     )
 
 
-def all_finite(*embeddings: Tensor) -> bool:
-    """Whether unit vectors (B, D) have neither nan nor infinity; waits for the device.
+def all_finite(*embeddings: Tensor) -> Tensor:
+    """Whether unit vectors (B, D) have neither nan nor infinity: () bool, where they are.
 
-    Asked before a batch enters a bank: the loss that comes of one that has is not finite, the run
-    stops, and nothing of it has been kept.
+    Asked before a batch enters a bank. Nothing waits for the answer: the bank keeps its rows by it,
+    and the loss becomes nan, at which the run stops.
     """
-    return bool(torch.isfinite(torch.stack([part.sum() for part in embeddings])).all())
+    return torch.isfinite(torch.stack([part.detach().sum() for part in embeddings])).all()
 
 
 def mean_shift_loss(query: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
@@ -218,7 +235,7 @@ def mean_shift_loss(query: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor
     z||^2. Differs from the published code where fewer than k rows satisfy a constraint: it filled
     up with arbitrary rows, here only valid ones enter the mean.
     """
-    distance = 2 - 2 * torch.einsum("bd,bkd->bk", query, rows[neighbors.rows])
+    distance = 2 - 2 * torch.einsum("bd,bkd->bk", query, rows[neighbors.rows].to(query.dtype))
     count = neighbors.valid.sum(dim=1).clamp(min=1)
     return (distance.masked_fill(~neighbors.valid, 0).sum(dim=1) / count).mean()
 
@@ -234,8 +251,14 @@ def mean_shift_loss_all(
     is 2 - 2 q.(mean of z): the bank is summed by class once, whatever B is.
     """
     with torch.no_grad():
-        sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, row_labels, rows)
-        counts = row_labels.bincount(minlength=num_classes)
+        sums = query.new_zeros(num_classes, rows.shape[1])
+        for part, labels_of_part in zip(
+            rows.split(_SUMMED), row_labels.split(_SUMMED), strict=True
+        ):
+            sums.index_add_(0, labels_of_part, part.to(sums.dtype))
+        # Not bincount: on a GPU it waits to learn the largest label.
+        ones = torch.ones_like(row_labels, dtype=sums.dtype)
+        counts = sums.new_zeros(num_classes).index_add_(0, row_labels, ones)
         means = sums[labels] / counts[labels].unsqueeze(1)  # (B, D)
     return (2 - 2 * (query * means).sum(dim=1)).mean()
 

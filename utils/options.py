@@ -48,6 +48,8 @@ _MAIN_SPEAKS_FIRST = 15  # seconds
 
 # What --precision may be, and the dtype that the encoders compute in instead of float32.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+# What --bank_precision may be.
+BANK_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -345,6 +347,12 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
 
     group = parser.add_argument_group("mean shift")
     group.add_argument("--mem_bank_size", type=positive, default=128000)
+    group.add_argument(
+        "--bank_precision",
+        choices=list(BANK_PRECISIONS),
+        default="fp32",
+        help="fp16: the bank keeps embeddings in 16 bits, half the memory; searched in fp32",
+    )
     group.add_argument(
         "--topk",
         type=positive_or_all if topk_all else positive,

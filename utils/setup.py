@@ -25,6 +25,7 @@ from utils.errors import InputError
 from utils.feature_cache import image_digest
 from utils.knn import evaluate_knn, ks_for
 from utils.loaders import EvalLoader, TwoViewLoader
+from utils.memory_bank import MemoryBank
 from utils.schedule import learning_rate
 from utils.splits import class_balanced_split, read_split_file
 
@@ -128,6 +129,14 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     if args.compile:
         encoders.compile()
     return encoders
+
+
+def place(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The method on the device of the flags, its bank in the precision that they ask for."""
+    for module in model.modules():
+        if isinstance(module, MemoryBank):
+            module.store_as(options.BANK_PRECISIONS[args.bank_precision])
+    return model.to(args.device)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.SGD:

@@ -224,6 +224,7 @@ def test_gpu_agrees_with_cpu():
 def chosen_first(monkeypatch):
     """Searches choose candidates in bfloat16 whatever the CPU; counts queries searched again."""
     monkeypatch.setattr(neighbors, "_has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(neighbors, "_MANY_QUERIES", 1)
     again, search = [], neighbors._nearest_of_all
 
     def count(queries, *others):
@@ -294,6 +295,7 @@ def test_nan_survives_the_choice_in_bfloat16(chosen_first):
 @pytest.mark.parametrize("has_bfloat16", [False, True])
 def test_rows_in_half_precision_are_compared_as_they_are_kept(monkeypatch, has_bfloat16):
     monkeypatch.setattr(neighbors, "_has_fast_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(neighbors, "_MANY_QUERIES", 1)
     queries, rows = unit(6, 64).float(), unit(3000, 64, seed=1).half()
     kept = nearest(queries, rows.float(), k=5)
     found = nearest(queries, rows, k=5)

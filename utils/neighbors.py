@@ -20,6 +20,9 @@ _GPU_SIMILARITIES = 2**26
 _SUMMED = 2**16  # rows of the bank that are summed at a time
 # Candidates for each neighbor where bfloat16 chooses them.
 _CANDIDATES = 4
+# Queries from which that is faster: the bank is rounded to bfloat16 for all of them at once, which
+# takes longer than a float32 product with few (measured: equal at about 50, K 128,000, D 512).
+_MANY_QUERIES = 64
 # Of an inner product of unit vectors in bfloat16: rounding both vectors (2 x 2^-9), the sum in
 # float32 (D 2^-24, at most 2^-12 up to D 4096) and the result (2^-9).
 _BFLOAT16_ERROR = 2**-8 + 2**-9 + 2**-12
@@ -95,6 +98,7 @@ def _is_worth_choosing(queries: Tensor, rows: Tensor, k: int) -> bool:
     """Whether products in bfloat16 save more than comparing the candidates again costs."""
     return (
         rows.device.type == "cpu"
+        and len(queries) >= _MANY_QUERIES
         and queries.dtype == torch.float32
         and rows.dtype in (torch.float32, torch.float16)
         and _has_fast_bfloat16()

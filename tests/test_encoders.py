@@ -124,3 +124,38 @@ def test_moving_average_leaves_batch_norm_statistics_alone(encoders):
     encoders.target(torch.randn(6, 3, 2, 2, dtype=torch.float64) - 2)
     own = dict(encoders.target_encoder.named_buffers())["backbone.2.running_mean"]
     assert not torch.equal(own, before["backbone.2.running_mean"])
+
+
+def conv_encoders():
+    torch.manual_seed(0)
+    backbone = build_backbone("conv4")
+    return QueryTargetEncoders(backbone.module, 128, proj_dim=8, hidden_dim=16).double()
+
+
+def test_small_crops_pass_in_one_batch_of_each_size():
+    encoders, passes = conv_encoders(), []
+    encoders.query_encoder.register_forward_hook(
+        lambda _m, images, _o: passes.append(tuple(images[0].shape))
+    )
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    small = [torch.randn(n, 3, 3, size, size, dtype=torch.float64) for n, size in ((4, 8), (2, 12))]
+    q = encoders.query(images, *small)
+    assert passes == [(3, 3, 16, 16), (12, 3, 8, 8), (6, 3, 12, 12)]
+    assert q.shape == (7, 3, 8)
+    torch.testing.assert_close(q.norm(dim=2), torch.ones(7, 3, dtype=torch.float64))
+    encoders.eval()  # each crop by itself
+    q = encoders.query(images, *small)
+    views = [images, *small[0], *small[1]]
+    for view, expected in zip(q, views, strict=True):
+        for embedded, image in zip(view, expected, strict=True):
+            torch.testing.assert_close(embedded, encoders.query(image[None])[0])
+
+
+def test_small_crops_of_images_that_are_there_twice():
+    encoders = conv_encoders().eval()
+    images = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    small = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
+    q = encoders.query(images, small)
+    assert q.shape == (3, 6, 8)
+    assert torch.equal(q[1:, :3], q[1:, 3:])
+    torch.testing.assert_close(q[2, 4], encoders.query(small[1, 1:2])[0])

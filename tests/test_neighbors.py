@@ -168,6 +168,14 @@ def test_loss_averages_over_valid_neighbors_of_each_query():
     assert mean_shift_loss(queries, rows, found).item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_loss_of_several_views_is_the_mean_of_theirs():
+    """Each view is pulled to the neighbors of its image, of which some do not count."""
+    views, rows = unit(3, 2, 7), unit(20, 7, seed=1)
+    found = Neighbors(torch.tensor([[3, 4], [6, 0]]), torch.tensor([[True, True], [True, False]]))
+    expected = [oracles.loss_of(queries, rows, [[3, 4], [6]]) for queries in views]
+    assert mean_shift_loss(views, rows, found).item() == pytest.approx(sum(expected) / 3, abs=1e-12)
+
+
 def test_loss_bounds():
     point = degrees(0)
     same = Neighbors(torch.tensor([[0]]), torch.tensor([[True]]))

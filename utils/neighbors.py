@@ -234,14 +234,15 @@ def all_finite(*embeddings: Tensor) -> Tensor:
 def mean_shift_loss(query: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
     """Mean squared distance of each query to its neighbors (MSF eq. 1, CMSF eq. 1).
 
-    query: (B, D), unit norm, carries the gradient. rows: (K, D), unit norm, no gradient. Returns a
-    scalar in 0 to 4: the mean over the batch of the mean over each query's valid neighbors of ||q -
-    z||^2. Differs from the published code where fewer than k rows satisfy a constraint: it filled
-    up with arbitrary rows, here only valid ones enter the mean.
+    query: (B, D), or (V, B, D) for V views of each image, unit norm, carries the gradient. rows:
+    (K, D), unit norm, no gradient. Returns a scalar in 0 to 4: the mean over views and batch of the
+    mean over each image's valid neighbors of ||q - z||^2. Differs from the published code where
+    fewer than k rows satisfy a constraint: it filled up with arbitrary rows, here only valid ones
+    enter the mean.
     """
-    distance = 2 - 2 * torch.einsum("bd,bkd->bk", query, rows[neighbors.rows].to(query.dtype))
+    distance = 2 - 2 * torch.einsum("...bd,bkd->...bk", query, rows[neighbors.rows].to(query.dtype))
     count = neighbors.valid.sum(dim=1).clamp(min=1)
-    return (distance.masked_fill(~neighbors.valid, 0).sum(dim=1) / count).mean()
+    return (distance.masked_fill(~neighbors.valid, 0).sum(dim=-1) / count).mean()
 
 
 def mean_shift_loss_all(

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from torchvision.datasets import folder
 
+from utils import augment
 from utils.errors import InputError
 
 IMAGENET_CLASSES = 1000
@@ -40,6 +42,13 @@ class ImageSet:
     def path(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self.root, self.name(index))
+
+    def image(self, index: int) -> Tensor:
+        """The picture of image `index`, (3, H, W) uint8; the file is decoded.
+
+        Raises what decoding a damaged or missing file raises, which can be about anything.
+        """
+        return augment.decode(self.path(index))
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of names, labels and classes, in order; no file is touched."""

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from utils.streams import upload
+
 CROP_ATTEMPTS = 10
 _LONGEST = 64  # times the shorter side: what `center_crop` resizes at most
 
@@ -238,7 +240,7 @@ def _render(
 def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """A small array as a tensor there, floats as float32. Does not wait for a GPU's queue."""
     values = values.astype(np.float32) if values.dtype.kind == "f" else values
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return upload(torch.from_numpy(values), device)
 
 
 def _apply_(

@@ -21,6 +21,7 @@ from utils.reading import (
     read,
     read_batches,
 )
+from utils.streams import upload
 
 
 class EvalBatch(NamedTuple):
@@ -133,7 +134,7 @@ class LabeledLoader:
                 )
             crops = crops.view(-1, 3, self.image_size, self.image_size)  # also where there is none
             draws = augment.uniforms(self.seed, epoch, index, views=1)[:, 0]
-            images = augment.weak_view(crops.to(self.device, non_blocking=True), draws)
+            images = augment.weak_view(upload(crops, self.device), draws)
             yield EvalBatch(images, index, label)
 
 
@@ -205,7 +206,7 @@ class EvalLoader:
         for crops, index, label, broken in read_batches(self._loader, self.images, self.bad_images):
             found |= broken
             if len(index):
-                images = augment.normalize(crops.to(self.device, non_blocking=True))
+                images = augment.normalize(upload(crops, self.device))
                 yield EvalBatch(images, index, label)
         self._note_of_all(known, found)
         if not self.num_readable:

@@ -18,6 +18,7 @@ from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.errors import InputError
 from utils.reading import CropBatch, EpochSampler, Wanted, data_loader, read, read_batches
+from utils.streams import ahead, upload
 
 
 class Batch(NamedTuple):
@@ -59,7 +60,8 @@ class TwoViewLoader:
     Of several processes each yields its part of every batch of `batch_size`.
 
     Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
-    whole batch. An epoch is `len(loader)` full batches of a new permutation; the few images left
+    whole batch; a GPU does it for the next batch on a stream of its own while the present one is
+    trained on. An epoch is `len(loader)` full batches of a new permutation; the few images left
     over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
     blur: probability of blur in a strong view. bad_images: what is done about a broken image; by
     default InputError. Where it is skipped, the next image of the set that can be read and is not
@@ -109,6 +111,10 @@ class TwoViewLoader:
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 1), from step `start` (from 0)."""
         self._sampler.epoch, self._sampler.start = epoch, start
+        yield from ahead(self._views(epoch), self.device)
+
+    def _views(self, epoch: int) -> Iterator[Batch]:
+        """The batches that the sampler is set to. Nothing here makes the host wait for a GPU."""
         for crops, index, label, _ in read_batches(self._loader, self.images, self.bad_images):
             if len(index) < self.batch_size // distributed.world_size():
                 raise InputError(
@@ -116,10 +122,10 @@ class TwoViewLoader:
                     f"{len(index)} can be read"
                 )
             draws = augment.uniforms(self.seed, epoch, index)
-            crops = crops.to(self.device, non_blocking=True)
+            crops = upload(crops, self.device)
             yield Batch(
                 self._query_view(crops[:, 0], draws[:, 0]),
                 self._target_view(crops[:, 1], draws[:, 1]),
                 index,
-                label.to(self.device, non_blocking=True),
+                upload(label, self.device),
             )

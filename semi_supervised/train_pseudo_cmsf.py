@@ -223,7 +223,7 @@ def main() -> None:
         if is_main():
             write_split_file(args.checkpoint_path / "labeled.txt", train, index)
         (labeled_images,) = setup.eval_loaders(
-            args, train.take(index), bad_images=loader.bad_images
+            args, loader.images.take(index), bad_images=loader.bad_images
         )
         for batch in run.batches(loader):
             constrained = run.epoch >= args.constraint_start

@@ -56,7 +56,8 @@ class _OneCrop(Dataset):
     def __getitems__(self, batch: Wanted) -> CropBatch:
         def random_crop(number: int, image: Tensor) -> Tensor:
             draws = augment.uniforms(self.seed, batch.epoch, np.array([number]), views=1)[0, 0]
-            box = augment.crop_box(draws, *image.shape[1:], scale=self.scale)
+            original = self.images.original_size(number)
+            box = augment.random_box(image, draws, original, scale=self.scale)
             return augment.resized_crop(image, box, self.image_size)
 
         return read(
@@ -160,7 +161,7 @@ class EvalLoader:
     """Yields an `EvalBatch` for every image once, in order: resize, central crop, normalize.
 
     Of several processes each yields its own part of the images, and waits for the others at the end
-    of a pass.
+    of a pass. Images of a cache in another size are read from their files.
 
     bad_images: what is done about a broken image; by default InputError. Where it is skipped, it is
     left out of its batch and its number is in `left_out`, after a pass for all processes;
@@ -179,7 +180,7 @@ class EvalLoader:
         device: torch.device | str = "cpu",
         bad_images: BadImages | None = None,
     ) -> None:
-        self.images = images
+        self.images = images = images.as_stored()
         self.device = torch.device(device)
         self.bad_images = bad_images or BadImages()
         self.left_out: set[int] = set()

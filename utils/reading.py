@@ -5,7 +5,7 @@ step of any epoch can be produced on its own.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -156,7 +156,15 @@ def _as_is(batch):
     return batch
 
 
-def _from_workers(loader: DataLoader) -> Iterator[CropBatch]:
+class Source(Protocol):
+    """What batches of crops come from: a `DataLoader`, or the like."""
+
+    num_workers: int
+
+    def __iter__(self) -> Iterator[CropBatch]: ...
+
+
+def _from_workers(loader: Source) -> Iterator[CropBatch]:
     """The batches of a loader. RunError if its workers cannot be started, fail or die."""
     try:
         if loader.num_workers:
@@ -171,9 +179,7 @@ def _from_workers(loader: DataLoader) -> Iterator[CropBatch]:
         raise
 
 
-def read_batches(
-    loader: DataLoader, images: ImageSet, bad_images: BadImages
-) -> Iterator[CropBatch]:
+def read_batches(loader: Source, images: ImageSet, bad_images: BadImages) -> Iterator[CropBatch]:
     """What workers send, once the broken images have been noted: InputError as `BadImages.add`.
 
     RunError if workers fail. (A worker returns what it has to say of an image: raised there, it

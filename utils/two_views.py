@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from utils import augment, distributed
 from utils.bad_images import BadImages
 from utils.data import ImageSet
+from utils.device_crops import DeviceCrops
 from utils.errors import InputError
 from utils.reading import CropBatch, EpochSampler, Wanted, data_loader, read, read_batches
 from utils.streams import ahead, upload
@@ -49,7 +50,8 @@ class _TwoCrops(Dataset):
     def __getitems__(self, batch: Wanted) -> CropBatch:
         def two_crops(number: int, image: Tensor) -> Tensor:
             draws = augment.uniforms(self.seed, batch.epoch, np.array([number]))[0]
-            return augment.two_crops(image, draws, self.image_size)
+            original = self.images.original_size(number)
+            return augment.two_crops(image, draws, self.image_size, original=original)
 
         return read(self.images, batch.numbers, two_crops, tolerated=self.tolerated, own=batch.own)
 
@@ -65,7 +67,9 @@ class TwoViewLoader:
     over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
     blur: probability of blur in a strong view. bad_images: what is done about a broken image; by
     default InputError. Where it is skipped, the next image of the set that can be read and is not
-    in the batch takes its place, with its own label and views.
+    in the batch takes its place, with its own label and views. cut_on_device: a `PixelSet` is
+    copied to the device and cropped there, without workers: the same order and the same views, but
+    for a gray level here and there in a crop (`device_crops.cut_crops`).
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class TwoViewLoader:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         bad_images: BadImages | None = None,
+        cut_on_device: bool = False,
     ) -> None:
         if len(images) < batch_size:
             raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
@@ -94,15 +99,17 @@ class TwoViewLoader:
         self._query_view = partial(augment.strong_view, blur=blur)
         self._target_view = augment.weak_view if weak_strong else self._query_view
         self._sampler = EpochSampler(len(images), batch_size, seed)
-        self._loader = data_loader(
-            _TwoCrops(
-                images, image_size=image_size, seed=seed, tolerated=self.bad_images.tolerated
-            ),
-            self.device,
-            batch_sampler=self._sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-        )
+        settings = {"image_size": image_size, "seed": seed, "tolerated": self.bad_images.tolerated}
+        if cut_on_device:
+            self._crops = DeviceCrops(images, self._sampler, device=self.device, **settings)
+        else:
+            self._crops = data_loader(
+                _TwoCrops(images, **settings),
+                self.device,
+                batch_sampler=self._sampler,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+            )
 
     def __len__(self) -> int:
         """Steps in an epoch."""
@@ -115,7 +122,7 @@ class TwoViewLoader:
 
     def _views(self, epoch: int) -> Iterator[Batch]:
         """The batches that the sampler is set to. Nothing here makes the host wait for a GPU."""
-        for crops, index, label, _ in read_batches(self._loader, self.images, self.bad_images):
+        for crops, index, label, _ in read_batches(self._crops, self.images, self.bad_images):
             if len(index) < self.batch_size // distributed.world_size():
                 raise InputError(
                     f"--batch_size {self.batch_size}: of {len(self.images)} training images only "

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from utils import distributed
 from utils.encoders import mlp
-from utils.transfers import to_device
+from utils.streams import upload
 
 
 class PseudoLabelHead(nn.Module):
@@ -66,7 +66,7 @@ def train_head(
     random = np.random.default_rng(seed)
     head.train()
     for _ in range(epochs):
-        order = to_device(torch.from_numpy(random.permutation(len(labels))), labels.device)
+        order = upload(torch.from_numpy(random.permutation(len(labels))), labels.device)
         sums = _train_epoch(head, embeddings, labels, order.split(batch_size), optimizer)
         schedule.step()
     head.eval().requires_grad_(False)

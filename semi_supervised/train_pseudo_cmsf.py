@@ -32,7 +32,7 @@ from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
 from utils.neighbors import all_finite, mean_shift_loss, nearest, nearest_with_label, purity
 from utils.splits import write_split_file
-from utils.transfers import to_device
+from utils.streams import upload
 
 DEMO = options.DEMO | {
     "topk": 50,
@@ -95,7 +95,7 @@ class PseudoCMSF(nn.Module):
 
         # Labels and predictions for the targets of all processes, (B, D).
         all_t, index, truth = gather(t, batch.index, batch.label)
-        known = to_device(self.labeled[index], t.device)  # (B,) bool
+        known = upload(self.labeled[index], t.device)  # (B,) bool
         guess, confidence = self.head.predict(all_t)  # (B,), (B,)
         counts = known | self._is_confident(confidence, constrained=constrained)
         label = torch.where(known, truth, guess).masked_fill(~counts, -1)
@@ -137,7 +137,7 @@ class PseudoCMSF(nn.Module):
         # The host knows which images are labeled; to learn which others count it waits for a GPU.
         chosen = counts.cpu() if self.cache_confident else self.labeled[index]
         chosen = chosen.nonzero().squeeze(1)
-        rows = to_device(chosen, t.device)
+        rows = upload(chosen, t.device)
         self.cache.enqueue(t[rows], index=index[chosen], label=label[rows], only_if=only_if)
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ def main() -> None:
         if is_main():
             write_split_file(args.checkpoint_path / "labeled.txt", train, index)
         (labeled_images,) = setup.eval_loaders(
-            args, train.take(index), bad_images=loader.bad_images
+            args, loader.images.take(index), bad_images=loader.bad_images
         )
         for batch in run.batches(loader):
             constrained = run.epoch >= args.constraint_start

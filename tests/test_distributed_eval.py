@@ -262,7 +262,7 @@ def test_parts_of_a_batch_with_broken_images_make_up_the_batch(
         def own_share(count: int) -> range:
             return range(count * part // parts, count * (part + 1) // parts)
 
-        monkeypatch.setattr("utils.loaders.distributed.own_share", own_share)
+        monkeypatch.setattr("utils.reading.distributed.own_share", own_share)
         skip = BadImages(skip=True)
         loader = LabeledLoader(images, batch_size=10, image_size=16, bad_images=skip)
         return [batch for epoch in range(1, 6) for batch in loader.epoch(epoch)]

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from utils.streams import upload
+
 CROP_ATTEMPTS = 10
 _LONGEST = 64  # times the shorter side: what `center_crop` resizes at most
 
@@ -148,14 +150,47 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Te
     return _resize(image[:, top : top + height, left : left + width], (size, size))
 
 
-def two_crops(image: Tensor, draws: np.ndarray | Tensor, size: int) -> Tensor:
+def random_box(
+    image: Tensor, draws: np.ndarray | Tensor, original: Sequence[int] | None = None, **limits
+) -> tuple[int, int, int, int]:
+    """`crop_box` in an image (3, H, W); limits: its scale and ratio.
+
+    original: (height, width) that the image had before it was resized, if it was. The box is drawn
+    in those, so that neither shares of the area nor aspect ratios change, and then scaled.
+    """
+    if original is None:
+        return crop_box(draws, *image.shape[1:], **limits)
+    box = np.array(crop_box(draws, *original, **limits))
+    return tuple(scaled_boxes(box, np.array(original), image.shape[1:]).tolist())
+
+
+def scaled_boxes(boxes: np.ndarray, originals: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Boxes in images as boxes in their resized pictures, to whole pixels and at least one.
+
+    boxes: (..., 4) int64, top, left, height, width. originals: (..., 2), the images' heights and
+    widths. size: (height, width) of the pictures.
+    """
+    ends = np.stack((boxes[..., :2], boxes[..., :2] + boxes[..., 2:]))
+    first, last = np.rint(ends * np.array(size) / originals).astype(np.int64)
+    first = np.minimum(first, np.array(size) - 1)
+    return np.concatenate((first, np.maximum(last - first, 1)), -1)
+
+
+def two_crops(
+    image: Tensor,
+    draws: np.ndarray | Tensor,
+    size: int,
+    *,
+    original: Sequence[int] | None = None,
+) -> Tensor:
     """Two random crops of an image, (2, 3, size, size) uint8, contiguous.
 
     image: (3, H, W) uint8. draws: (2, NUM_DRAWS) in [0, 1), the image's row of `uniforms`.
+    original: see `random_box`.
     """
     crops = torch.empty(2, 3, size, size, dtype=torch.uint8)
     for crop, numbers in zip(crops, draws, strict=True):
-        crop.copy_(resized_crop(image, crop_box(numbers, *image.shape[1:]), size))
+        crop.copy_(resized_crop(image, random_box(image, numbers, original), size))
     return crops
 
 
@@ -238,7 +273,7 @@ def _render(
 def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """A small array as a tensor there, floats as float32. Does not wait for a GPU's queue."""
     values = values.astype(np.float32) if values.dtype.kind == "f" else values
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return upload(torch.from_numpy(values), device)
 
 
 def _apply_(

@@ -32,7 +32,7 @@ from utils.memory_bank import PreviousEmbeddings
 from utils.meters import Log, Means
 from utils.run_folder import RunFolder, apart
 from utils.stop_signals import Stopped, StopSignals, ignore
-from utils.transfers import HostCopy
+from utils.streams import HostCopy
 from utils.workers import worker_failure
 
 # Below these the embeddings hardly tell images apart, however low the loss is.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, distributed
 from utils.bad_images import BadImages
-from utils.data import ImageSet
+from utils.data import ImageSet, PixelSet
 from utils.errors import InputError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
@@ -29,9 +29,12 @@ Features = dict[str, tuple[Tensor, Tensor]]
 def image_digest(images: ImageSet, *, missing_ok: bool = False) -> str:
     """A digest (hexadecimal) of the images' names, sizes, times of change and labels, in order.
 
-    The pictures themselves are not read. Raises InputError for a file that is gone, unless
+    The pictures themselves are not read, but for images in memory, of which the pixels count.
+    Raises InputError for a file that is gone, unless
     missing_ok: then its size and time are None.
     """
+    if isinstance(images, PixelSet):
+        return images.digest()
     digest = hashlib.sha256(repr(images.classes).encode())
     for index, label in enumerate(images.labels.tolist()):
         size = time = None

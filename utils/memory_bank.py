@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.transfers import HostCopy, to_device
+from utils.streams import HostCopy, upload
 
 
 class MemoryBank(nn.Module):
@@ -85,7 +85,7 @@ class MemoryBank(nn.Module):
         start = (self.written + batch - kept) % self.size
         before_end = min(kept, self.size - start)
         for name, values in columns.items():
-            newest = to_device(values[batch - kept :], own[name].device)
+            newest = upload(values[batch - kept :], own[name].device)
             parts = newest.split([before_end, kept - before_end])
             places = own[name][start : start + before_end], own[name][: kept - before_end]
             for place, part in zip(places, parts, strict=True):
@@ -150,8 +150,8 @@ class PreviousEmbeddings(nn.Module):
         seen[own] = self.seen[rows].to(torch.uint8)
         device = embeddings.device
         # All but one of the terms are zero.
-        previous = distributed.add_up(to_device(previous, device))
-        seen = distributed.add_up(to_device(seen, device)).bool()
+        previous = distributed.add_up(upload(previous, device))
+        seen = distributed.add_up(upload(seen, device)).bool()
         self.remember(index, embeddings)
         return previous, seen
 

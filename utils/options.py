@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from utils import demo_data, distributed
+from utils import archives, demo_data, distributed
 from utils.augment import BLUR_PROBABILITY
 from utils.errors import InputError, Interrupted, RunError
 from utils.stop_signals import StopSignals, ignore
@@ -132,9 +132,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dataset",
-        choices=["imagenet", "imagenet100"],
+        choices=["imagenet", "imagenet100", *archives.NAMES],
         default="imagenet",
-        help="imagenet: any folder tree; imagenet100: 100 of ImageNet's classes",
+        help="imagenet: any folder tree; imagenet100: 100 of ImageNet's classes; others: the files "
+        "that torchvision knows, in the folder `data`",
+    )
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help=f"fetch {', '.join(archives.NAMES)} into the folder `data` if it is not there",
     )
     group.add_argument(
         "--demo",
@@ -206,6 +212,22 @@ def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None
         help="draw this share of every class instead",
     )
     group.add_argument("--split_seed", type=seed, default=0, help="of the draw of --label_fraction")
+
+
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training images in memory")
+    group.add_argument(
+        "--cache_images",
+        choices=["none", "ram", "device"],
+        default="none",
+        help="decode every training image once: ram: workers crop what is in memory; device: the "
+        "training device holds all images and crops them, without workers",
+    )
+    group.add_argument(
+        "--cache_size",
+        type=positive,
+        help="side in pixels to which cached images are resized; without it all must have one size",
+    )
 
 
 def _add_view_options(parser: argparse.ArgumentParser) -> None:
@@ -341,6 +363,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
         "--debug", action="store_true", help="two epochs of five steps, to try a setup"
     )
 
+    _add_cache_options(parser)
     _add_view_options(parser)
     _add_encoder_options(parser)
     _add_speed_options(parser)
@@ -377,6 +400,9 @@ def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.
     if args.data is None:
         with distributed.main_first():
             args.data = _demo_folder(parser)
+    if args.download:
+        with distributed.main_first():
+            archives.download(args.data, args.dataset)
     return args
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import batch_norm, checkpoint, distributed, options
+from utils import archives, batch_norm, checkpoint, distributed, options
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
 from utils.engine import Run
 from utils.errors import InputError
 from utils.feature_cache import image_digest
+from utils.image_cache import cache_images
 from utils.knn import evaluate_knn, ks_for
 from utils.loaders import EvalLoader, TwoViewLoader
 from utils.memory_bank import MemoryBank
@@ -52,17 +53,18 @@ def read_training_data(
 ) -> tuple[ImageSet, ImageSet | None]:
     """The training images, and those of val/ for k-NN figures, None where there can be none.
 
-    labeled: the method needs labels. InputError if it has none, or if k-NN figures are asked for
+    labeled: the method needs labels; otherwise images without one are added, where a set has such.
+    InputError if it has none, or if k-NN figures are asked for
     during training but labels or val/ are missing.
     """
-    train = read_split(args.data, "train", dataset=args.dataset)
+    train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
     if labeled and not train.classes:
         raise InputError(f"data {args.data}: labels need class folders in train/")
     if args.knn_freq < 0:
         return train, None
     if not train.classes:
         reason = "the training images have no classes"
-    elif not (args.data / "val").is_dir():
+    elif args.dataset not in archives.NAMES and not (args.data / "val").is_dir():
         reason = f"{args.data} has no folder val/"
     else:
         val = read_split(args.data, "val", dataset=args.dataset)
@@ -82,7 +84,22 @@ def build_bad_images(args: argparse.Namespace) -> BadImages:
 
 
 def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
-    """The two-view loader of the training images."""
+    """The two-view loader of the training images, which are cached first if flags say so.
+
+    InputError for images that cannot be cached.
+    """
+    bad_images = build_bad_images(args)
+    if args.cache_images != "none":
+        images = cache_images(
+            images,
+            args.cache_images,
+            size=args.cache_size,
+            num_workers=args.num_workers,
+            device=args.device,
+            bad_images=bad_images,
+        )
+    elif args.cache_size:
+        raise InputError(f"--cache_size {args.cache_size}: only with --cache_images ram or device")
     return TwoViewLoader(
         images,
         batch_size=args.batch_size,
@@ -92,7 +109,8 @@ def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
         seed=args.seed,
         num_workers=args.num_workers,
         device=args.device,
-        bad_images=build_bad_images(args),
+        bad_images=bad_images,
+        cut_on_device=args.cache_images == "device",
     )
 
 
@@ -204,6 +222,8 @@ def _build_evaluation(
 ) -> tuple[Callable[[], dict | None], dict[str, dict]]:
     """What measures the backbone's k-NN figures, and for the demo data those to compare with."""
     train = loader.images
+    if (train.labels < 0).any():
+        train = train.take(np.flatnonzero(train.labels >= 0))
     train_loader, val_loader = eval_loaders(args, train, val, bad_images=loader.bad_images)
     knn = partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
     untrained = {}

@@ -20,7 +20,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import options
+
+ROOT = options.ROOT
 SELF, SUPERVISED = "self_supervised", "supervised"
 TWO_Q, KM, MSF = (f"{SELF}/train_msf{kind}.py" for kind in ("_2q", "_km", ""))
 SUP, XENT = (f"{SUPERVISED}/train_sup_{kind}.py" for kind in ("msf", "xent"))
@@ -49,7 +53,11 @@ def run(*command: object) -> None:
     """Run a script of the repository on one thread; its output ends this one if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         sys.exit(f"{command}: {done.stdout}{done.stderr}")
@@ -99,7 +107,9 @@ def main() -> None:
         argv, training_flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "methods")
-    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default="0,1,2")
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(s) for s in text.split(",")], default="0,1,2"
+    )
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=60)

@@ -18,7 +18,7 @@ from supervised.train_sup_msf import SupervisedCMSF
 from utils import engine, memory_bank
 from utils.loaders import Batch
 from utils.meters import Means
-from utils.transfers import HostCopy, to_device
+from utils.streams import HostCopy, upload
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -115,7 +115,7 @@ def test_a_bad_loss_of_a_gpu_is_found_before_anything_is_kept(tmp_path, monkeypa
 
 def test_on_the_cpu_nothing_is_copied():
     x = torch.randn(3)
-    assert HostCopy(x).get() is x and to_device(x, x.device) is x
+    assert HostCopy(x).get() is x and upload(x, x.device) is x
 
 
 @GPU

@@ -1,0 +1,195 @@
+"""Work ahead on a side stream: the order of events, and that no operation waits for a GPU."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import write_image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from utils import augment, streams
+from utils.data import read_image_folder
+from utils.loaders import TwoViewLoader
+from utils.streams import ahead, upload
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CPU = torch.device("cpu")
+
+
+class Item(NamedTuple):
+    number: int
+
+
+class Recorder:
+    """Stands in for a `SideStream`: writes down what happens."""
+
+    def __init__(self) -> None:
+        self.events = []
+
+    def make(self, items):
+        item = next(items, None)
+        if item is not None:
+            self.events.append(f"make {item.number}")
+        return None if item is None else (item, f"done {item.number}")
+
+    def hand_over(self, item, done):
+        assert done == f"done {item.number}"
+        self.events.append(f"hand over {item.number}")
+
+
+def consume(items, side, seen):
+    for item in ahead(iter(items), CPU, side=side):
+        side.events.append(f"train {item.number}")
+        seen.append(item.number)
+
+
+def test_the_next_item_is_made_before_one_is_handed_out():
+    side, seen = Recorder(), []
+    consume([Item(0), Item(1), Item(2)], side, seen)
+    assert seen == [0, 1, 2]
+    assert side.events == [
+        *("make 0", "make 1", "hand over 0", "train 0", "make 2", "hand over 1", "train 1"),
+        *("hand over 2", "train 2"),
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_items(count):
+    seen = []
+    consume([Item(number) for number in range(count)], Recorder(), seen)
+    assert seen == list(range(count))
+
+
+def test_an_error_comes_in_its_place():
+    def items():
+        yield Item(0)
+        yield Item(1)
+        raise ValueError("broken")
+
+    side, seen = Recorder(), []
+    with pytest.raises(ValueError, match="broken"):
+        consume(items(), side, seen)
+    assert seen == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        consume((Item(1 // number) for number in (0,)), side, seen)
+
+
+def test_a_cpu_makes_nothing_ahead():
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield Item(number)
+
+    for item in ahead(items(), CPU):
+        assert made == list(range(item.number + 1))
+    tensor = torch.zeros(2)
+    assert upload(tensor, CPU) is tensor
+
+
+class NeverWaits(TorchDispatchMode):
+    """Raises for copies between devices that make the host wait; counts those that do not."""
+
+    uploads = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        sources = [value for value in arguments if isinstance(value, torch.Tensor)]
+        result = function(*arguments, **named)
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name in ("_to_copy", "copy_", "copy"):
+            source = sources[-1].device
+            if source.type != result.device.type:
+                blocking = not (named.get("non_blocking") or True in arguments[2:])
+                assert result.device.type == "cuda" and not blocking, f"{function} waits"
+                self.uploads += 1
+        return result
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """Fake tensors cannot be pinned: counts the tensors that would be."""
+    count = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: count.append(1) or tensor)
+    return count
+
+
+def test_the_views_never_wait_for_a_gpu(pinned):
+    """Fake tensors have no values, so what needs one (item, nonzero, a mask as index) raises."""
+    draws = augment.uniforms(0, 1, torch.arange(64))
+    with FakeTensorMode(), NeverWaits() as mode:
+        crops = torch.empty(64, 3, 24, 24, dtype=torch.uint8, device="cuda")
+        for view in (
+            augment.strong_view(crops, draws[:, 0]),
+            augment.weak_view(crops, draws[:, 1]),
+            augment.normalize(crops),
+        ):
+            assert view.device.type == "cuda" and view.dtype == torch.float32
+    assert mode.uploads == len(pinned) > 0  # all from pinned memory
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).any()),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "to the host": lambda x: x.to("cpu"),
+    "to the host, left to itself": lambda x: x.to("cpu", non_blocking=True),
+    "blocking upload": lambda x: torch.ones(2).to("cuda"),
+}
+
+
+@pytest.mark.parametrize("waits", WAITING.values(), ids=WAITING.keys())
+def test_the_test_notices_what_waits(waits):
+    with pytest.raises((RuntimeError, AssertionError)), FakeTensorMode(), NeverWaits():
+        waits(torch.empty(3, device="cuda"))
+
+
+# On a GPU.
+
+
+@CUDA
+def test_batches_ahead_are_those_of_the_cpu(tmp_path):
+    for number in range(24):
+        write_image(tmp_path / f"{number}.png", seed=number)
+    images = read_image_folder(tmp_path)
+    loaders = [
+        TwoViewLoader(images, batch_size=4, image_size=16, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    for here, there in zip(*(loader.epoch(1) for loader in loaders), strict=True):
+        assert there.index.device.type == "cpu" and there.label.is_cuda
+        assert torch.equal(here.index, there.index)
+        for one, two in zip(here[:2], there[:2], strict=True):
+            torch.testing.assert_close(one, two.cpu(), rtol=1e-4, atol=1e-4)
+
+
+@CUDA
+def test_the_current_stream_waits_for_what_it_is_handed():
+    """A long computation on the side stream: its end is seen, and its memory kept."""
+    device = torch.device("cuda")
+
+    def items():
+        for number in range(4):
+            x = torch.full((2048, 2048), 1.0 / 2048, device=device)
+            for _ in range(30):
+                x = x @ x * 1.0
+                x = x / x.mean() / 2048
+            yield (x + number,)
+
+    found = [(x * 1).mean().item() for (x,) in ahead(items(), device)]
+    assert found == pytest.approx([1 / 2048 + number for number in range(4)], abs=1e-3)
+
+
+@CUDA
+def test_no_operation_makes_the_host_wait():
+    draws = augment.uniforms(0, 1, torch.arange(64))
+    crops = torch.zeros(64, 3, 24, 24, dtype=torch.uint8, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augment.strong_view(crops, draws[:, 0])
+        streams.upload(torch.arange(3), torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,76 @@
+"""Small data sets that come as archives of arrays: CIFAR-10, CIFAR-100, STL-10.
+
+torchvision reads them, and checks by MD5 that the files are those of their authors: CIFAR's are
+pickles, which could do anything otherwise.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from utils.errors import InputError
+
+# By name: the class, and what train, val, and train with the images without labels are there.
+_SETS = {
+    "cifar10": (datasets.CIFAR10, {"train": True, "val": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True, "val": False}),
+    "stl10": (datasets.STL10, {"train": "train", "val": "test", "all": "train+unlabeled"}),
+}
+NAMES = tuple(_SETS)
+
+
+class Arrays(NamedTuple):
+    """A split: pixels (N, 3, H, W) uint8, in memory as (N, H, W, 3); labels (N,) int64, or -1.
+
+    names: such as airplane/00012.png, image 12 of the split; classes: the class names by label.
+    """
+
+    pixels: Tensor
+    labels: np.ndarray
+    names: list[str]
+    classes: list[str]
+
+
+def read(data: Path, name: str, split: str, *, unlabeled: bool = False) -> Arrays:
+    """The split "train" or "val" (the published test set) of a data set in a folder.
+
+    The folder is as torchvision lays it out. unlabeled: with the training images those that have
+    no labels, label -1, if the set has any. InputError for a set that is not there or not whole.
+    """
+    splits = _SETS[name][1]
+    which = splits.get("all", splits["train"]) if unlabeled and split == "train" else splits[split]
+    try:
+        found = _open(data, name, which, download=False)
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"--dataset {name}: not, or not whole, in {data} (--download fetches it there)"
+        ) from error
+    labels = np.asarray(found.targets if hasattr(found, "targets") else found.labels)
+    labels = labels.astype(np.int64)
+    images = found.data
+    if images.shape[1] == 3:  # STL-10, as (N, 3, H, W)
+        images = images.transpose(0, 2, 3, 1)
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    folders = [*found.classes, "unlabeled"]  # label -1 is the last
+    names = [f"{folders[label]}/{number:05}.png" for number, label in enumerate(labels)]
+    return Arrays(pixels, labels, names, list(found.classes))
+
+
+def download(data: Path, name: str) -> None:
+    """Fetch a data set into a folder, unless it is there; InputError if that fails."""
+    if name not in _SETS:
+        raise InputError(f"--download: only with --dataset {', '.join(NAMES)}, not {name}")
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        _open(data, name, _SETS[name][1]["val"], download=True)
+    except (RuntimeError, OSError) as error:  # what the network raises is an OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--download: {name} cannot be fetched to {data} ({reason})") from error
+
+
+def _open(data: Path, name: str, which: bool | str, *, download: bool) -> datasets.VisionDataset:
+    return _SETS[name][0](data, which, download=download)

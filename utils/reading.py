@@ -1,0 +1,203 @@
+"""What loaders have in common: the order of an epoch, and reading a batch of images in workers.
+
+Training data are stateless: the order of an epoch is a permutation drawn from (seed, epoch). So any
+step of any epoch can be produced on its own.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from utils import distributed
+from utils.bad_images import BadImages
+from utils.data import ImageSet
+from utils.errors import RunError
+from utils.workers import check_room, ignore_signals, share, start_failure, worker_failure
+
+
+class CropBatch(NamedTuple):
+    """What a worker sends: crops (n, ...) uint8, index and label (n,), of the images it could read.
+
+    broken: number of an image -> why it could not be read.
+    """
+
+    crops: Tensor
+    index: Tensor
+    label: Tensor
+    broken: dict[int, str]
+
+
+class Wanted(NamedTuple):
+    """What a sampler asks for: a batch of images by number, and the places in it to be read."""
+
+    epoch: int
+    numbers: list[int]
+    own: range
+
+
+def read(
+    images: ImageSet,
+    numbers: list[int],
+    cut: Callable[[int, Tensor], Tensor],
+    *,
+    tolerated: int,
+    own: range | None = None,
+) -> CropBatch:
+    """The worker part of every loader: cut(number, decoded image) for a batch of images.
+
+    A broken image is left out. With `own`, the places in the batch that are asked for, the first
+    after it in the order of the set (behind the last comes the first) that can be read and is not
+    in the batch takes its place: so what a batch holds depends on the images alone. tolerated: with
+    more broken images, which end the run, no further ones are looked at.
+    """
+    replace = own is not None
+    own = own if replace else range(len(numbers))
+    read, broken = read_places(images, numbers, own, cut, tolerated=tolerated, replace=replace)
+    if broken and len(own) < len(numbers):
+        # What replaces an image depends on the broken ones in the places before it.
+        whole = range(len(numbers))
+        read, broken = read_places(images, numbers, whole, cut, tolerated=tolerated, replace=True)
+    crops = {number: crop for place, (number, crop) in read.items() if place in own}
+    index = torch.tensor(list(crops), dtype=torch.int64)
+    batch = torch.stack(list(crops.values())) if crops else torch.empty(0, dtype=torch.uint8)
+    label = torch.from_numpy(images.labels[index.numpy()])
+    share(batch, index, label)
+    return CropBatch(batch, index, label, broken)
+
+
+def read_places(
+    images: ImageSet,
+    numbers: list[int],
+    places: range,
+    cut: Callable[[int, Tensor], Tensor],
+    *,
+    tolerated: int,
+    replace: bool,
+) -> tuple[dict[int, tuple[int, Tensor]], dict[int, str]]:
+    """What these places of a batch hold, place -> (number, crop), and the broken images met."""
+    read: dict[int, tuple[int, Tensor]] = {}  # in the order of the batch
+    broken: dict[int, str] = {}
+    taken = set(numbers)
+    for place in places:
+        number = numbers[place]
+        for candidate in _candidates(number, len(images) if replace else 1, taken):
+            if len(broken) > tolerated:
+                break
+            if candidate in broken:
+                continue
+            try:
+                image = images.image(candidate)
+            except MemoryError:
+                raise
+            except Exception as error:  # a damaged file can raise about anything
+                broken[candidate] = _reason(error, images.path(candidate))
+                continue
+            read[place] = candidate, cut(candidate, image)
+            taken.add(candidate)
+            break
+    return read, broken
+
+
+def _candidates(number: int, count: int, taken: set[int]) -> Iterator[int]:
+    """An image, then those that may replace it; count: of the images to choose from."""
+    yield number
+    for offset in range(1, count):
+        if (other := (number + offset) % count) not in taken:
+            yield other
+
+
+def _reason(error: Exception, path: str) -> str:
+    """One line on why a file cannot be read, without its path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].replace(f" {path!r}", "")
+
+
+class EpochSampler:
+    """Yields each batch of one epoch, with this process' part of it, as a `Wanted`.
+
+    Set `epoch` and `start` first.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.epoch, self.start = 1, 0
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[Wanted]:
+        for batch in self._batches()[self.start :]:
+            yield Wanted(self.epoch, batch.tolist(), distributed.own_share(len(batch)))
+
+    def _batches(self) -> list[np.ndarray]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
+        return list(order[: len(self) * self.batch_size].reshape(-1, self.batch_size))
+
+
+def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+    """Every image once, in batches (B,) int64 of an order drawn from (seed, epoch).
+
+    The last batch holds what is left over. A single one joins the batch before it, unless all
+    batches are of one image: batch norm cannot train on one.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+    ends = list(range(batch_size, num_images, batch_size))
+    if batch_size > 1 and ends and num_images - ends[-1] == 1:
+        ends.pop()
+    return np.split(order, ends)
+
+
+def _as_is(batch):
+    """Collate nothing: the data sets already return whole batches."""
+    return batch
+
+
+class Source(Protocol):
+    """What batches of crops come from: a `DataLoader`, or the like."""
+
+    num_workers: int
+
+    def __iter__(self) -> Iterator[CropBatch]: ...
+
+
+def _from_workers(loader: Source) -> Iterator[CropBatch]:
+    """The batches of a loader. RunError if its workers cannot be started, fail or die."""
+    try:
+        if loader.num_workers:
+            check_room(loader.num_workers)
+        yield from loader
+    except (RuntimeError, OSError, MemoryError) as error:
+        reason = worker_failure(error)
+        if not reason and isinstance(error, OSError) and loader.num_workers:
+            reason = start_failure(error)
+        if reason:
+            raise RunError(reason) from error
+        raise
+
+
+def read_batches(loader: Source, images: ImageSet, bad_images: BadImages) -> Iterator[CropBatch]:
+    """What workers send, once the broken images have been noted: InputError as `BadImages.add`.
+
+    RunError if workers fail. (A worker returns what it has to say of an image: raised there, it
+    would arrive as a traceback.)
+    """
+    for batch in _from_workers(loader):
+        for number, reason in batch.broken.items():
+            bad_images.add(images.path(number), reason)
+        yield batch
+
+
+def data_loader(images: Dataset, device: torch.device, **options) -> DataLoader:
+    """A DataLoader of whole batches that leaves the global random state alone."""
+    return DataLoader(
+        images,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
+        **options,
+    )

@@ -1,0 +1,99 @@
+"""What keeps the host and a GPU from waiting for each other: copies, and work ahead of time.
+
+On a CPU all of it is as if it were not there.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item", bound=tuple)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for either; one of the device as it is.
+
+    A GPU copies from pinned memory only without the host: a tensor that lies elsewhere is copied
+    there first. Where the device is the CPU, the tensor itself.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # itself, if it is pinned already
+    return tensor.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor on its way to the host: the copy is made as the GPU comes to it.
+
+    On the CPU it is the tensor itself, not a copy.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there, self._event = tensor, None
+        if tensor.device.type == "cuda":
+            self._there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._there.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> Tensor:
+        """The tensor on the host; waits for it, and for nothing that the GPU has to do after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._there.cpu()
+
+
+class SideStream:
+    """A stream of a GPU beside the current one, which makes things that the current one uses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        # What has been put on the GPU before is there for the side stream too.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def make(self, items: Iterator[Item]) -> tuple[Item, Any] | None:
+        """The next item, its work queued on the side stream, and the event of its end."""
+        with torch.cuda.stream(self._stream):
+            item = next(items, None)
+            return None if item is None else (item, self._stream.record_event())
+
+    def hand_over(self, item: Item, done: Any) -> None:
+        """Let the current stream go on when the item is done, and keep its memory till then.
+
+        The memory belongs to the side stream, which would fill it anew as soon as the host lets go
+        of it, though the current stream may still have to read it.
+        """
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(done)
+        for tensor in item:
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+
+
+def ahead(
+    items: Iterator[Item], device: torch.device, *, side: SideStream | None = None
+) -> Iterator[Item]:
+    """Yield items, tuples of tensors; on a GPU each is made before the one before it is handed out.
+
+    So a GPU makes the next item on a stream of its own (`side`) while it works on the present one.
+    The host waits for neither. An error in making an item is raised in its place, after the items
+    before it. On other devices the items come as they are, each made when it is asked for.
+    """
+    if side is None:
+        if device.type != "cuda":
+            yield from items
+            return
+        side = SideStream(device)
+    upcoming = side.make(items)
+    while upcoming is not None:
+        (item, done), upcoming, failure = upcoming, None, None
+        try:
+            upcoming = side.make(items)
+        except Exception as error:
+            failure = error
+        side.hand_over(item, done)
+        yield item
+        if failure is not None:
+            raise failure

@@ -1,0 +1,138 @@
+"""The two-view loader for training.
+
+The views of an image follow from (seed, epoch, image index). So the number of workers changes no
+bit, and any step of any epoch can be produced on its own.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils import augment, distributed
+from utils.bad_images import BadImages
+from utils.data import ImageSet
+from utils.device_crops import DeviceCrops
+from utils.errors import InputError
+from utils.reading import CropBatch, EpochSampler, Wanted, data_loader, read, read_batches
+from utils.streams import ahead, upload
+
+
+class Batch(NamedTuple):
+    """One training batch, on the training device but for `index`, which the host needs.
+
+    query_view, target_view: (B, 3, S, S) float32, normalized. index: (B,) int64. label: (B,) int64,
+    -1 where there is none.
+    """
+
+    query_view: Tensor
+    target_view: Tensor
+    index: Tensor
+    label: Tensor
+
+
+class _TwoCrops(Dataset):
+    """The worker part: decodes an image once and cuts its two crops; keys are a `Wanted`."""
+
+    def __init__(self, images: ImageSet, *, image_size: int, seed: int, tolerated: int) -> None:
+        self.images = images
+        self.image_size = image_size
+        self.seed = seed
+        self.tolerated = tolerated
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, batch: Wanted) -> CropBatch:
+        def two_crops(number: int, image: Tensor) -> Tensor:
+            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]))[0]
+            original = self.images.original_size(number)
+            return augment.two_crops(image, draws, self.image_size, original=original)
+
+        return read(self.images, batch.numbers, two_crops, tolerated=self.tolerated, own=batch.own)
+
+
+class TwoViewLoader:
+    """Yields a `Batch` of two views of each image, drawn from (seed, epoch, image index).
+
+    Of several processes each yields its part of every batch of `batch_size`.
+
+    Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
+    whole batch; a GPU does it for the next batch on a stream of its own while the present one is
+    trained on. An epoch is `len(loader)` full batches of a new permutation; the few images left
+    over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
+    blur: probability of blur in a strong view. bad_images: what is done about a broken image; by
+    default InputError. Where it is skipped, the next image of the set that can be read and is not
+    in the batch takes its place, with its own label and views. cut_on_device: a `PixelSet` is
+    copied to the device and cropped there, without workers: the same order and the same views, but
+    for a gray level here and there in a crop (`device_crops.cut_crops`).
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        image_size: int = 224,
+        weak_strong: bool = False,
+        blur: float = augment.BLUR_PROBABILITY,
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        bad_images: BadImages | None = None,
+        cut_on_device: bool = False,
+    ) -> None:
+        if len(images) < batch_size:
+            raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
+        if batch_size % distributed.world_size():
+            count = distributed.world_size()
+            raise InputError(f"--batch_size {batch_size}: no multiple of the {count} processes")
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        self.bad_images = bad_images or BadImages()
+        self._query_view = partial(augment.strong_view, blur=blur)
+        self._target_view = augment.weak_view if weak_strong else self._query_view
+        self._sampler = EpochSampler(len(images), batch_size, seed)
+        settings = {"image_size": image_size, "seed": seed, "tolerated": self.bad_images.tolerated}
+        if cut_on_device:
+            self._crops = DeviceCrops(images, self._sampler, device=self.device, **settings)
+        else:
+            self._crops = data_loader(
+                _TwoCrops(images, **settings),
+                self.device,
+                batch_sampler=self._sampler,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+            )
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (from 1), from step `start` (from 0)."""
+        self._sampler.epoch, self._sampler.start = epoch, start
+        yield from ahead(self._views(epoch), self.device)
+
+    def _views(self, epoch: int) -> Iterator[Batch]:
+        """The batches that the sampler is set to. Nothing here makes the host wait for a GPU."""
+        for crops, index, label, _ in read_batches(self._crops, self.images, self.bad_images):
+            if len(index) < self.batch_size // distributed.world_size():
+                raise InputError(
+                    f"--batch_size {self.batch_size}: of {len(self.images)} training images only "
+                    f"{len(index)} can be read"
+                )
+            draws = augment.uniforms(self.seed, epoch, index)
+            crops = upload(crops, self.device)
+            yield Batch(
+                self._query_view(crops[:, 0], draws[:, 0]),
+                self._target_view(crops[:, 1], draws[:, 1]),
+                index,
+                upload(label, self.device),
+            )

@@ -60,7 +60,7 @@ class CMSF2Q(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures (purities in percent)."""
-        q = self.encoders.query(batch.query_view)  # (B, D)
+        q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
@@ -105,6 +105,7 @@ def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = options.Parser(description="Train self-supervised CMSF-2Q.")
     options.add_training_options(parser)
+    options.add_crop_options(parser)
     parser.add_argument(
         "--topkp", type=options.positive, default=10, help="candidates from the previous embeddings"
     )

@@ -87,7 +87,7 @@ class PseudoCMSF(nn.Module):
 
         constrained: False searches plain neighbors for every image.
         """
-        q = self.encoders.query(batch.query_view)  # (B, D)
+        q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
         with torch.no_grad():
             self.encoders.update_target()
             t = self.encoders.target(batch.target_view)  # (B, D)
@@ -171,6 +171,7 @@ def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = options.Parser(description="Train semi-supervised CMSF with pseudo-labels.")
     options.add_training_options(parser)
+    options.add_crop_options(parser)
     options.add_split_options(parser, "--sup_split_file", "--sup-split-file")
     group = parser.add_argument_group("pseudo-labels")
     share = options.number(float, low=0, high=1)

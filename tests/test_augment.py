@@ -6,6 +6,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
@@ -21,14 +22,16 @@ from utils.augment import (
     JITTER_LOW,
     JITTER_ORDERS,
     NUM_DRAWS,
+    CropGroup,
     Draw,
     center_crop,
     crop_box,
     decode,
     normalize,
+    random_crops,
     resized_crop,
+    split_crops,
     strong_view,
-    two_crops,
     uniforms,
     weak_view,
 )
@@ -324,17 +327,25 @@ def test_resized_crop_is_torchvisions_within_one_gray_level(size):
             assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_two_crops_are_two_crops():
+def test_random_crops_are_crops():
+    """Each of its own size, from a box of its own share of the area."""
     image = torch.from_numpy(photo(90, 120)).permute(2, 0, 1)
-    draws = uniforms(1, 1, np.array([7]))[0]
-    crops = two_crops(image, draws, 48)
-    assert crops.shape == (2, 3, 48, 48) and crops.dtype == torch.uint8 and crops.is_contiguous()
-    for crop, numbers in zip(crops, draws, strict=True):
+    draws = uniforms(1, 1, np.array([7]), views=5)[0]
+    groups = [CropGroup(2, 48), CropGroup(3, 16, (0.05, 0.2))]
+    crops = random_crops(image, draws, groups)
+    assert crops.dtype == torch.uint8 and crops.shape == (2 * 3 * 48**2 + 3 * 3 * 16**2,)
+    large, small = (part[0] for part in split_crops(crops[None], groups))
+    assert large.shape == (2, 3, 48, 48) and small.shape == (3, 3, 16, 16)
+    for crop, numbers in zip(large, draws[:2], strict=True):
         assert torch.equal(crop, resized_crop(image, crop_box(numbers, 90, 120), 48))
-    assert not torch.equal(crops[0], crops[1])
-    assert torch.equal(crops, two_crops(image, torch.from_numpy(draws), 48))
+    for crop, numbers in zip(small, draws[2:], strict=True):
+        box = crop_box(numbers, 90, 120, scale=(0.05, 0.2))
+        assert 0.04 < box[2] * box[3] / (90 * 120) < 0.21
+        assert torch.equal(crop, resized_crop(image, box, 16))
+    assert not torch.equal(large[0], large[1])
+    assert torch.equal(crops, random_crops(image, torch.from_numpy(draws), groups))
     with pytest.raises(ValueError):
-        two_crops(image, draws[:1], 48)
+        random_crops(image, draws[:4], groups)
 
 
 @pytest.mark.parametrize("size", [224, 32, 7])
@@ -665,7 +676,7 @@ def test_views_of_a_picture_are_distributed_as_torchvisions(kind):
     theirs = statistics(torch.stack([reference(picture) for _ in range(count)])).numpy()
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     draws = uniforms(0, 0, np.arange(count // 2))
-    crops = torch.cat([two_crops(image, d, size) for d in draws])
+    crops = torch.cat([tiny.two_crops(image, d, size) for d in draws])
     render = strong_view if kind == "strong" else weak_view
     ours = statistics(render(crops, draws.reshape(count, NUM_DRAWS))).numpy()
     spread = np.sqrt((ours.var(0) + theirs.var(0)) / count)

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import write_image
 from PIL import Image
@@ -271,7 +272,7 @@ def test_a_replacement_has_its_own_views(broken_tree):
     for batch in two_view(images, seed=5, bad_images=skip()).epoch(2):
         for row, number in enumerate(batch.index.tolist()):
             draws = augment.uniforms(5, 2, np.array([number]))
-            crops = augment.two_crops(augment.decode(images.path(number)), draws[0], 16)
+            crops = tiny.two_crops(augment.decode(images.path(number)), draws[0], 16)
             query = augment.strong_view(crops[:1], draws[:, 0])
             torch.testing.assert_close(batch.query_view[row], query[0])
 

@@ -45,6 +45,12 @@ def assert_refused(result, *words):
         (("--weights", "no/such.pth"), ("--weights no/such.pth", "no such file")),
         (("--resume", "no/such.pth"), ("--resume no/such.pth", "no such file")),
         (("--checkpoint_path", "/dev/null/x"), ("--checkpoint_path /dev/null/x",)),
+        (("--symmetric", "--mem_bank_size", 15), ("--mem_bank_size 15", "twice --batch_size 8")),
+        (("--multi_crop", "6x96"), ("--multi_crop", "6x96")),
+        (("--multi_crop", "1x16:0.2-1"), ("--multi_crop", "1x16:0.2-1")),
+        (("--multi_crop", "2x16:0.2-1,0x8:0.1-0.2"), ("--multi_crop", "0x8:0.1-0.2")),
+        (("--multi_crop", "2x16:0.2-1,4x8:0.3-0.2"), ("--multi_crop", "4x8:0.3-0.2")),
+        (("--multi_crop", "2x16:0.2-1,4x4:0.1-0.2"), ("--image_size 4", "--arch conv4")),
         (("--no_such_flag",), ("--no_such_flag",)),
     ],
 )

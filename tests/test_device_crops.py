@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import write_image
 from test_streams import NeverWaits, pinned  # noqa: F401 (a fixture)
@@ -46,7 +47,7 @@ def test_crops_are_within_a_gray_level(height, width, size):
     boxes = crop_boxes(draws, np.broadcast_to(np.array([height, width]), (20, 1, 2)))
     crops = cut_crops(images, boxes, size)
     for image, own, crop in zip(images, draws, crops, strict=True):
-        expected = augment.two_crops(image, own, size)
+        expected = tiny.two_crops(image, own, size)
         apart = (crop.int() - expected.int()).abs()
         assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
 

@@ -157,5 +157,5 @@ def test_small_crops_of_images_that_are_there_twice():
     small = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
     q = encoders.query(images, small)
     assert q.shape == (3, 6, 8)
-    assert torch.equal(q[1:, :3], q[1:, 3:])
-    torch.testing.assert_close(q[2, 4], encoders.query(small[1, 1:2])[0])
+    assert torch.equal(q[1:, ::2], q[1:, 1::2])
+    torch.testing.assert_close(q[2, 3], encoders.query(small[1, 1:2])[0])

@@ -141,9 +141,9 @@ def test_crops_of_resized_images_are_those_of_the_originals(tmp_path):
     kept = cached(images, size=64)
     for number in range(40):
         draws = augment.uniforms(0, 1, np.array([number]))[0]
-        whole = augment.two_crops(images.image(number), draws, 24)
+        whole = tiny.two_crops(images.image(number), draws, 24)
         original = kept.original_size(number)
-        crops = augment.two_crops(kept.image(number), draws, 24, original=original)
+        crops = tiny.two_crops(kept.image(number), draws, 24, original=original)
         # Half a pixel of the picture is 2 levels; the box is moved by up to that much.
         assert (whole.int() - crops.int()).abs().max() <= 6
 

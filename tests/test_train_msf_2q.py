@@ -63,22 +63,37 @@ class Paper:
             / sum(map(len, chosen))
             for chosen in (plain, constrained)
         ]
-        return (tiny.loss_over(q, rows, plain) + tiny.loss_over(q, rows, constrained)) / 2
+        views = [q, *self.encoders.small_queries(batch)]
+        losses = [
+            tiny.loss_over(view, rows, chosen) for view in views for chosen in (plain, constrained)
+        ]
+        return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize(
-    ("bank", "topk", "topkp"), [(10, 3, 4), (7, 4, 2), (12, 2, 2), (100, 5, 3)]
+    ("bank", "topk", "topkp", "crops"),
+    [
+        (10, 3, 4, {}),
+        (7, 4, 2, {}),
+        (12, 2, 2, {}),
+        (100, 5, 3, {}),
+        (10, 3, 4, {"small": (3, 1)}),
+        # An image's two rows tie in M': an even number of candidates out of whole pairs.
+        (16, 3, 4, {"symmetric": True}),
+        (16, 3, 4, {"symmetric": True, "small": (2,)}),
+    ],
 )
-def test_fifteen_sgd_steps_as_in_the_paper(bank, topk, topkp):
+def test_fifteen_sgd_steps_as_in_the_paper(bank, topk, topkp, crops):
     """Passes over the data that leave two images out, so that some come back late.
 
-    The bank is smaller, larger, and no multiple of the batch.
+    The bank is smaller, larger, and no multiple of the batch. With a symmetric loss each image is a
+    query and a target twice; small crops are further queries for the neighbors of their target.
     """
     model = tiny_model(num_images=14, bank=bank, topk=topk, topkp=topkp)
     paper = Paper(model, bank=bank, topk=topk, topkp=topkp)
     ours, theirs = tiny.sgd(model), paper.encoders.optimizer()
     constrained = 0
-    for batch in tiny.random_batches(15, num_images=14):
+    for batch in tiny.random_batches(15, num_images=14, **crops):
         loss, stats = model(batch)
         expected = paper.loss(batch)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-11)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from utils import augment
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 
@@ -25,9 +26,18 @@ def encoders(*, momentum: float = 0.9) -> QueryTargetEncoders:
 
 
 def random_batches(
-    count: int, *, num_images: int = 12, size: int = 4, classes: int = 3
+    count: int,
+    *,
+    num_images: int = 12,
+    size: int = 4,
+    classes: int = 3,
+    small: tuple[int, ...] = (),
+    symmetric: bool = False,
 ) -> Iterator[Batch]:
-    """Epochs of random permutations: batches of `size` images, two views of each, in float64."""
+    """Epochs of random permutations: batches of `size` images, two views of each, in float64.
+
+    small: numbers of further crops, a group each. symmetric: each image twice, views exchanged.
+    """
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(num_images, 3, 2, 2, generator=generator, dtype=torch.float64)
     for step in range(count):
@@ -35,8 +45,22 @@ def random_batches(
         if place == 0:
             order = torch.randperm(num_images, generator=generator)
         index = order[place * size : (place + 1) * size]
-        noise = torch.randn(2, size, 3, 2, 2, generator=generator, dtype=torch.float64) / 3
-        yield Batch(base[index] + noise[0], base[index] + noise[1], index, index % classes)
+        one, two = base[index] + _noise(2, size, generator)
+        crops = tuple(base[index] + _noise(number, size, generator) for number in small)
+        if symmetric:
+            one, two = torch.stack([one, two], 1).flatten(0, 1), torch.stack([two, one], 1)
+            two, index = two.flatten(0, 1), index.repeat_interleave(2)
+        yield Batch(one, two, index, index % classes, crops)
+
+
+def _noise(views: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(views, size, 3, 2, 2, generator=generator, dtype=torch.float64) / 3
+
+
+def two_crops(image: Tensor, draws, size: int, **original) -> Tensor:
+    """The two crops of an image (3, H, W) uint8 by draws (2, NUM_DRAWS): (2, 3, size, size)."""
+    crops = augment.random_crops(image, draws, [augment.CropGroup(2, size)], **original)
+    return crops.view(2, 3, size, size)
 
 
 def sgd(*modules: nn.Module) -> torch.optim.SGD:
@@ -93,6 +117,17 @@ class PaperEncoders:
                 target.copy_(self.momentum * target + (1 - self.momentum) * query)
             t = self.target_encoder(batch.target_view)
         return q / q.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
+
+    def small_queries(self, batch: Batch) -> list[Tensor]:
+        """q of each small crop, as many rows as targets, with gradient."""
+        queries = []
+        for crops in batch.small_views:
+            group = self.predictor(self.query_encoder(torch.cat(list(crops))))
+            group = group / group.norm(dim=1, keepdim=True)
+            times = len(batch.index) // crops.shape[1]
+            for q in group.split(crops.shape[1]):
+                queries.append(torch.stack([row for row in q for _ in range(times)]))
+        return queries
 
     def optimizer(self) -> torch.optim.SGD:
         """SGD over query encoder and predictor."""

@@ -1,6 +1,6 @@
 """The strong and the weak view of an image, in a part for workers and a part for the device.
 
-A worker decodes an image once and cuts two random crops as uint8 (`decode`, `two_crops`). The
+A worker decodes an image once and cuts random crops of it as uint8 (`decode`, `random_crops`). The
 device does the rest for a whole batch (`strong_view`, `weak_view`): color, blur, flip, normalize.
 Every random number comes from `uniforms`, a hash of (seed, epoch, image index, view, draw): no
 generator has a state, so views do not depend on workers, processes, the device, or on resuming.
@@ -15,6 +15,7 @@ from enum import IntEnum
 from functools import partial
 from itertools import permutations
 from os import PathLike
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -176,22 +177,47 @@ def scaled_boxes(boxes: np.ndarray, originals: np.ndarray, size: Sequence[int]) 
     return np.concatenate((first, np.maximum(last - first, 1)), -1)
 
 
-def two_crops(
+class CropGroup(NamedTuple):
+    """Crops of one kind: how many of an image, their side in pixels, the share of its area."""
+
+    count: int
+    size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+
+    @property
+    def numel(self) -> int:
+        """Bytes of an image's crops."""
+        return self.count * 3 * self.size**2
+
+
+def random_crops(
     image: Tensor,
     draws: np.ndarray | Tensor,
-    size: int,
+    groups: Sequence[CropGroup],
     *,
     original: Sequence[int] | None = None,
 ) -> Tensor:
-    """Two random crops of an image, (2, 3, size, size) uint8, contiguous.
+    """Random crops of an image, group after group, as one row of bytes; see `split_crops`.
 
-    image: (3, H, W) uint8. draws: (2, NUM_DRAWS) in [0, 1), the image's row of `uniforms`.
-    original: see `random_box`.
+    image: (3, H, W) uint8. draws: (V, NUM_DRAWS) in [0, 1), the image's row of `uniforms`, for the
+    V crops of all groups. original: see `random_box`. ValueError if there are not V draws.
     """
-    crops = torch.empty(2, 3, size, size, dtype=torch.uint8)
-    for crop, numbers in zip(crops, draws, strict=True):
-        crop.copy_(resized_crop(image, random_box(image, numbers, original), size))
+    kinds = [group for group in groups for _ in range(group.count)]
+    crops = torch.empty(sum(group.numel for group in groups), dtype=torch.uint8)
+    parts = crops.split([3 * group.size**2 for group in kinds])
+    for part, numbers, group in zip(parts, draws, kinds, strict=True):
+        box = random_box(image, numbers, original, scale=group.scale)
+        part.view(3, group.size, group.size).copy_(resized_crop(image, box, group.size))
     return crops
+
+
+def split_crops(crops: Tensor, groups: Sequence[CropGroup]) -> list[Tensor]:
+    """Rows of `random_crops` (B, bytes) as a tensor (B, count, 3, size, size) for each group."""
+    parts = crops.split([group.numel for group in groups], dim=1)
+    return [
+        part.unflatten(1, (group.count, 3, group.size, group.size))
+        for part, group in zip(parts, groups, strict=True)
+    ]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

@@ -5,14 +5,14 @@ bilinear resizing with antialiasing takes. Boxes and draws are those of `augment
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils import augment
-from utils.augment import CROP_ATTEMPTS, Draw
+from utils.augment import CROP_ATTEMPTS, CropGroup, Draw
 from utils.data import PixelSet
 from utils.reading import CropBatch, EpochSampler, Wanted, read_places
 from utils.streams import upload
@@ -104,10 +104,10 @@ def _triangles(start: Tensor, length: Tensor, count: int, size: int) -> Tensor:
 
 
 class DeviceCrops:
-    """Yields what workers would send, two crops of each image, but cut on the device.
+    """Yields what workers would send, random crops of each image, but cut on the device.
 
     images: are copied there; those known as broken are replaced as a worker would. sampler: says
-    which images. tolerated: see `reading.read`.
+    which images. groups: which crops of an image. tolerated: see `reading.read`.
     """
 
     num_workers = 0
@@ -117,26 +117,32 @@ class DeviceCrops:
         images: PixelSet,
         sampler: EpochSampler,
         *,
-        image_size: int,
+        groups: Sequence[CropGroup],
         seed: int,
         tolerated: int,
         device: torch.device,
     ) -> None:
         self._images, self._sampler = images, sampler
-        self._image_size, self._seed, self._tolerated = image_size, seed, tolerated
+        self._groups, self._seed, self._tolerated = groups, seed, tolerated
         self._pixels = images.pixels.to(device)
 
     def __iter__(self) -> Iterator[CropBatch]:
         for wanted in self._sampler:
             index, broken = self._readable(wanted)
-            draws = augment.uniforms(self._seed, wanted.epoch, index)
+            views = sum(group.count for group in self._groups)
+            draws = augment.uniforms(self._seed, wanted.epoch, index, views=views)
             sizes = self._images.original_sizes(index)[:, None]  # (B, 1, 2)
-            boxes = augment.scaled_boxes(crop_boxes(draws, sizes), sizes, self._pixels.shape[-2:])
             rows = torch.from_numpy(self._images.rows[index])
             pictures = self._pixels.index_select(0, upload(rows, self._pixels.device))
             label = torch.from_numpy(self._images.labels[index])
-            crops = cut_crops(pictures, boxes, self._image_size)
-            yield CropBatch(crops, torch.from_numpy(index), label, broken)
+            crops, first = [], 0
+            for group in self._groups:
+                own = draws[:, first : first + group.count]
+                boxes = crop_boxes(own, sizes, scale=group.scale)
+                boxes = augment.scaled_boxes(boxes, sizes, self._pixels.shape[-2:])
+                crops.append(cut_crops(pictures, boxes, group.size).flatten(1))
+                first += group.count
+            yield CropBatch(torch.cat(crops, dim=1), torch.from_numpy(index), label, broken)
 
     def _readable(self, wanted: Wanted) -> tuple[np.ndarray, dict[int, str]]:
         """The numbers of the images in this process' part of a batch, and broken ones met."""

@@ -190,8 +190,8 @@ class QueryTargetEncoders(nn.Module):
 
         small: further crops of the same images, (n, B, 3, s, s) of each size s: then (V, B, D), a
         row of queries for the images and for each of the small crops. Each size is one pass, with
-        batch-norm statistics of its own, as in SwAV (arXiv 2006.09882). Where the images are each
-        there twice, one half after the other (symmetric loss), small crops are given once.
+        batch-norm statistics of its own, as in SwAV (arXiv 2006.09882). Where each of the images is
+        there twice, one after the other (symmetric loss), small crops are given once.
         """
         q = self._embed(images, self.query_encoder, self.predictor)
         if not small:
@@ -199,9 +199,8 @@ class QueryTargetEncoders(nn.Module):
         views = [q.unsqueeze(0)]
         for crops in small:
             one_pass = self._embed(crops.flatten(0, 1), self.query_encoder, self.predictor)
-            views.append(
-                one_pass.unflatten(0, crops.shape[:2]).repeat(1, len(q) // crops.shape[1], 1)
-            )
+            one_pass = one_pass.unflatten(0, crops.shape[:2])
+            views.append(one_pass.repeat_interleave(len(q) // crops.shape[1], dim=1))
         return torch.cat(views)
 
     @torch.no_grad()

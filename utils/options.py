@@ -7,6 +7,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from utils import archives, demo_data, distributed
-from utils.augment import BLUR_PROBABILITY
+from utils.augment import BLUR_PROBABILITY, CropGroup
 from utils.errors import InputError, Interrupted, RunError
 from utils.stop_signals import StopSignals, ignore
 from utils.workers import worker_failure
@@ -117,6 +118,29 @@ def device(text: str) -> torch.device:
 def positive_or_all(text: str) -> int | str:
     """An argparse type: a positive integer or "all"."""
     return text if text == "all" else positive(text)
+
+
+def crop_groups(text: str) -> list[CropGroup]:
+    """An argparse type: "2x224:0.2-1,6x96:0.05-0.2" -> groups of crops; the first has two."""
+    groups = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+):([\d.]+)-([\d.]+)", part.strip())
+        try:
+            count, size, low, high = (float(value) for value in match.groups())
+        except (AttributeError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"{part} is no group of crops like 6x96:0.05-0.2 (count x size : share of the area)"
+            ) from None
+        if not (count and size and 0 < low <= high <= 1):
+            raise argparse.ArgumentTypeError(
+                f"{part}: counts and sizes from 1, shares 0 < a <= b <= 1"
+            )
+        groups.append(CropGroup(int(count), int(size), (low, high)))
+    if groups[0].count != 2:
+        raise argparse.ArgumentTypeError(
+            f"{text}: the first group is the query's and the target's crop"
+        )
+    return groups
 
 
 positive = number(int, low=1)
@@ -244,6 +268,23 @@ def _add_view_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, low=0, high=1),
         default=BLUR_PROBABILITY,
         help="probability of blur in the strong view; 0 suits images of about 32 px",
+    )
+
+
+def add_crop_options(parser: argparse.ArgumentParser) -> None:
+    """More crops of an image, for methods without labels or with pseudo-labels."""
+    group = parser.add_argument_group("crops")
+    group.add_argument(
+        "--multi_crop",
+        type=crop_groups,
+        help='such as "2x224:0.2-1,6x96:0.05-0.2": count x size : share of the area; the first '
+        "group is the two views (and sets --image_size), small crops go through the query encoder "
+        "only, each pulled to all neighbors of the target view",
+    )
+    group.add_argument(
+        "--symmetric",
+        action="store_true",
+        help="each of the two views once as query and once as target",
     )
 
 
@@ -396,6 +437,8 @@ def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.
         args = parser.parse_args()
     if args.data is None and not args.demo:
         parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
+    if getattr(args, "multi_crop", None):
+        args.image_size = args.multi_crop[0].size
     args.device = distributed.start(args.device)
     if args.data is None:
         with distributed.main_first():

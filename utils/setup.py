@@ -37,10 +37,11 @@ def check_bank(args: argparse.Namespace) -> None:
     if args.batch_size < 2 or (each < 2 and args.bn != "sync"):
         of = f" of each of {distributed.world_size()} processes" if each < args.batch_size else ""
         raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images{of}")
-    if args.mem_bank_size < args.batch_size:
+    twice = getattr(args, "symmetric", False)
+    if args.mem_bank_size < args.batch_size * (1 + twice):
         raise InputError(
-            f"--mem_bank_size {args.mem_bank_size}: below --batch_size {args.batch_size}, so not "
-            f"every target would be in the bank"
+            f"--mem_bank_size {args.mem_bank_size}: below {'twice ' * twice}--batch_size "
+            f"{args.batch_size}, so not every target would be in the bank"
         )
     for flag in ("topk", "topkp", "topk_plain"):
         value = getattr(args, flag, None)
@@ -83,10 +84,13 @@ def build_bad_images(args: argparse.Namespace) -> BadImages:
     return BadImages(skip=args.bad_images == "skip", most=args.max_bad_images)
 
 
-def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
+def build_loader(
+    args: argparse.Namespace, images: ImageSet, *, single: str | None = None
+) -> TwoViewLoader:
     """The two-view loader of the training images, which are cached first if flags say so.
 
-    InputError for images that cannot be cached.
+    single: "strong" or "weak" for one view of each image only. InputError for images that cannot be
+    cached.
     """
     bad_images = build_bad_images(args)
     if args.cache_images != "none":
@@ -111,7 +115,17 @@ def build_loader(args: argparse.Namespace, images: ImageSet) -> TwoViewLoader:
         device=args.device,
         bad_images=bad_images,
         cut_on_device=args.cache_images == "device",
+        single=single,
+        **_crops(args),
     )
+
+
+def _crops(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of a script with more crops say, for the loader."""
+    crops: dict[str, Any] = {"symmetric": getattr(args, "symmetric", False)}
+    if groups := getattr(args, "multi_crop", None):
+        crops |= {"scale": groups[0].scale, "small": groups[1:]}
+    return crops
 
 
 def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
@@ -125,7 +139,8 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     torch.backends.cudnn.allow_tf32 = args.tf32
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch, small_stem=args.small_stem)
-    check_image_size(backbone, args.arch, args.image_size)
+    for size in {args.image_size, *(g.size for g in getattr(args, "multi_crop", None) or [])}:
+        check_image_size(backbone, args.arch, size)
     encoders = QueryTargetEncoders(
         backbone.module,
         backbone.feature_dim,
@@ -361,4 +376,8 @@ def _digests(images: ImageSet, labeled: np.ndarray | None) -> dict[str, str]:
 
 def _builtin(value: Any) -> Any:
     """Checkpoints hold builtins only."""
+    if isinstance(value, list):
+        return [_builtin(part) for part in value]
+    if isinstance(value, tuple):
+        return tuple(_builtin(part) for part in value)
     return str(value) if isinstance(value, (Path, torch.device)) else value

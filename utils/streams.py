@@ -67,9 +67,18 @@ class SideStream:
         """
         current = torch.cuda.current_stream(self._device)
         current.wait_event(done)
-        for tensor in item:
+        for tensor in _tensors(item):
             if tensor.is_cuda:
                 tensor.record_stream(current)
+
+
+def _tensors(item: tuple) -> Iterator[Tensor]:
+    """The tensors of a tuple, those of tuples in it too."""
+    for part in item:
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield from _tensors(part)
 
 
 def ahead(

@@ -1,10 +1,10 @@
-"""The two-view loader for training.
+"""The loader for training: two views of each image, and more crops if asked for.
 
 The views of an image follow from (seed, epoch, image index). So the number of workers changes no
 bit, and any step of any epoch can be produced on its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils import augment, distributed
+from utils.augment import CropGroup
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.device_crops import DeviceCrops
@@ -26,21 +27,26 @@ class Batch(NamedTuple):
     """One training batch, on the training device but for `index`, which the host needs.
 
     query_view, target_view: (B, 3, S, S) float32, normalized. index: (B,) int64. label: (B,) int64,
-    -1 where there is none.
+    -1 where there is none. small_views: of each smaller size s the crops for the query encoder
+    alone, (n, B, 3, s, s). With a symmetric loss B is twice the number of images: each stands there
+    twice, one after the other.
     """
 
     query_view: Tensor
     target_view: Tensor
     index: Tensor
     label: Tensor
+    small_views: tuple[Tensor, ...] = ()
 
 
-class _TwoCrops(Dataset):
-    """The worker part: decodes an image once and cuts its two crops; keys are a `Wanted`."""
+class _RandomCrops(Dataset):
+    """The worker part: decodes an image once and cuts its crops; keys are a `Wanted`."""
 
-    def __init__(self, images: ImageSet, *, image_size: int, seed: int, tolerated: int) -> None:
+    def __init__(
+        self, images: ImageSet, *, groups: Sequence[CropGroup], seed: int, tolerated: int
+    ) -> None:
         self.images = images
-        self.image_size = image_size
+        self.groups = groups
         self.seed = seed
         self.tolerated = tolerated
 
@@ -48,12 +54,14 @@ class _TwoCrops(Dataset):
         return len(self.images)
 
     def __getitems__(self, batch: Wanted) -> CropBatch:
-        def two_crops(number: int, image: Tensor) -> Tensor:
-            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]))[0]
-            original = self.images.original_size(number)
-            return augment.two_crops(image, draws, self.image_size, original=original)
+        views = sum(group.count for group in self.groups)
 
-        return read(self.images, batch.numbers, two_crops, tolerated=self.tolerated, own=batch.own)
+        def crops(number: int, image: Tensor) -> Tensor:
+            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]), views=views)[0]
+            original = self.images.original_size(number)
+            return augment.random_crops(image, draws, self.groups, original=original)
+
+        return read(self.images, batch.numbers, crops, tolerated=self.tolerated, own=batch.own)
 
 
 class TwoViewLoader:
@@ -70,6 +78,11 @@ class TwoViewLoader:
     in the batch takes its place, with its own label and views. cut_on_device: a `PixelSet` is
     copied to the device and cropped there, without workers: the same order and the same views, but
     for a gray level here and there in a crop (`device_crops.cut_crops`).
+
+    scale: share of the image's area that the two views take. small: groups of smaller crops, strong
+    views for the query encoder alone (multi-crop, arXiv 2006.09882). symmetric: each of the two
+    crops is once in the query view and once in the target view (BYOL). single: "strong" or "weak":
+    only one view is made of an image, and stands for both.
     """
 
     def __init__(
@@ -85,7 +98,12 @@ class TwoViewLoader:
         device: torch.device | str = "cpu",
         bad_images: BadImages | None = None,
         cut_on_device: bool = False,
+        scale: tuple[float, float] = (0.2, 1.0),
+        small: Sequence[CropGroup] = (),
+        symmetric: bool = False,
+        single: str | None = None,
     ) -> None:
+        assert not (single and (small or symmetric))
         if len(images) < batch_size:
             raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
         if batch_size % distributed.world_size():
@@ -96,15 +114,17 @@ class TwoViewLoader:
         self.seed = seed
         self.device = torch.device(device)
         self.bad_images = bad_images or BadImages()
-        self._query_view = partial(augment.strong_view, blur=blur)
-        self._target_view = augment.weak_view if weak_strong else self._query_view
+        self.symmetric, self.single = symmetric, single
+        self._groups = [CropGroup(1 if single else 2, image_size, scale), *small]
+        self._strong_view = partial(augment.strong_view, blur=blur)
+        self._target_view = augment.weak_view if weak_strong else self._strong_view
         self._sampler = EpochSampler(len(images), batch_size, seed)
-        settings = {"image_size": image_size, "seed": seed, "tolerated": self.bad_images.tolerated}
+        settings = {"groups": self._groups, "seed": seed, "tolerated": self.bad_images.tolerated}
         if cut_on_device:
             self._crops = DeviceCrops(images, self._sampler, device=self.device, **settings)
         else:
             self._crops = data_loader(
-                _TwoCrops(images, **settings),
+                _RandomCrops(images, **settings),
                 self.device,
                 batch_sampler=self._sampler,
                 num_workers=num_workers,
@@ -128,11 +148,40 @@ class TwoViewLoader:
                     f"--batch_size {self.batch_size}: of {len(self.images)} training images only "
                     f"{len(index)} can be read"
                 )
-            draws = augment.uniforms(self.seed, epoch, index)
-            crops = upload(crops, self.device)
-            yield Batch(
-                self._query_view(crops[:, 0], draws[:, 0]),
-                self._target_view(crops[:, 1], draws[:, 1]),
-                index,
-                upload(label, self.device),
-            )
+            views = sum(group.count for group in self._groups)
+            draws = augment.uniforms(self.seed, epoch, index, views=views)
+            large, *small = augment.split_crops(upload(crops, self.device), self._groups)
+            yield self._batch(large, small, draws, index, upload(label, self.device))
+
+    def _batch(
+        self, large: Tensor, small: list[Tensor], draws: np.ndarray, index: Tensor, label: Tensor
+    ) -> Batch:
+        """What the device makes of crops (B, n, 3, s, s) uint8 and of draws (B, V, NUM_DRAWS)."""
+        if self.single:
+            render = augment.weak_view if self.single == "weak" else self._strong_view
+            view = render(large[:, 0], draws[:, 0])
+            return Batch(view, view, index, label)
+        query, target = (
+            self._strong_view(large[:, 0], draws[:, 0]),
+            self._target_view(large[:, 1], draws[:, 1]),
+        )
+        if self.symmetric:
+            other_query = self._strong_view(large[:, 1], draws[:, 1])
+            other_target = self._target_view(large[:, 0], draws[:, 0])
+            query, target = _interleaved(query, other_query), _interleaved(target, other_target)
+            index, label = index.repeat_interleave(2), label.repeat_interleave(2)
+        return Batch(query, target, index, label, tuple(self._small_views(small, draws[:, 2:])))
+
+    def _small_views(self, small: list[Tensor], draws: np.ndarray) -> Iterator[Tensor]:
+        """Strong views (n, B, 3, s, s) of each group's crops (B, n, 3, s, s)."""
+        for crops in small:
+            count, draws_of_group = crops.shape[1], draws[:, : crops.shape[1]]
+            draws = draws[:, count:]
+            flat = crops.transpose(0, 1).flatten(0, 1)
+            views = self._strong_view(flat, draws_of_group.swapaxes(0, 1).reshape(len(flat), -1))
+            yield views.unflatten(0, (count, -1))
+
+
+def _interleaved(one: Tensor, other: Tensor) -> Tensor:
+    """Rows of both, (B, ...) each, in turn: (2 B, ...)."""
+    return torch.stack([one, other], dim=1).flatten(0, 1)

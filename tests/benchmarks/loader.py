@@ -3,8 +3,8 @@
     python tests/benchmarks/loader.py
 
 Published: per image one PIL decode and two strong views by torchvision's transforms on PIL images,
-all in the worker. Ours: the worker's part alone (`decode`, `two_crops`), and everything, with the
-device part on the CPU in batches of 64. The sides alternate; the first round is not counted.
+all in the worker. Ours: the worker's part alone (`decode`, `random_crops`), and everything, with
+the device part on the CPU in batches of 64. The sides alternate; the first round is not counted.
 """
 
 import argparse
@@ -24,7 +24,15 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.augment import IMAGENET_MEAN, IMAGENET_STD, decode, strong_view, two_crops, uniforms
+from utils.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    CropGroup,
+    decode,
+    random_crops,
+    strong_view,
+    uniforms,
+)
 
 SIZE = 224
 BATCH = 64
@@ -90,7 +98,7 @@ def cut_batch(paths: list[Path], epoch: int, start: int) -> tuple[torch.Tensor, 
     draws = uniforms(0, epoch, index)
     crops = torch.empty(len(index), 2, 3, SIZE, SIZE, dtype=torch.uint8)
     for row, i in enumerate(index):
-        crops[row] = two_crops(decode(paths[i]), draws[row], SIZE)
+        crops[row].view(-1).copy_(random_crops(decode(paths[i]), draws[row], [CropGroup(2, SIZE)]))
     return crops, draws
 
 

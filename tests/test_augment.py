@@ -501,8 +501,12 @@ def test_result_does_not_depend_on_batch_chunk_or_band(monkeypatch):
     views = strong_view(images, draws)
     alone = torch.cat([strong_view(images[i : i + 1], draws[i : i + 1]) for i in range(21)])
     torch.testing.assert_close(views, alone, rtol=0, atol=1e-5)
-    monkeypatch.setattr(augment, "_CPU_CHUNK", 21)
-    monkeypatch.setattr(augment, "_CPU_BAND", 1000)  # as on a GPU
+    for chunk, alone_from in ((1, 10**9), (2 * 70**2, 0), (2 * 70**2, 10**9)):
+        monkeypatch.setattr(augment, "_CPU_CHUNK", chunk)
+        monkeypatch.setattr(augment, "_CPU_ALONE", alone_from)
+        torch.testing.assert_close(views, strong_view(images, draws), rtol=0, atol=1e-5)
+    monkeypatch.setattr(augment, "_CPU_CHUNK", 10**9)  # as on a GPU
+    monkeypatch.setattr(augment, "_CPU_BAND", 1000)
     torch.testing.assert_close(views, strong_view(images, draws), rtol=0, atol=1e-5)
 
 
@@ -526,7 +530,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_no_step_reads_values_back_and_their_number_does_not_grow(monkeypatch):
-    monkeypatch.setattr(augment, "_CPU_CHUNK", 1000)  # as on a GPU
+    monkeypatch.setattr(augment, "_CPU_CHUNK", 10**9)  # as on a GPU
     monkeypatch.setattr(augment, "_CPU_BAND", 1000)
     numbers = []
     for count in (100, 200):

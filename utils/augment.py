@@ -62,7 +62,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_CPU_CHUNK = 8  # images whose float32 copies and temporaries stay in the cache at 224 pixels
+_CPU_CHUNK = 8 * 224**2  # pixels of images whose float32 copies and temporaries stay in the cache
+_CPU_ALONE = 128**2  # pixels from which an image is worth calls of its own
 _CPU_BAND = 32  # rows of the image that one matrix product of the blur yields
 
 
@@ -285,7 +286,9 @@ def _render(
         _to_device(np.reshape(values, (3, 1, 1)), images.device)
         for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
-    chunk = _CPU_CHUNK if images.device.type == "cpu" else max(1, len(images))
+    chunk = max(1, len(images))
+    if images.device.type == "cpu":
+        chunk = max(1, _CPU_CHUNK // max(1, images.shape[2] * images.shape[3]))
     with torch.autocast(images.device.type, enabled=False):  # the blur is a matrix product
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
@@ -321,8 +324,16 @@ def _jitter_(x: Tensor, draws: np.ndarray) -> None:
     applied = draws[:, Draw.JITTER] < JITTER_PROBABILITY
     order = JITTER_ORDERS[(draws[:, Draw.ORDER] * len(JITTER_ORDERS)).astype(np.int64)]
     factors = JITTER_LOW + (JITTER_HIGH - JITTER_LOW) * draws[:, Draw.BRIGHTNESS : Draw.HUE + 1]
+    operations = (_brightness, _contrast, _saturation, _hue)
+    if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= _CPU_ALONE:
+        # One image at a time stays in the cache, and needs no copies.
+        values = _to_device(factors, x.device)
+        for row in np.flatnonzero(applied):
+            for number in order[row]:
+                operations[number](x[row : row + 1], values[row, number].view(1, 1, 1, 1))
+        return
     for step in range(4):
-        for number, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
+        for number, operation in enumerate(operations):
             _apply_(x, applied & (order[:, step] == number), operation, factors[:, number])
 
 
@@ -340,7 +351,8 @@ def _flip_(x: Tensor, draws: np.ndarray) -> None:
     _apply_(x, draws[:, Draw.FLIP] < FLIP_PROBABILITY, lambda x: x.flip(-1))
 
 
-# Operations on (n, 3, S, S) float32 in [0, 1] with factors (n, 1, 1, 1); they may reuse x.
+# Operations on (n, 3, S, S) float32 in [0, 1] with factors (n, 1, 1, 1). Those of the color jitter
+# change x itself, which they return.
 
 
 def _gray(x: Tensor) -> Tensor:

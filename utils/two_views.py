@@ -56,10 +56,16 @@ class _RandomCrops(Dataset):
     def __getitems__(self, batch: Wanted) -> CropBatch:
         views = sum(group.count for group in self.groups)
 
+        def draws_of(numbers: list[int]) -> np.ndarray:
+            return augment.uniforms(self.seed, batch.epoch, np.array(numbers), views=views)
+
+        own_numbers = [batch.numbers[place] for place in batch.own]
+        draws = dict(zip(own_numbers, draws_of(own_numbers), strict=True))  # faster together
+
         def crops(number: int, image: Tensor) -> Tensor:
-            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]), views=views)[0]
+            own = draws[number] if number in draws else draws_of([number])[0]  # a replacement
             original = self.images.original_size(number)
-            return augment.random_crops(image, draws, self.groups, original=original)
+            return augment.random_crops(image, own, self.groups, original=original)
 
         return read(self.images, batch.numbers, crops, tolerated=self.tolerated, own=batch.own)
 

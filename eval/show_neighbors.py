@@ -30,7 +30,9 @@ from utils.features import extract_features
 from utils.shown_neighbors import Shown
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
-RANKS = "rank: place among all rows of the bank by distance to the target, which itself has rank 1."
+RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
+COSINES = "cos: similarity, the cosine of the angle between both."
+PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         "--count",
         type=options.number(int, low=1, high=100),
         default=8,
-        help="targets drawn at random by --seed",
+        help="targets drawn by --seed, from a bank such as have a constraint",
     )
     group.add_argument(
         "-k",
@@ -63,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument(
         "--side",
-        type=options.number(int, low=32, high=512),
+        type=options.number(int, low=64, high=512),
         default=96,
         help="side of a neighbor's thumbnail in pixels",
     )
@@ -104,12 +106,14 @@ def shown_from_bank(
             f"{len(images)} images (without --{flag}, such as are there are drawn)"
         )
     if named is None:
-        visited = shown_neighbors.with_constraint(bank, there)
-        named = shown_neighbors.drawn_numbers(visited, count=args.count, seed=args.seed)
+        available = shown_neighbors.with_constraint(state, bank)
+        named = shown_neighbors.drawn_numbers(available, count=args.count, seed=args.seed)
     shown = shown_neighbors.from_bank(state, bank, named, k=args.neighbors)
     step = f", step {state['step']}" if state.get("step") else ""
     about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
-    return shown, state, [f"{about}; a memory bank of {bank.filled} rows.", RANKS]
+    notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
+    notes += [PREVIOUS, f"{RANKS} {COSINES}"] if hasattr(bank, "previous") else [RANKS]
+    return shown, state, notes
 
 
 def shown_from_features(
@@ -136,7 +140,7 @@ def shown_from_features(
     shown = shown_neighbors.from_features(features, numbers, named, k=args.neighbors)
     encoder = "target" if args.use_target else "query"
     about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
-    return shown, state, [f"{about}; {len(numbers)} training images."]
+    return shown, state, [f"{about}; {len(numbers)} training images. {COSINES}"]
 
 
 def main() -> None:

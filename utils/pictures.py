@@ -20,6 +20,7 @@ SAME, OTHER = "#0072B2", "#D55E00"  # Okabe-Ito blue and vermilion
 _INK, _GRAY, _PAPER = "black", "#555555", "white"
 _TITLE, _CAPTION, _LABEL = 22, 15, 13  # font sizes in pixels
 _MARGIN, _GAP = 24, 10
+_CAPTION_GAP = 4  # between a row's caption and its frames
 _FRAME = 5  # room for a frame around a thumbnail
 _MIN_WIDTH = 640  # narrower than this, the words at the top would not be readable
 _SPACING = 1.3  # line height by font size
@@ -207,28 +208,30 @@ def _header(title: str, notes: Sequence[str], width: int, *, marked: bool) -> Im
     if notes:
         parts.append(_paragraphs(notes, _CAPTION, width, fill=_GRAY))
     if marked:
-        for same, text in ((True, "of the target's class"), (False, "of another class")):
-            parts.append(_legend_line(same, text, width))
-    return _below(parts, gap=6)
+        parts.append(_legend(width))
+    return _below(parts, gap=8)
 
 
-def _legend_line(same: bool, text: str, width: int) -> Image.Image:
-    """A framed square and what the frame means."""
+def _legend(width: int) -> Image.Image:
+    """What the frames mean, each beside a square that has it."""
     side = 2 * _line(_CAPTION)
-    left = side + 2 * _FRAME
-    words = _paragraphs([text], _CAPTION, width - left - _GAP)
-    line = Image.new("RGB", (width, left), _PAPER)
-    sample = Tile(Image.new("RGB", (side, side), "#E8E8E8"), same=same)
-    _draw_thumbnail(line, sample, (_FRAME, _FRAME, side))
-    line.paste(words, (left + _GAP, (left - words.height) // 2))
-    return line
+    legend = Image.new("RGB", (width, side + 2 * _FRAME), _PAPER)
+    left = 0
+    for same, text in ((True, "the target's class"), (False, "another class")):
+        sample = Tile(Image.new("RGB", (side, side), "#E8E8E8"), same=same)
+        _draw_thumbnail(legend, sample, (left + _FRAME, _FRAME, side))
+        left += side + 2 * _FRAME + _GAP
+        words = _paragraphs([text], _CAPTION, round(font_of(_CAPTION).getlength(text)) + 1)
+        legend.paste(words, (left, (legend.height - words.height) // 2))
+        left += words.width + 3 * _GAP
+    return legend
 
 
 def _panel(panel: Panel, width: int, side: int) -> tuple[Image.Image, PanelPlaces]:
     """A panel and the places in it."""
     indent = _target_width(side)
     target = _tile(panel.target, target_side(side))
-    below = _line(_CAPTION)  # the first row's caption
+    below = _line(_CAPTION) + _CAPTION_GAP  # level with the first row
     rows, places, top = [], [], 0
     for row in panel.rows:
         picture, inside = _row(row, width - indent, side)
@@ -245,19 +248,22 @@ def _panel(panel: Panel, width: int, side: int) -> tuple[Image.Image, PanelPlace
 
 def _row(row: Row, width: int, side: int) -> tuple[Image.Image, list[Place]]:
     """A row with its caption and the places in it."""
-    caption = _paragraphs([row.caption], _CAPTION, width)
+    caption = _paragraphs([row.caption], _CAPTION, width - _FRAME)
     if not row.tiles:
         remark = _paragraphs([row.remark or "none"], _LABEL, width - _GAP, fill=_GRAY)
-        return _below([caption, remark], gap=4), []
+        words = _below([caption, remark], gap=4)
+        picture = Image.new("RGB", (width, words.height), _PAPER)
+        picture.paste(words, (_FRAME, 0))
+        return picture, []
     tiles = [_tile(tile, side) for tile in row.tiles]
-    height = caption.height + max(tile.height for tile in tiles)
-    picture = Image.new("RGB", (width, height), _PAPER)
+    top = caption.height + _CAPTION_GAP
+    picture = Image.new("RGB", (width, top + max(tile.height for tile in tiles)), _PAPER)
     picture.paste(caption, (_FRAME, 0))
     places = []
     for number, tile in enumerate(tiles):
         left = number * _cell(side)
-        picture.paste(tile, (left, caption.height))
-        places.append((left + _FRAME, caption.height + _FRAME, side))
+        picture.paste(tile, (left, top))
+        places.append((left + _FRAME, top + _FRAME, side))
     return picture, places
 
 

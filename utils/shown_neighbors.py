@@ -112,12 +112,17 @@ def newest_rows(bank: MemoryBank) -> dict[int, int]:
     return dict(zip(bank.index[order].tolist(), order.tolist(), strict=True))
 
 
-def with_constraint(bank: MemoryBank, newest: dict[int, int]) -> list[int]:
-    """The images of `newest_rows` that have a constraint, or all if none has (CMSF-2Q, epoch 1)."""
-    if not hasattr(bank, "previous"):
+def with_constraint(state: dict, bank: MemoryBank) -> list[int]:
+    """The images in the bank whose newest row has a constraint; all of them if none has one.
+
+    Without: a first visit (CMSF-2Q), no confident pseudo-label, no cluster yet.
+    """
+    newest = newest_rows(bank)
+    constraint, groups = _constraint(state, bank)
+    if constraint is None:
         return list(newest)
-    visited = bank.has_previous.tolist()
-    return [number for number, row in newest.items() if visited[row]] or list(newest)
+    has_one = bank.has_previous if groups is None else groups >= 0
+    return [number for number, row in newest.items() if has_one[row]] or list(newest)
 
 
 def drawn_numbers(available: Sequence[int], *, count: int, seed: int) -> list[int]:
@@ -140,17 +145,13 @@ def from_bank(state: dict, bank: MemoryBank, targets: Sequence[int], *, k: int) 
     near = nearest(embeddings[rows], embeddings, k=k, allowed=~own)
     plain = _line("plain", "M: nearest to the target t, by plain search", bank, rows, near)
     shown = Shown(torch.tensor(targets), rows, index, [plain])
-    method = state.get("method")
-    if hasattr(bank, "previous"):
+    constraint, groups = _constraint(state, bank)
+    if constraint is None:
+        return shown
+    if groups is None:
         lines = _previous_lines(bank, rows, ~own, near, k)
-        return shown._replace(lines=[*lines, plain], constraint="previous embedding")
-    if "clusters" in state["state_dict"]:
-        clusters = state["state_dict"]["clusters"]
-        return _by_group(shown, bank, clusters[index], ~own, k, constraint="cluster")
-    if method in _BY_LABEL:
-        labels = bank.label[: bank.filled]
-        return _by_group(shown, bank, labels, ~own, k, constraint=_BY_LABEL[method])
-    return shown
+        return shown._replace(lines=[*lines, plain], constraint=constraint)
+    return _by_group(shown, bank, groups, ~own, k, constraint=constraint)
 
 
 def from_features(features: Tensor, numbers: Tensor, targets: Sequence[int], *, k: int) -> Shown:
@@ -195,6 +196,21 @@ def draw(
             for neighbor, place in zip(line["neighbors"], inside, strict=True):
                 neighbor["place"] = list(place)
     return sheet.image, records
+
+
+def _constraint(state: dict, bank: MemoryBank) -> tuple[str | None, Tensor | None]:
+    """What rows must have in common with a target, and by which number (K,) int64, -1: nothing.
+
+    Without a number it is the previous embedding; without a name nothing is asked (MSF).
+    """
+    index, label = bank.in_use("index", "label")
+    if hasattr(bank, "previous"):
+        return "previous embedding", None
+    if "clusters" in state["state_dict"]:
+        return "cluster", state["state_dict"]["clusters"][index]
+    if state.get("method") in _BY_LABEL:
+        return _BY_LABEL[state["method"]], label
+    return None, None
 
 
 def _line(
@@ -312,7 +328,7 @@ class _Drawing:
             record |= {"bank_row": row, "similarity": similarity, "rank": rank, "same_class": same}
             records.append(record)
             by_rank = rank is not None and line.name != "previous"
-            note = f"rank {rank}" if by_rank else f"similarity {similarity:.2f}"
+            note = f"rank {rank}" if by_rank else f"cos {similarity:.2f}"
             thumbnail = self._thumbnail(image, self.side)
             tiles.append(pictures.Tile(thumbnail, self._title(record), [note], same))
         row = pictures.Row(line.caption, tiles, line.remarks[number])

@@ -31,6 +31,7 @@ from utils.shown_neighbors import Shown
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
+MOST_MEGAPIXELS = 200
 COSINES = "cos: similarity, the cosine of the angle between both."
 PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
 
@@ -88,12 +89,24 @@ def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | Non
     return args.index
 
 
+def check_size(args: argparse.Namespace, count: int) -> None:
+    """InputError for a picture of `count` targets that no viewer would open."""
+    megapixels = 3 * count * (args.neighbors + 2) * (args.side + 30) * (args.side + 70) / 1e6
+    if megapixels > MOST_MEGAPIXELS:
+        raise InputError(
+            f"--side {args.side}, --neighbors {args.neighbors}, {count} targets: about "
+            f"{megapixels:.0f} megapixels, {MOST_MEGAPIXELS} at most"
+        )
+
+
 def shown_from_bank(
     args: argparse.Namespace, images: ImageSet, named: list[int] | None
 ) -> tuple[Shown, dict, list[str]]:
     """Targets and neighbors in the bank, the checkpoint, and what the picture says of them."""
+    if not args.weights:
+        raise InputError("--weights: name the checkpoint to show neighbors of")
     what = f"--weights {args.weights}"
-    if args.weights in (None, "random", "pixels"):
+    if args.weights in ("random", "pixels"):
         raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
     state = checkpoint.load(args.weights, flag="--weights")
     bank = shown_neighbors.bank_of(state, what=what)
@@ -150,6 +163,7 @@ def main() -> None:
         raise InputError(f"--output {args.output}: name a file that ends in .png")
     images = read_split(args.data, "train", dataset=args.dataset)
     named = named_targets(args, images)
+    check_size(args, args.count if named is None else len(named))
     options.make_folder(args.output.parent, flag="--output")
     bad_images = setup.build_bad_images(args)
     if args.from_features:

@@ -63,8 +63,16 @@ def test_a_class_that_differs_shows_without_colors():
     gray = sheet._replace(image=sheet.image.convert("L").convert("RGB"))
     thickness = []
     for left, top, side in (same, other):
-        line = [gray.image.getpixel((left - x, top + side // 2))[0] for x in range(1, 8)]
-        thickness.append(sum(value < 200 for value in line))
+        middle = side // 2
+        outward = [
+            [(left - x, top + middle) for x in range(1, 8)],
+            [(left + side - 1 + x, top + middle) for x in range(1, 8)],
+            [(left + middle, top - y) for y in range(1, 8)],
+            [(left + middle, top + side - 1 + y) for y in range(1, 8)],
+        ]
+        dark = {sum(gray.image.getpixel(at)[0] < 200 for at in line) for line in outward}
+        assert len(dark) == 1  # on all sides
+        thickness += dark
     assert thickness[1] >= 2 * thickness[0] > 0
     assert len(colors(cut(gray, same))) == len(colors(cut(gray, untold))) == 1
     badge = pictures.badge_side(64)

@@ -96,9 +96,14 @@ def assert_line(target, name, bank, expected):
 
 
 def assert_pixels(record, picture, tree):
-    """Each thumbnail is its file's central square; the sign and the frame are the other classes'."""
+    """Each thumbnail is its file's central square; sign and frame tell the other classes."""
     badge = pictures.badge_side(record["side"])
     shown = [n for t in record["targets"] for line in t["rows"] for n in line["neighbors"]]
+    for target in record["targets"]:
+        for item in (item for line in target["rows"] for item in line["neighbors"]):
+            folders = {part["file"].split("/")[0] for part in (item, target)}
+            assert item["same_class"] == (len(folders) == 1)
+            assert item["class"] == item["file"].split("/")[0]
     for item in [*record["targets"], *shown]:
         left, top, side = item["place"]
         got = np.array(picture.crop((left, top, left + side, top + side)))
@@ -341,6 +346,7 @@ def test_another_data_set_is_refused(call_script, image_tree, tmp_path):
         (("--index=-1",), ("--index -1",)),
         (("--index", "x"), ("--index", "x")),
         (("--index", "2", "--count", 3), ("--count", "--index")),
+        (("--index", ",".join(["0"] * 100), "--side", 512), ("--side 512", "megapixels")),
         (("--count", 90), ("--count 90", "images to draw from")),
         (("--count", 0), ("--count", "0")),
         (("-k", 0), ("-k", "0")),
@@ -356,6 +362,12 @@ def test_flags_that_cannot_work(call_script, image_tree, tmp_path, flags, words)
     common = ("--weights", tmp_path / "a.pth", "--output", tmp_path / "x.png")
     assert_refused(call_script(SHOW, *common, *flags, image_tree), *words)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_checkpoint_must_be_named(call_script, image_tree, tmp_path):
+    flags = ("--output", tmp_path / "x.png", image_tree)
+    assert_refused(call_script(SHOW, *flags), "--weights: name the checkpoint")
+    assert_refused(call_script(SHOW, "--from_features", *flags), "--weights: name the checkpoint")
 
 
 @pytest.mark.parametrize("kind", ["plain", "published", "empty bank"])

@@ -15,7 +15,9 @@ from utils.neighbors import (
     nearest,
     nearest_among,
     nearest_with_label,
+    plain_ranks,
     purity,
+    rank_histogram,
 )
 
 
@@ -332,3 +334,76 @@ def test_labels_beyond_sixteen_bits():
         [5, 6],
         [7],
     ]  # 70000 = 4464 + 2^16
+
+
+def ranks_by_counting(queries, rows, found):
+    """One plus the rows strictly nearer, each neighbor by itself, in squared distances."""
+    ranks = []
+    for query, numbers, valid in zip(queries, found.rows.tolist(), found.valid, strict=True):
+        distances = [oracles.squared_distance(query, row) for row in rows]
+        ranks.append([1 + sum(d < distances[n] for d in distances) for n in numbers])
+        ranks[-1] = [r if v else -1 for r, v in zip(ranks[-1], valid, strict=True)]
+    return ranks
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 30),
+    k=st.integers(1, 6),
+    budget=st.sampled_from([1, 20, 37, 10**6]),
+)
+def test_ranks_among_all_rows(seed, count, k, budget):
+    """In slices of any size, with neighbors that come twice and neighbors that do not count."""
+    queries, rows = unit(3, 5, seed=seed), unit(count, 5, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    found = Neighbors(
+        torch.randint(count, (3, k), generator=generator),
+        torch.rand(3, k, generator=generator) < 0.7,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, "_CPU_SIMILARITIES", budget)
+        ranks = plain_ranks(queries, rows, found)
+    assert ranks.dtype == torch.int64
+    assert ranks.tolist() == ranks_by_counting(queries, rows, found)
+
+
+def test_ranks_of_the_nearest_are_their_order():
+    queries, rows = unit(7, 40).float(), unit(500, 40, seed=1).float()
+    found = nearest(queries, rows, k=500)
+    assert plain_ranks(queries, rows, found).tolist() == [list(range(1, 501))] * 7
+
+
+def test_equal_rows_share_the_better_rank():
+    rows = degrees(0, 90, 0, 45, 90, 0)
+    found = Neighbors(torch.tensor([[5, 4, 3, 0]]), torch.tensor([[True, True, True, False]]))
+    assert plain_ranks(degrees(0), rows, found).tolist() == [[1, 5, 4, -1]]
+
+
+def test_a_row_in_the_bank_has_rank_1_of_itself_in_float32():
+    """However the product rounds at its place in the slice."""
+    rows = normalize(torch.randn(3001, 67, generator=torch.Generator().manual_seed(0)), dim=1)
+    itself = Neighbors(torch.arange(3001)[:, None], torch.ones(3001, 1, dtype=torch.bool))
+    assert (plain_ranks(rows, rows, itself) == 1).all()
+
+
+def test_ranks_form_nothing_of_size_batch_times_bank(monkeypatch):
+    monkeypatch.setattr(neighbors, "_CPU_SIMILARITIES", 4 * 100)
+    queries, rows = unit(4, 3), unit(5000, 3, seed=1)
+    found = nearest(queries, rows, k=2)
+    with oracles.LargestTensor() as seen:
+        plain_ranks(queries, rows, found)
+    assert 0 < seen.elements <= 4 * 100
+
+
+def test_histogram_of_ranks_by_powers_of_two():
+    ranks = torch.tensor([[1, 2, 3, 4], [7, 8, 1024, -1], [2**40, 2**19, 2**19 - 1, -1]])
+    expected = [0.0] * 20
+    for rank in ranks.flatten().tolist():
+        if rank > 0:
+            expected[min(rank.bit_length() - 1, 19)] += 100 / 10
+    figures = rank_histogram(ranks)
+    assert figures.dtype == torch.float32
+    assert figures.tolist() == pytest.approx(expected)
+    assert rank_histogram(ranks, bins=2).tolist() == pytest.approx([10, 90])
+    assert rank_histogram(torch.full((2, 2), -1)).isnan().all()

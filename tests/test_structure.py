@@ -49,6 +49,10 @@ MAY_IMPORT = {
     "linear": {"errors"},
     "splits": {"data", "errors"},
     "knn": {"distributed", "errors", "features", "loaders"},
+    "pictures": {"augment"},
+    "shown_neighbors": {
+        *("bad_images", "data", "errors", "memory_bank", "neighbors", "pictures"),
+    },
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "options": {
         "archives",

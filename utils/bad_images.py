@@ -54,6 +54,12 @@ class BadImages:
             )
 
 
+def reason_of(error: Exception, path: str) -> str:
+    """One line on why a file cannot be read, without its path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].replace(f" {path!r}", "")
+
+
 def _printable(path: str) -> str:
     """A path without the stand-ins for bytes that are no UTF-8, which no console takes."""
     return os.fsencode(path).decode(errors="backslashreplace")

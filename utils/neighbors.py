@@ -280,3 +280,44 @@ def purity(labels: Tensor, row_labels: Tensor, neighbors: Neighbors) -> Tensor:
     share = same.sum(dim=1) / neighbors.valid.sum(dim=1).clamp(min=1)
     known = labels >= 0
     return 100 * (share * known).sum() / known.sum()
+
+
+@torch.no_grad()
+def plain_ranks(queries: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
+    """The place each neighbor has among all rows by similarity to its query: how distant it is.
+
+    queries: (B, D), unit norm. rows: (K, D), unit norm. neighbors: (B, k). Returns (B, k) int64: 1
+    for the nearest row, K for the farthest, -1 for a neighbor that is not valid. Rows as similar
+    as a neighbor do not count before it. As in `nearest`, B x K similarities need not exist at
+    once.
+    """
+    # By the same product as below, as another kernel would round otherwise.
+    wanted, place = neighbors.rows.unique(return_inverse=True)
+    own = (queries @ rows[wanted].to(queries.dtype).T).gather(1, place)  # (B, k)
+    ranks = torch.ones_like(neighbors.rows)
+    budget = _CPU_SIMILARITIES if rows.device.type == "cpu" else _GPU_SIMILARITIES
+    step = max(budget // max(queries.shape[0], 1), 1)
+    for start in range(0, rows.shape[0], step):
+        similarity = queries @ rows[start : start + step].to(queries.dtype).T
+        for column in range(ranks.shape[1]):
+            before = similarity > own[:, column, None]
+            # In int64 a CPU would take longer for the sums than for the similarities.
+            ranks[:, column] += before.sum(dim=1, dtype=torch.int32)
+        # A neighbor is not before itself, even if it was rounded otherwise here.
+        local = neighbors.rows - start
+        here = (local >= 0) & (local < similarity.shape[1])
+        itself = similarity.gather(1, local.clamp(0, similarity.shape[1] - 1))
+        ranks -= (here & (itself > own)).long()
+    return ranks.masked_fill(~neighbors.valid, -1)
+
+
+def rank_histogram(ranks: Tensor, *, bins: int = 20) -> Tensor:
+    """How many of the ranks lie in [1, 2), [2, 4), [4, 8), ..., in percent of the valid ones.
+
+    ranks: int64 of any shape, from 1; below 1: not valid, as `plain_ranks` marks them. bins: 1 to
+    63; the last one holds all that follow. Returns (bins,) float32; nan without a valid rank.
+    """
+    edges = 2 ** torch.arange(bins, device=ranks.device)
+    bin_of = torch.bucketize(ranks.flatten(), edges, right=True) - 1  # -1 where not valid
+    counts = (bin_of.unsqueeze(1) == torch.arange(bins, device=ranks.device)).sum(dim=0)
+    return 100 * counts / counts.sum()

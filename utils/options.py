@@ -465,13 +465,13 @@ def make_folder(folder: Path, *, flag: str) -> None:
         raise InputError(f"{flag} {folder}: {error.strerror}") from error
 
 
-def write_json(folder: Path, name: str, record: dict[str, Any]) -> Path:
-    """Write a result to folder/name and return its path; InputError if that fails."""
+def write_json(folder: Path, name: str, record: dict[str, Any], *, flag: str = "--save") -> Path:
+    """Write a result to folder/name and return its path; InputError that names the flag if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"--save {folder}: {error.strerror}") from error
+        raise InputError(f"{flag} {folder}: {error.strerror}") from error
     return folder / name
 
 

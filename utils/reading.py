@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils import distributed
-from utils.bad_images import BadImages
+from utils.bad_images import BadImages, reason_of
 from utils.data import ImageSet
 from utils.errors import RunError
 from utils.workers import check_room, ignore_signals, share, start_failure, worker_failure
@@ -94,7 +94,7 @@ def read_places(
             except MemoryError:
                 raise
             except Exception as error:  # a damaged file can raise about anything
-                broken[candidate] = _reason(error, images.path(candidate))
+                broken[candidate] = reason_of(error, images.path(candidate))
                 continue
             read[place] = candidate, cut(candidate, image)
             taken.add(candidate)
@@ -108,12 +108,6 @@ def _candidates(number: int, count: int, taken: set[int]) -> Iterator[int]:
     for offset in range(1, count):
         if (other := (number + offset) % count) not in taken:
             yield other
-
-
-def _reason(error: Exception, path: str) -> str:
-    """One line on why a file cannot be read, without its path."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].replace(f" {path!r}", "")
 
 
 class EpochSampler:

@@ -1,0 +1,204 @@
+"""Pictures of images and their neighbors in the memory bank (the figures of CMSF sec. 4).
+
+    python eval/show_neighbors.py --weights <CHECKPOINT> --output neighbors.png <DATASET PATH>
+
+    python eval/show_neighbors.py --demo
+
+For CMSF-2Q each target has three rows: what is nearest to its previous embedding in M', the same
+rows in M with their ranks by plain distance to the target, and the plain nearest rows. For other
+methods there are the rows of its label, pseudo-label or cluster, with their ranks, and the plain
+ones. With --from_features any encoder will do, a published checkpoint or a torchvision state dict:
+the nearest training images by the features of `eval_knn.py`. All that is in the picture is also
+written to a JSON file beside it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import checkpoint, distributed, options, setup, shown_neighbors
+from utils.bad_images import BadImages
+from utils.data import ImageSet, read_split
+from utils.errors import InputError
+from utils.features import extract_features
+from utils.shown_neighbors import Shown
+
+DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
+RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
+MOST_MEGAPIXELS = 200
+COSINES = "cos: similarity, the cosine of the angle between both."
+PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Draw images and their neighbors.")
+    options.add_data_options(parser)
+    options.add_checkpoint_options(parser)
+    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    group = parser.add_argument_group("picture")
+    group.add_argument(
+        "--from_features",
+        action="store_true",
+        help="neighbors among all training images by the encoder's features; needs no bank",
+    )
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--images", help="targets by their paths below train/, with commas")
+    either.add_argument("--index", type=options.int_list, help="targets by their numbers")
+    either.add_argument(
+        "--count",
+        type=options.number(int, low=1, high=100),
+        default=8,
+        help="targets drawn by --seed, from a bank such as have a constraint",
+    )
+    group.add_argument(
+        "-k",
+        "--neighbors",
+        type=options.number(int, low=1, high=50),
+        default=8,
+        help="neighbors in a row",
+    )
+    group.add_argument(
+        "--side",
+        type=options.number(int, low=64, high=512),
+        default=96,
+        help="side of a neighbor's thumbnail in pixels",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/neighbors.png"),
+        help="PNG file to write; a JSON file of the same name tells what is in it",
+    )
+    return options.parse(parser, demo=DEMO)
+
+
+def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | None:
+    """The targets that --images or --index names, None where they are to be drawn."""
+    if args.images is not None:
+        return shown_neighbors.numbers_of(images, args.images.split(","))
+    for number in args.index or []:
+        if not 0 <= number < len(images):
+            raise InputError(f"--index {number}: out of range (0 to {len(images) - 1})")
+    return args.index
+
+
+def check_size(args: argparse.Namespace, count: int) -> None:
+    """InputError for a picture of `count` targets that no viewer would open."""
+    megapixels = 3 * count * (args.neighbors + 2) * (args.side + 30) * (args.side + 70) / 1e6
+    if megapixels > MOST_MEGAPIXELS:
+        raise InputError(
+            f"--side {args.side}, --neighbors {args.neighbors}, {count} targets: about "
+            f"{megapixels:.0f} megapixels, {MOST_MEGAPIXELS} at most"
+        )
+
+
+def shown_from_bank(
+    args: argparse.Namespace, images: ImageSet, named: list[int] | None
+) -> tuple[Shown, dict, list[str]]:
+    """Targets and neighbors in the bank, the checkpoint, and what the picture says of them."""
+    if not args.weights:
+        raise InputError("--weights: name the checkpoint to show neighbors of")
+    what = f"--weights {args.weights}"
+    if args.weights in ("random", "pixels"):
+        raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
+    state = checkpoint.load(args.weights, flag="--weights")
+    bank = shown_neighbors.bank_of(state, what=what)
+    shown_neighbors.check_same_images(state, images, what=what)
+    there = shown_neighbors.newest_rows(bank)
+    if absent := [images.name(number) for number in named or [] if number not in there]:
+        flag = "images" if args.images else "index"
+        raise InputError(
+            f"--{flag}: {', '.join(absent[:5])} not in the bank, which holds {len(there)} of "
+            f"{len(images)} images (without --{flag}, such as are there are drawn)"
+        )
+    if named is None:
+        available = shown_neighbors.with_constraint(state, bank)
+        named = shown_neighbors.drawn_numbers(available, count=args.count, seed=args.seed)
+    shown = shown_neighbors.from_bank(state, bank, named, k=args.neighbors)
+    step = f", step {state['step']}" if state.get("step") else ""
+    about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
+    notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
+    notes += [PREVIOUS, f"{RANKS} {COSINES}"] if hasattr(bank, "previous") else [RANKS]
+    return shown, state, notes
+
+
+def shown_from_features(
+    args: argparse.Namespace,
+    images: ImageSet,
+    named: list[int] | None,
+    bad_images: BadImages,
+) -> tuple[Shown, dict, list[str]] | None:
+    """The same by features of all training images; None but on the main process."""
+    backbone, state = setup.evaluated_backbone(args)
+    (loader,) = setup.eval_loaders(args, images, bad_images=bad_images)
+    bar = tqdm(loader, "features of train", leave=False, disable=not distributed.shows_bars())
+    extracted = extract_features(
+        backbone.module.to(args.device), bar, num_images=len(images), left_out=loader.left_out
+    )
+    if extracted is None:
+        return None
+    features = normalize(extracted[0], dim=1, out=extracted[0])
+    numbers = torch.tensor([n for n in range(len(images)) if n not in loader.left_out])
+    if unread := [images.name(number) for number in named or [] if number in loader.left_out]:
+        raise InputError(f"data {images.root}: {', '.join(unread[:5])} cannot be read")
+    if named is None:
+        named = shown_neighbors.drawn_numbers(numbers, count=args.count, seed=args.seed)
+    shown = shown_neighbors.from_features(features, numbers, named, k=args.neighbors)
+    encoder = "target" if args.use_target else "query"
+    about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
+    return shown, state, [f"{about}; {len(numbers)} training images. {COSINES}"]
+
+
+def main() -> None:
+    """Choose, search, draw, write picture and JSON."""
+    args = parse_args()
+    if args.output.suffix.lower() != ".png":
+        raise InputError(f"--output {args.output}: name a file that ends in .png")
+    images = read_split(args.data, "train", dataset=args.dataset)
+    named = named_targets(args, images)
+    check_size(args, args.count if named is None else len(named))
+    options.make_folder(args.output.parent, flag="--output")
+    bad_images = setup.build_bad_images(args)
+    if args.from_features:
+        found = shown_from_features(args, images, named, bad_images)
+    else:
+        found = shown_from_bank(args, images, named) if distributed.is_main() else None
+    if found is None:  # not the main process
+        return
+    shown, state, notes = found
+    picture, targets = shown_neighbors.draw(
+        shown,
+        images,
+        title="Neighbors by features" if args.from_features else "Neighbors in the memory bank",
+        notes=notes,
+        side=args.side,
+        bad_images=bad_images,
+    )
+    try:
+        picture.save(args.output)
+    except OSError as error:
+        raise InputError(f"--output {args.output}: {error.strerror or error}") from error
+    record = {
+        "targets": targets,
+        "constraint": shown.constraint,
+        "method": state.get("method"),
+        "from_features": args.from_features,
+        "size": list(picture.size),
+        "side": args.side,
+    }
+    counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
+    record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+    name = args.output.with_suffix(".json").name
+    path = options.write_json(args.output.parent, name, record, flag="--output")
+    print(f"{args.output}\n{path}")
+
+
+if __name__ == "__main__":
+    options.run_script(main)

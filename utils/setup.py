@@ -230,6 +230,12 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     return backbone, state
 
 
+def encoder_name(args: argparse.Namespace, state: dict) -> str:
+    """ "query" or "target": the encoder read from a checkpoint, or exported to it before."""
+    named = "target" if args.use_target else "query"
+    return checkpoint.metadata(state).get("encoder", named)
+
+
 def labeled_index(
     args: argparse.Namespace, images: ImageSet, *, file: Path | None, flag: str
 ) -> np.ndarray:
@@ -297,7 +303,7 @@ def result_record(
         "checkpoint": args.weights,
         "sha256": checkpoint.sha256(args.weights) if from_file else None,
         "epoch": state.get("epoch"),
-        "encoder": "target" if args.use_target else "query",
+        "encoder": encoder_name(args, state),
         "arch": args.arch,
         "image_size": args.image_size,
         "seed": args.seed,

@@ -130,9 +130,8 @@ def _only_own_package() -> abc.Iterator[None]:
         sys.modules.update(before)
 
 
-_modules: dict[
-    str, types.ModuleType
-] = {}  # of this repository, so that a second call imports none anew
+# This repository's package, so that a second call imports nothing anew.
+_modules: dict[str, types.ModuleType] = {}
 
 
 def _taken_out() -> dict[str, types.ModuleType]:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from conftest import ROOT
 from test_bad_input import assert_refused
-from test_checkpoint import published_layout
+from test_checkpoint import Malicious, published_layout
 from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 from torch import nn
@@ -20,6 +20,7 @@ from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import DamagedError, InputError
 
 EXPORT = importlib.import_module("eval.export_backbone")
+EXTRACT = importlib.import_module("eval.extract_features")
 KNN = importlib.import_module("eval.eval_knn")
 LINEAR = importlib.import_module("eval.eval_linear")
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
@@ -288,6 +289,17 @@ def test_weights_that_cannot_be(call_script, tmp_path):
     refused = call_script(EXPORT, "--weights", source, *out)
     assert_refused(refused, f"--weights {source}", "1 weights are not finite", "features.0.weight")
     assert call_script(EXPORT, "--weights", source, "--use_target", *out)[0] == 0
+
+
+@pytest.mark.parametrize("script", [EXPORT, EXTRACT])
+def test_code_in_a_checkpoint_is_not_run(call_script, image_tree, tmp_path, script):
+    path, trace = tmp_path / "evil.pth", tmp_path / "was_run"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "opt": Malicious(trace)}, path)
+    out = tmp_path / ("out.npz" if script is EXTRACT else "out.pth")
+    data = (image_tree / "val",) if script is EXTRACT else ()
+    flags = ("--weights", path, "--output", out, *data)
+    assert_refused(call_script(script, *flags), f"--weights {path}: not a readable checkpoint")
+    assert os.listdir(tmp_path) == ["evil.pth"]
 
 
 def test_without_the_library_one_line(call_script, tmp_path, monkeypatch):

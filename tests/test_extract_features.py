@@ -26,11 +26,10 @@ RANDOM = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "-j", 0)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images in it, in a folder of it, and deeper; beside them what is no image, an empty folder."""
+    """Images in it, in folders of it and deeper, a text file, a folder without images."""
     root = tmp_path / "photos"
-    for number, name in enumerate(
-        ("z.jpg", "b.png", "cat/2.jpg", "cat/1.jpg", "dog/deep/er/1.png")
-    ):
+    names = ("z.jpg", "b.png", "cat/2.jpg", "cat/1.jpg", "dog/deep/er/1.png")
+    for number, name in enumerate(names):
         write_image(root / name, seed=number)
     (root / "notes.txt").write_text("no image")
     (root / "bare").mkdir()

@@ -231,7 +231,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
 
 
 def encoder_name(args: argparse.Namespace, state: dict) -> str:
-    """ "query" or "target": the encoder read from a checkpoint, or exported to it before."""
+    """Which encoder is read from a checkpoint, or was exported to it: "query" or "target"."""
     named = "target" if args.use_target else "query"
     return checkpoint.metadata(state).get("encoder", named)
 

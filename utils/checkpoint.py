@@ -3,8 +3,8 @@
 A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of the method's module,
 `optimizer`, `epoch`, `args` (the run's settings), `format`, and what `engine` needs to go on. The
 encoders' names inside are those of `encoders.QueryTargetEncoders` behind "encoders.". Also read:
-checkpoints of the published CMSF and MSF code, and plain torchvision state dicts. Nothing in a file
-is ever executed.
+checkpoints of the published CMSF and MSF code, plain torchvision state dicts, and backbones that
+eval/export_backbone.py wrote. Nothing in a file is ever executed.
 
 Every file written here is sealed: its zip archive ends in a comment with the SHA-256 of all that
 stands before it. torch.load alone lets a flipped bit through: it does not check the archive's
@@ -16,16 +16,19 @@ import contextlib
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from utils.encoders import Backbone, QueryTargetEncoders
+from utils import safetensors_file
+from utils.encoders import Backbone, QueryTargetEncoders, mlp
 from utils.errors import DamagedError, InputError, RunError
 
 FORMAT = "cmsf-2"
+EXPORTED = "cmsf-backbone-1"  # a backbone by itself: "state_dict" and "metadata"
 
 _SEAL = b"cmsf sha256 "
 _SEAL_SIZE = len(_SEAL) + 2 * hashlib.sha256().digest_size
@@ -69,7 +72,16 @@ class _Sealing:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a sealed checkpoint so that `path` is at any moment the old file or the whole new one.
+    """Write a sealed checkpoint; RunError if that fails. See `atomic_file`."""
+    with atomic_file(path) as file:
+        sealing = _Sealing(file)
+        torch.save(state, sealing)
+        sealing.seal()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to so that `path` is at any moment the old file or the whole new one.
 
     The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
     step, which reaches the disk too. Whatever fails, the temporary file is gone and RunError is
@@ -78,9 +90,7 @@ def save(path: Path, state: dict) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            sealing = _Sealing(file)
-            torch.save(state, sealing)
-            sealing.seal()
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -122,14 +132,21 @@ def load(path: str | Path, *, flag: str) -> dict:
     """Read a checkpoint on the CPU without running any code that may be in it.
 
     flag: the user's flag that named the file, for the message. A file of ours must have its seal
-    intact, any other zip archive its checksums. Raises InputError for a missing or damaged file and
-    for one that holds no dict of tensors and builtins (argparse.Namespace of published checkpoints
-    is the one other class that is let in); DamagedError, one of them, where the file is at fault.
+    intact, any other zip archive its checksums. A file that ends in .safetensors comes in the
+    layout of an exported backbone, if it is one, or else as {"state_dict": ...}. Raises InputError
+    for a missing or damaged file and for one that holds no dict of tensors and builtins
+    (argparse.Namespace of published checkpoints is the one other class that is let in);
+    DamagedError, one of them, where the file is at fault.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
         raise DamagedError(f"{what}: no such file")
+    is_safetensors = safetensors_file.has_ending(path)
+    if is_safetensors:
+        safetensors_file.check_library(what)
     try:
+        if is_safetensors:
+            return _from_safetensors(path)
         sealed = _is_intact(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -141,6 +158,25 @@ def load(path: str | Path, *, flag: str) -> dict:
     if "format" in checkpoint and not sealed:
         raise DamagedError(f"{what}: not a readable checkpoint (its seal is missing)")
     return checkpoint
+
+
+def _from_safetensors(path: str | Path) -> dict:
+    """A safetensors file in the layout of the .pth that would hold the same."""
+    weights, about, format = safetensors_file.decode(path)
+    if format is None:
+        return {"state_dict": weights}
+    return exported(weights, about, format=format)
+
+
+def exported(weights: dict[str, Tensor], about: dict[str, Any], *, format: str = EXPORTED) -> dict:
+    """The dict that a .pth with a backbone by itself holds: torchvision's names, and metadata."""
+    parts = {"epoch": about["epoch"]} if "epoch" in about else {}
+    return {"format": format, **parts, "state_dict": weights, "metadata": about}
+
+
+def metadata(checkpoint: dict) -> dict[str, Any]:
+    """What an exported backbone says of itself, {} for any other checkpoint."""
+    return checkpoint["metadata"] if checkpoint.get("format") == EXPORTED else {}
 
 
 def _is_intact(path: str | Path) -> bool:
@@ -177,8 +213,11 @@ def sha256(path: str | Path) -> str:
 
 
 def settings(checkpoint: dict) -> dict:
-    """Flags the run was started with, {} for a plain state dict."""
-    args = checkpoint.get("args", checkpoint.get("opt", {}))
+    """Flags the run was started with, {} for a plain state dict.
+
+    Of an exported backbone its metadata, which have the flags that matter for its use.
+    """
+    args = checkpoint.get("args", checkpoint.get("opt", metadata(checkpoint)))
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return dict(args) if isinstance(args, dict) else {}
 
@@ -257,7 +296,29 @@ def load_backbone(
     prefix = f"{encoder}_encoder.backbone."
     weights = encoder_weights(checkpoint, backbone.classifier)
     chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    if not chosen:
+        raise InputError(f"{what}: no {encoder} encoder in it")
     load_strictly(backbone.module, chosen, what=what)
+
+
+def load_projector(
+    checkpoint: dict, backbone: Backbone, *, encoder: str = "query", what: str
+) -> nn.Module:
+    """One encoder's projector, (B, F) -> (B, D), of the sizes that its weights have.
+
+    InputError that begins with `what` where the checkpoint has none, or one of another build.
+    """
+    prefix = f"{encoder}_encoder.projector."
+    weights = encoder_weights(checkpoint, backbone.classifier)
+    chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    layers = [v for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
+    if not layers:
+        raise InputError(f"{what}: no projector of the {encoder} encoder in it")
+    sizes = [backbone.feature_dim, *(len(layer) for layer in layers)]
+    last = f"{3 * len(layers) - 2}.running_mean"  # three modules a layer, and the last without two
+    projector = mlp(sizes, output_norm=last in chosen)
+    load_strictly(projector, chosen, what=what)
+    return projector
 
 
 def load_initial_weights(

@@ -200,21 +200,52 @@ def read_image_folder(root: Path) -> ImageSet:
         raise InputError(f"data {root}: no such folder")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
-        flat = [name for name in names if name.lower().endswith(folder.IMG_EXTENSIONS)]
+        flat = _images_directly_in(root)
         if not flat:
             raise InputError(f"data {root}: neither class folders nor images in it")
         return ImageSet(root, flat, [-1] * len(flat), [])
+    paths, labels = _images_of(classes, root)
+    empty = sorted(set(range(len(classes))) - set(labels))
+    if empty:
+        first = ", ".join(classes[label] for label in empty[:5])
+        raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
+    return ImageSet(root, paths, labels, classes)
+
+
+def read_any_folder(root: Path) -> ImageSet:
+    """List all images below a folder: those directly in it, then those of its folders.
+
+    The classes are the folders directly in it that hold images, at any depth; without a class is
+    what lies beside them. Raises InputError for a missing folder and one without images.
+    """
+    if not root.is_dir():
+        raise InputError(f"data {root}: no such folder")
+    flat = _images_directly_in(root)
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    paths, found = _images_of(folders, root)
+    if not flat and not paths:
+        raise InputError(f"data {root}: no images in it")
+    used = sorted(set(found))
+    labels = np.searchsorted(used, found).tolist()
+    classes = [folders[number] for number in used]
+    return ImageSet(root, flat + paths, [-1] * len(flat) + labels, classes)
+
+
+def _images_directly_in(root: Path) -> list[str]:
+    """The names of a folder's image files, sorted."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+    return [name for name in names if name.lower().endswith(folder.IMG_EXTENSIONS)]
+
+
+def _images_of(classes: list[str], root: Path) -> tuple[list[str], list[int]]:
+    """Paths below root of the images of these folders in it, and the numbers of the folders."""
+    if not classes:
+        return [], []
     numbers = {name: number for number, name in enumerate(classes)}
     samples = folder.make_dataset(
         str(root), numbers, extensions=folder.IMG_EXTENSIONS, allow_empty=True
     )
-    empty = sorted(set(range(len(classes))) - {label for _, label in samples})
-    if empty:
-        first = ", ".join(classes[label] for label in empty[:5])
-        raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
-    paths = [os.path.relpath(path, root) for path, _ in samples]
-    return ImageSet(root, paths, [label for _, label in samples], classes)
+    return [os.path.relpath(path, root) for path, _ in samples], [label for _, label in samples]
 
 
 def read_split(

@@ -202,23 +202,24 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint an evaluation reads, and how its network looks."""
+def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool = True) -> None:
+    """Which checkpoint is read, and how its network looks; evaluates: the network also runs."""
     group = parser.add_argument_group("checkpoint")
+    named = '; "random": an untrained network, "pixels": the image itself' if evaluates else ""
+    group.add_argument("--weights", help=f"checkpoint to read{named}")
     group.add_argument(
-        "--weights",
-        help='checkpoint to evaluate; "random": an untrained network, "pixels": the image itself',
+        *("--use_target", "--use-target"),
+        action="store_true",
+        help="the target encoder instead of the query encoder",
     )
-    group.add_argument(
-        "--use_target", "--use-target", action="store_true", help="evaluate the target encoder"
-    )
-    group.add_argument("--seed", type=seed, default=0)
     group.add_argument("--arch", help="default: as the checkpoint says, or resnet50")
     group.add_argument(
         "--image_size", type=positive, help="default: as the checkpoint says, or 224"
     )
     group.add_argument("--small_stem", action="store_true", help="default: as the checkpoint says")
-    add_device_option(group)
+    if evaluates:
+        group.add_argument("--seed", type=seed, default=0)
+        add_device_option(group)
 
 
 def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None:
@@ -455,6 +456,33 @@ def _demo_folder(parser: argparse.ArgumentParser) -> Path:
         return demo_data.draw_data_set(DEMO_FOLDER)
     except (OSError, ValueError) as error:
         parser.error(f"--demo: {error}")
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
+    """The file that a script writes; see `check_output`."""
+    group = parser.add_argument_group("file")
+    group.add_argument("--output", type=Path, required=True, help=help)
+    group.add_argument("--force", action="store_true", help="replace the file if there is one")
+
+
+def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
+    """InputError unless --output can be written: its ending, its folder, nothing to be lost.
+
+    Not even --force replaces the checkpoint that --weights names.
+    """
+    path, what = args.output, f"--output {args.output}"
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{what}: ends in none of {', '.join(endings)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{what}: no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{what}: is a folder")
+    if not path.exists():
+        return
+    if args.weights and os.path.exists(args.weights) and path.samefile(args.weights):
+        raise InputError(f"{what}: is the file of --weights itself")
+    if not args.force:
+        raise InputError(f"{what}: there is such a file already (--force replaces it)")
 
 
 def make_folder(folder: Path, *, flag: str) -> None:

@@ -274,6 +274,12 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     return backbone, state
 
 
+def encoder_name(args: argparse.Namespace, state: dict) -> str:
+    """Which encoder is read from a checkpoint, or was exported to it: "query" or "target"."""
+    named = "target" if args.use_target else "query"
+    return checkpoint.metadata(state).get("encoder", named)
+
+
 def labeled_index(
     args: argparse.Namespace, images: ImageSet, *, file: Path | None, flag: str
 ) -> np.ndarray:
@@ -341,7 +347,7 @@ def result_record(
         "checkpoint": args.weights,
         "sha256": checkpoint.sha256(args.weights) if from_file else None,
         "epoch": state.get("epoch"),
-        "encoder": "target" if args.use_target else "query",
+        "encoder": encoder_name(args, state),
         "arch": args.arch,
         "image_size": args.image_size,
         "seed": args.seed,

@@ -1,0 +1,128 @@
+"""A checkpoint's backbone in torchvision's names, for use outside of this repository.
+
+    python eval/export_backbone.py --weights <CHECKPOINT> --output resnet50.pth
+
+Reads what eval_knn.py does. The last linear layer of the architecture is not in the file, as the
+method trains none: a network without it ends in features (B, F), and takes the weights strictly.
+
+    model = torchvision.models.resnet50()
+    model.fc = torch.nn.Identity()  # the layer has other names in other architectures
+    model.load_state_dict(torch.load("resnet50.pth", weights_only=True)["state_dict"])
+
+timm.create_model("resnet50", num_classes=0) takes the same weights. The file's "metadata" say what
+the weights are: arch, stem, size of images and features, normalization, encoder, epoch, SHA-256 of
+the checkpoint, digests of the training data.
+
+A --output that ends in .safetensors holds the state dict itself, read by
+safetensors.torch.load_file, and the metadata as text in its header. All scripts that take
+--weights, and hubconf.py, read both kinds.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import checkpoint, options, safetensors_file, setup
+from utils.augment import IMAGENET_MEAN, IMAGENET_STD
+from utils.encoders import Backbone
+from utils.errors import InputError
+from utils.loaders import EvalLoader
+
+ENDINGS = (".pth", safetensors_file.ENDING)
+# What is taken over from a checkpoint where it has it; "protocol" says how linear.pth was trained.
+KEPT = ("method", "protocol", "epoch", "data")
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Export a checkpoint's backbone.")
+    options.add_checkpoint_options(parser, evaluates=False)
+    options.add_output_options(parser, help=f"file to write, ends in {' or '.join(ENDINGS)}")
+    parser.set_defaults(seed=0)  # of weights that the file replaces
+    return parser.parse_args()
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """InputError for flags that cannot work; before the checkpoint is read."""
+    options.check_output(args, endings=ENDINGS)
+    if args.weights in ("random", "pixels"):
+        raise InputError(f"--weights {args.weights}: name a checkpoint to export")
+    if safetensors_file.has_ending(args.output):
+        safetensors_file.check_library(f"--output {args.output}")
+
+
+def check_finite(weights: dict[str, Tensor], *, what: str) -> None:
+    """InputError that begins with `what` if a weight is infinite or not a number."""
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
+
+
+def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
+    """The metadata: what the weights are and how to use them; args: after `evaluated_backbone`.
+
+    Of a backbone that was exported before, its origin stays what it was.
+    """
+    kept = {name: state[name] for name in KEPT if is_plain(state.get(name))}
+    if "data" not in kept and is_plain(state.get("key")):  # linear.pth
+        kept["data"] = state["key"]
+    about = {
+        **kept,
+        "encoder": setup.encoder_name(args, state),
+        "checkpoint_sha256": checkpoint.sha256(args.weights),
+        **checkpoint.metadata(state),
+    }
+    return about | {
+        "arch": args.arch,
+        "small_stem": args.small_stem,
+        "feature_dim": backbone.feature_dim,
+        "image_size": args.image_size,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "view": EvalLoader.VIEW,
+    }
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value says something and can be written as JSON."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return value not in (None, {}, "")
+
+
+def write(path: Path, weights: dict[str, Tensor], about: dict) -> None:
+    """Write the file in the kind that its ending says, atomically; RunError if that fails."""
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    if not safetensors_file.has_ending(path):
+        checkpoint.save(path, checkpoint.exported(weights, about))
+        return
+    data = safetensors_file.encode(weights, about, format=checkpoint.EXPORTED)
+    with checkpoint.atomic_file(path) as file:
+        file.write(data)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Read the backbone, check it, write it, say what was written."""
+    args = parse_args()
+    check_flags(args)
+    backbone, state = setup.evaluated_backbone(args)
+    weights = backbone.module.state_dict()
+    check_finite(weights, what=f"--weights {args.weights}")
+    about = describe(args, backbone, state)
+    write(args.output, weights, about)
+    print(f"{args.output}: {len(weights)} weights")
+    for name, value in about.items():
+        print(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+if __name__ == "__main__":
+    options.run_script(main)

@@ -1,0 +1,132 @@
+"""An encoder's features of the images of any folder, in one NumPy file.
+
+    python eval/extract_features.py --weights <CHECKPOINT> --output features.npz <IMAGE FOLDER>
+
+All images below the folder, or with --split those of <FOLDER>/train or <FOLDER>/val. Under torchrun
+several processes share the work.
+
+    file = np.load("features.npz")
+    file["features"]  # (N, F) float32; with --normalize rows of unit norm
+    file["names"]     # (N,) paths below the folder
+    file["labels"]    # (N,) int64, positions in classes; -1 for images that lie in no folder of it
+    file["classes"]   # (C,) the names of the folders directly in it
+    json.loads(str(file["metadata"]))  # checkpoint, SHA-256, arch, encoder, image size, view, ...
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import checkpoint, distributed, options, setup
+from utils.data import ImageSet, read_any_folder, read_split
+from utils.encoders import Encoder
+from utils.errors import InputError
+from utils.features import extract_features
+from utils.loaders import EvalLoader
+
+DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1, "split": "val"}
+SPLITS = ("train", "val")
+ENDING = ".npz"
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Features of a folder's images.")
+    options.add_data_options(parser)
+    options.add_checkpoint_options(parser)
+    parser.add_argument("--split", choices=SPLITS, help="only the images of data/train or data/val")
+    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    parser.add_argument("--normalize", action="store_true", help="give each row the L2 norm 1")
+    parser.add_argument(
+        "--projected", action="store_true", help="embeddings behind the projector, not features"
+    )
+    options.add_output_options(parser, help=f"file to write, ends in {ENDING}")
+    return options.parse(parser, demo=DEMO)
+
+
+def read_images(args: argparse.Namespace) -> ImageSet:
+    """The images of the folder or the split; InputError where it is not clear which are meant."""
+    if args.split:
+        return read_split(args.data, args.split, dataset=args.dataset)
+    if args.dataset != "imagenet":
+        raise InputError(f"--dataset {args.dataset}: only with --split")
+    images = read_any_folder(args.data)
+    if images.classes and set(images.classes) <= {*SPLITS, "test"}:
+        raise InputError(
+            f"data {args.data}: name one of its {'/, '.join(images.classes)}/, by --split or as "
+            f"the folder itself"
+        )
+    return images
+
+
+def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """What gives the rows, (B, 3, S, S) -> (B, F), on the device, and its checkpoint."""
+    backbone, state = setup.evaluated_backbone(args)
+    network = backbone.module
+    if args.projected:
+        what = f"--projected: --weights {args.weights}"
+        encoder = setup.encoder_name(args, state)
+        projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
+        network = Encoder(network, projector)
+    return network.to(args.device), state
+
+
+def extract(network: nn.Module, loader: EvalLoader) -> Tensor | None:
+    """Rows (N, F) float32 of the images that can be read; None but on the main process."""
+    bar = tqdm(loader, "features", leave=False, disable=not distributed.shows_bars())
+    found = extract_features(network, bar, num_images=len(loader.images), left_out=loader.left_out)
+    return found and found[0]
+
+
+def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> None:
+    """Write the rows with what they are, atomically; RunError if that fails."""
+    images = loader.images
+    kept = [number for number in range(len(images)) if number not in loader.left_out]
+    with checkpoint.atomic_file(path) as file:
+        np.savez(
+            file,
+            features=features.numpy(),
+            names=np.array([images.name(number) for number in kept], dtype=np.str_),
+            labels=images.labels[kept],
+            classes=np.array(images.classes, dtype=np.str_),
+            metadata=np.array(json.dumps(record)),
+        )
+
+
+def main() -> None:
+    """Extract the features of a folder's images and write them."""
+    args = parse_args()
+    options.check_output(args, endings=(ENDING,))
+    images = read_images(args)
+    network, state = build_network(args)
+    (loader,) = setup.eval_loaders(args, images)
+    features = extract(network, loader)
+    if features is None:
+        return
+    if args.normalize:
+        normalize(features, dim=1, out=features)
+    counts = {"images": len(features), "classes": len(images.classes)}
+    record = setup.result_record(args, state, counts=counts, bad_images=loader.bad_images)
+    record |= {
+        "small_stem": args.small_stem,
+        "layer": "projector" if args.projected else "backbone",
+        "normalized": args.normalize,
+        "view": EvalLoader.VIEW,
+        "folder": str(images.root),
+        "images": images.digest(),
+    }
+    write(args.output, features, loader, record)
+    what = "embeddings" if args.projected else "features"
+    print(f"{args.output}: {len(features)} images, {features.shape[1]} {what} each")
+
+
+if __name__ == "__main__":
+    options.run_script(main)

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from torchvision.datasets import folder
 
+from utils import augment
 from utils.errors import InputError
 
 IMAGENET_CLASSES = 1000
@@ -40,6 +42,10 @@ class ImageSet:
     def path(self, index: int) -> str:
         """The file of image `index`."""
         return os.path.join(self.root, self.name(index))
+
+    def image(self, index: int) -> Tensor:
+        """Image `index`, decoded: (3, H, W) uint8. Errors: as `augment.decode`."""
+        return augment.decode(self.path(index))
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of names, labels and classes, in order; no file is touched."""

@@ -105,7 +105,7 @@ def _read_places(
             if candidate in broken:
                 continue
             try:
-                image = augment.decode(images.path(candidate))
+                image = images.image(candidate)
             except MemoryError:
                 raise
             except Exception as error:  # a damaged file can raise about anything

@@ -354,19 +354,22 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
     _add_run_options(parser)
 
 
-def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, *, demo: dict[str, Any], needs_data: bool = True
+) -> argparse.Namespace:
     """Parse the command line; with --demo, draw its data and take the defaults from `demo`.
 
+    needs_data: it is an error to name no data; otherwise args.data may be None.
     Under torchrun this process joins the others, and only the main one prints from then on.
     """
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
         args = parser.parse_args()
-    if args.data is None and not args.demo:
+    if needs_data and args.data is None and not args.demo:
         parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
     args.device = distributed.start(args.device)
-    if args.data is None:
+    if args.data is None and args.demo:
         with distributed.main_first():
             args.data = _demo_folder(parser)
     return args

@@ -21,6 +21,7 @@ from utils.errors import RunError
 STRENGTHS = tuple(10 ** (quarter / 4) for quarter in range(-24, 21))
 TOLERANCE = 1e-4  # of the gradient, relative to that of a classifier with weights 0
 MAX_ITERATIONS = 1000  # for one strength
+_LEAST_GRADIENT = 1e-7  # where rounding of the objective begins to hide progress
 _HISTORY = 20  # steps from which L-BFGS knows the curvature
 
 
@@ -90,7 +91,7 @@ class Problem:
 
         From strong to weak is the fast order. tolerance: of the largest component of the gradient,
         in the units of the class's docstring, relative to the weights' largest where weights are 0
-        and the bias is the best for that.
+        and the bias is the best for that; where that asks for less than 1e-7, 1e-7 will do.
         """
         weight, bias = torch.zeros_like(self._first_gradient), self._priors.log()
         bias -= bias.mean()
@@ -109,7 +110,8 @@ class Problem:
         penalty = l2 / len(self._y)
         unit = (curvature * self._variances + penalty).rsqrt()
         bias_unit = curvature**-0.5
-        tolerance = tolerance * (self._first_gradient * unit).abs().max().item()
+        first = (self._first_gradient * unit).abs().max().item()
+        tolerance = max(tolerance * first, _LEAST_GRADIENT)
         w, b = (weight / unit).requires_grad_(), (bias / bias_unit).requires_grad_()
 
         def closure() -> Tensor:

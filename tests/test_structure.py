@@ -49,7 +49,10 @@ MAY_IMPORT = {
         *("bad_images", "checkpoint", "data", "distributed", "errors", "features", "loaders"),
     },
     "linear": {"errors"},
+    "logistic": {"errors"},
     "splits": {"data", "errors"},
+    "transfer_data": {"data", "errors", "splits"},
+    "transfer": {"distributed", "errors", "logistic", "splits"},
     "knn": {"distributed", "errors", "features", "loaders"},
     "pictures": {"augment"},
     "shown_neighbors": {

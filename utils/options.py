@@ -164,7 +164,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--download",
         action="store_true",
-        help=f"fetch {', '.join(archives.NAMES)} into the folder `data` if it is not there",
+        help="fetch the data set if it is not there, where torchvision can",
     )
     group.add_argument(
         "--demo",
@@ -427,24 +427,27 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
     _add_run_options(parser)
 
 
-def parse(parser: argparse.ArgumentParser, *, demo: dict[str, Any]) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, *, demo: dict[str, Any], needs_data: bool = True
+) -> argparse.Namespace:
     """Parse the command line; with --demo, draw its data and take the defaults from `demo`.
 
+    needs_data: it is an error to name no data; otherwise args.data may be None.
     Under torchrun this process joins the others, and only the main one prints from then on.
     """
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
         args = parser.parse_args()
-    if args.data is None and not args.demo:
+    if needs_data and args.data is None and not args.demo:
         parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
     if getattr(args, "multi_crop", None):
         args.image_size = args.multi_crop[0].size
     args.device = distributed.start(args.device)
-    if args.data is None:
+    if args.data is None and args.demo:
         with distributed.main_first():
             args.data = _demo_folder(parser)
-    if args.download:
+    if args.download and needs_data:
         with distributed.main_first():
             archives.download(args.data, args.dataset)
     return args

@@ -5,6 +5,7 @@ these are the public 1% and 10% lists published with SimCLR.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,25 @@ def class_balanced_split(images: ImageSet, fraction: float, *, seed: int) -> np.
 
     fraction: above 0, at most 1. The draw of a class depends on the seed and the class alone.
     """
+    sizes = np.bincount(images.labels, minlength=len(images.classes))
+    counts = [max(1, round(fraction * size)) for size in sizes.tolist()]
+    return draw_per_class(images.labels, counts, seed=seed)
+
+
+def draw_per_class(
+    labels: np.ndarray, counts: Sequence[int], *, seed: int | Sequence[int]
+) -> np.ndarray:
+    """Numbers (n,) int64 of counts[c] images drawn from each class c, ascending.
+
+    labels: (N,) int64 in 0 to C - 1. counts: (C,), above no class' number of images. The draw of a
+    class depends on the seed (one or several integers), the class and its images' order alone.
+    """
+    seeds = np.atleast_1d(seed).tolist()
     chosen = []
-    for label in range(len(images.classes)):
-        members = np.flatnonzero(images.labels == label)
-        count = max(1, round(fraction * len(members)))
-        chosen.append(np.random.default_rng([seed, label]).permutation(members)[:count])
+    for label, count in enumerate(counts):
+        members = np.flatnonzero(labels == label)
+        assert count <= len(members), f"{count} of {len(members)} images of class {label}"
+        chosen.append(np.random.default_rng([*seeds, label]).permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 
 

@@ -58,8 +58,7 @@ def parse_args() -> argparse.Namespace:
         help="targets drawn by --seed, from a bank such as have a constraint",
     )
     group.add_argument(
-        "-k",
-        "--neighbors",
+        *("-k", "--neighbors"),
         type=options.number(int, low=1, high=50),
         default=8,
         help="neighbors in a row",

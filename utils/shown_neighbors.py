@@ -328,7 +328,7 @@ class _Drawing:
             record |= {"bank_row": row, "similarity": similarity, "rank": rank, "same_class": same}
             records.append(record)
             by_rank = rank is not None and line.name != "previous"
-            note = f"rank {rank}" if by_rank else f"cos {similarity:.2f}"
+            note = f"rank {rank}" if by_rank else f"cos {similarity:.3f}"
             thumbnail = self._thumbnail(image, self.side)
             tiles.append(pictures.Tile(thumbnail, self._title(record), [note], same))
         row = pictures.Row(line.caption, tiles, line.remarks[number])

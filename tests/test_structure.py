@@ -40,15 +40,21 @@ MAY_IMPORT = {
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "options": {"augment", "demo_data", "distributed", "errors", "stop_signals", "workers"},
     "experiment": {"checkpoint", "errors"},
+    "board": {"augment", "errors", "loaders", "meters"},
+    "health": set(),
+    "origin": {"distributed", "options"},
+    "run_log": {"errors", "run_folder"},
+    "svg": set(),
     "run_folder": {"checkpoint", "distributed", "errors", "memory_bank"},
     "stop_signals": set(),
     "engine": {
-        *("checkpoint", "distributed", "errors", "experiment", "knn", "loaders", "memory_bank"),
-        *("meters", "run_folder", "stop_signals", "workers"),
+        *("board", "checkpoint", "distributed", "errors", "experiment", "health", "knn"),
+        *("loaders", "memory_bank", "meters", "run_folder", "stop_signals", "workers"),
     },
     "setup": {
-        *("bad_images", "batch_norm", "checkpoint", "data", "distributed", "encoders", "engine"),
-        *("errors", "feature_cache", "knn", "loaders", "options", "schedule", "splits"),
+        *("bad_images", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),
+        *("engine", "errors", "feature_cache", "knn", "loaders", "options", "origin", "schedule"),
+        "splits",
     },
 }
 

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,12 +76,25 @@ def save(path: Path, state: dict) -> None:
     step, which reaches the disk too. Whatever fails, the temporary file is gone and RunError is
     raised; a process killed meanwhile leaves it behind (`remove_temporaries`).
     """
+    with _replacing(path) as file:
+        sealing = _Sealing(file)
+        torch.save(state, sealing)
+        sealing.seal()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as `save` writes a checkpoint: whole, or not at all with RunError."""
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file that takes the name `path` at the end; see `save`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            sealing = _Sealing(file)
-            torch.save(state, sealing)
-            sealing.seal()
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -90,7 +90,7 @@ class Run:
         self._start = self._saved_at = time.monotonic()
         self._interval_start, self._interval_steps = self._start, 0
         self._means = Means()
-        self._shown: dict[str, str] = {}  # beside the progress bar
+        self._shown = ""  # beside the progress bar
         self._board = Board(self.folder / BOARD) if tensorboard and distributed.is_main() else None
         self._batch: Batch | None = None
         self._loader: TwoViewLoader | None = None
@@ -178,7 +178,7 @@ class Run:
                 bar.update()
                 if step % self.print_freq == 0 or step == self.epoch_steps:
                     self._report(loader.batch_size)
-                    bar.set_postfix(self._shown)
+                    bar.set_postfix_str(self._shown)
                 self._save_if_due()
                 if step == self.epoch_steps:
                     return
@@ -230,10 +230,7 @@ class Run:
         self.log.write(record | ({"warning": warning} if warning else {}))
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
-        self._shown = {
-            "loss": f"{figures['loss']:.3f}",
-            "images/s": f"{figures['images_per_s']:.0f}",
-        }
+        self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
         self._interval_start, self._interval_steps = time.monotonic(), 0

@@ -158,7 +158,7 @@ class RunFolder:
         return None, None
 
     def move_aside(self, paths: list[Path]) -> Path:
-        """Put checkpoints, with what they need and a copy of the log, into `earlier_N`: its path."""
+        """Put checkpoints, what they need and a copy of the log into `earlier_N`; returns that."""
         number = 1
         while (aside := self.path / f"earlier_{number}").exists():
             number += 1

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "options": {"augment", "demo_data", "distributed", "errors", "stop_signals", "workers"},
     "experiment": {"checkpoint", "errors"},
     "board": {"augment", "errors", "loaders", "meters"},
-    "health": set(),
+    "health": {"run_log"},
     "origin": {"distributed", "options"},
     "run_log": {"errors", "run_folder"},
     "svg": set(),

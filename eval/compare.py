@@ -8,7 +8,6 @@ stays empty.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,20 +19,12 @@ from utils.errors import InputError
 COLUMNS = ("1-NN", "20-NN", "linear", "fine-tuned")
 
 
-def read_json(path: Path) -> dict:
-    """A result file, {} where there is none; InputError if it cannot be read."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no result file ({error})") from error
-
-
 def row(folder: Path) -> dict[str, float | None]:
     """The figures of one encoder by column, percent; None for what was not measured."""
-    knn = read_json(folder / "knn.json").get("k", {})
-    linear, finetune = (read_json(folder / kind / "linear.json") for kind in ("linear", "finetune"))
+    knn = options.read_json(folder / "knn.json").get("k", {})
+    linear, finetune = (
+        options.read_json(folder / kind / "linear.json") for kind in ("linear", "finetune")
+    )
     return {
         "1-NN": knn.get("1", {}).get("accuracy"),
         "20-NN": knn.get("20", {}).get("accuracy"),

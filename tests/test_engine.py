@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.bad_images import BadImages
 from utils.engine import Run
 from utils.errors import InputError, Interrupted, RunError
@@ -145,6 +145,21 @@ def test_knn_frequency(tmp_path, knn_freq, expected):
     assert run.knn == (figures if expected else None)
 
 
+def test_the_bar_shows_what_was_last_logged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "shows_bars", lambda: True)
+    run = make_run(tmp_path, epochs=2, print_freq=3)
+    loader, shown = Loader(), []
+    with run:
+        for batch in run.batches(loader):
+            shown.append(capsys.readouterr().err)
+            run.step(*run.model(batch))
+    figures = [f"loss {x['loss']:.3f}, {x['images_per_s']:.0f} images/s" for x in log(tmp_path)]
+    # Lines after steps 3 and 4 of each epoch; the next epoch's bar begins with the last of them.
+    assert "loss" not in "".join(shown[:3])
+    assert figures[0] in shown[3] and figures[1] in shown[4] and figures[2] in shown[7]
+    assert all(f"epoch {epoch}/2" in "".join(shown) for epoch in (1, 2))
+
+
 def test_debug_makes_two_short_epochs(tmp_path):
     class Long(Loader):
         def __len__(self):
@@ -169,6 +184,46 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
     assert [line["epoch"] for line in log(tmp_path / "earlier_1")] == [1]
     assert (tmp_path / "earlier_2" / "ckpt_epoch_2.pth").exists()
     assert [line["epoch"] for line in log(tmp_path)] == [1]
+
+
+def starts(folder):
+    """What run.json tells of the starts of a run."""
+    record = json.loads((folder / "run.json").read_text())
+    assert record.keys() == {"format", "starts"} and record["format"] == "cmsf-run-1"
+    return record["starts"]
+
+
+def test_run_json_tells_of_each_start(tmp_path):
+    about = {"command": "python a.py", "counts": {"train": 8}}
+    train(make_run(tmp_path, epochs=1, data={"images": "abc"}, about=about))
+    first = {
+        "method": "Method",
+        "settings": {"seed": 0},
+        "data": {"images": "abc"},
+        "epochs": 1,
+        "steps": 4,
+        "resumed_from": None,
+        **about,
+    }
+    assert starts(tmp_path) == [first]
+    options = {"epochs": 2, "data": {"images": "abc"}, "about": about | {"command": "again"}}
+    train(make_run(tmp_path, resume="auto", **options))
+    newest = tmp_path / "ckpt_epoch_1.pth"
+    origin = {"checkpoint": str(newest), "epoch": 1, "step": 4}
+    second = first | {"epochs": 2, "command": "again", "resumed_from": origin}
+    assert starts(tmp_path) == [first, second]
+    other = make_run(tmp_path / "b", resume=str(newest), **options)  # a run of its own from here
+    train(other)
+    assert starts(tmp_path / "b") == [second] and len(starts(tmp_path)) == 2
+
+
+def test_a_new_run_begins_run_json_anew(tmp_path):
+    train(make_run(tmp_path, epochs=1, about={"name": "first"}))
+    run = make_run(tmp_path, epochs=1, about={"name": "second"})
+    assert not (tmp_path / "run.json").exists()  # until it begins
+    train(run)
+    assert [start["name"] for start in starts(tmp_path)] == ["second"]
+    assert [start["name"] for start in starts(tmp_path / "earlier_1")] == ["first"]
 
 
 def test_resuming_keeps_the_run_in_its_own_folder(tmp_path):

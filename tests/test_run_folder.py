@@ -1,5 +1,6 @@
 """The folder of a run: which checkpoints stay, parts of the previous embeddings, falling back."""
 
+import json
 import os
 import subprocess
 import sys
@@ -284,3 +285,28 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         RunFolder(tmp_path / "file")
     with pytest.raises(RunError, match="could not be written: No such file"):
         checkpoint.save(tmp_path / "no" / "x.pth", {})
+
+
+def test_a_damaged_run_json_is_begun_anew(tmp_path):
+    said = []
+    folder = RunFolder(tmp_path, say=said.append)
+    (tmp_path / "run.json").write_text('{"starts": [{"a": 1')
+    folder.describe({"a": 2})
+    assert json.loads((tmp_path / "run.json").read_text())["starts"] == [{"a": 2}]
+    assert said == [f"WARNING {tmp_path / 'run.json'} is damaged: it is begun anew"]
+
+
+def test_run_json_is_at_any_moment_whole(tmp_path, monkeypatch):
+    """A disk that is full when the new one is to take its place leaves the old one."""
+    folder = RunFolder(tmp_path)
+    folder.describe({"a": 1})
+    before = (tmp_path / "run.json").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="run.json could not be written: No space left on device"):
+        folder.describe({"a": 2})
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))

@@ -1,7 +1,9 @@
 """From flags to objects: every setting arrives where it belongs."""
 
 import importlib
+import json
 import sys
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -105,3 +107,21 @@ def test_evaluated_backbones(args, tmp_path):
     pixels, nothing = setup.evaluated_backbone(args(*flags, "--weights", "pixels", module=KNN))
     assert pixels.module(torch.zeros(2, 3, 32, 32)).shape == (2, pixels.feature_dim)
     assert nothing == {}
+
+
+def test_a_run_says_what_it_was_started_with(call_script, image_tree, tmp_path):
+    flags = ("--epochs", 1, "--topk", 3, "--num_workers", 0, "--checkpoint_path", tmp_path)
+    code, _, _ = call_script(TRAIN, *TINY, *flags, image_tree)
+    assert code == 0
+    (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
+    saved = torch.load(tmp_path / "ckpt_epoch_1.pth", weights_only=True)
+    assert start["settings"] == saved["args"] and start["data"] == saved["data"]
+    assert start["method"] == saved["method"] == "CMSF2Q"
+    assert start["counts"] == {"train": 30, "classes": 3, "val": 12}
+    assert (start["epochs"], start["steps"]) == (1, 30 // 8)
+    assert start["versions"]["torchvision"] == torchvision.__version__
+    assert start["versions"].keys() == {"python", "torch", "torchvision", "numpy", "faiss"}
+    assert start["command"].startswith("python train_msf_2q.py --arch conv4")
+    assert (start["processes"], start["device"]) == (1, "cpu")
+    age = datetime.now(UTC) - datetime.fromisoformat(start["started"])
+    assert 0 <= age.total_seconds() < 60

@@ -103,6 +103,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as `save` writes a checkpoint: whole, or not at all with RunError."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what a process that was killed while it saved to this folder has left."""
     for path in folder.glob(f".*{_TEMPORARY}"):

@@ -24,20 +24,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint, distributed, experiment
+from utils import checkpoint, distributed, experiment, health
+from utils.board import Board
 from utils.errors import InputError, Interrupted, RunError
 from utils.knn import format_comparison
 from utils.loaders import Batch, TwoViewLoader
 from utils.memory_bank import PreviousEmbeddings
 from utils.meters import Log, Means
-from utils.run_folder import RunFolder, apart
+from utils.run_folder import BOARD, RunFolder, apart
 from utils.stop_signals import Stopped, StopSignals, ignore
 from utils.streams import HostCopy
 from utils.workers import worker_failure
-
-# Below these the embeddings hardly tell images apart, however low the loss is.
-_LOW_SPREAD = 0.1
-_LOW_RANK = 5.0
 
 
 class _LastStep(NamedTuple):
@@ -64,7 +61,8 @@ class Run:
     epochs (0: only after the last; -1: never). settings: the flags, kept in every checkpoint.
     data: digests by name of what is trained on, compared when resuming. save_freq: epochs between
     checkpoints for good; save_minutes: minutes after which the next step saves (0: none within an
-    epoch). resume: a checkpoint to continue after, or "auto": the newest whole one of the folder,
+    epoch). about: what else `run.json` is to say of this start, of builtins. tensorboard: write for
+    it too. resume: a checkpoint to continue after, or "auto": the newest whole one of the folder,
     if there is one. Otherwise the files of an earlier run in the folder are moved aside, never
     overwritten. resume_anyway: also with flags or data that make it another experiment. debug: two
     epochs of five steps.
@@ -83,6 +81,7 @@ class Run:
         learning_rate: Callable[[int], float],
         settings: dict,
         data: dict[str, str] | None = None,
+        about: dict | None = None,
         print_freq: int = 100,
         save_freq: int = 10,
         save_minutes: float = 10,
@@ -91,13 +90,14 @@ class Run:
         compare_with: dict[str, dict] | None = None,
         resume: str | None = None,
         resume_anyway: bool = False,
+        tensorboard: bool = False,
         debug: bool = False,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.folder = Path(folder)
         self.epochs = min(epochs, 2) if debug else epochs
         self.max_steps = 5 if debug else sys.maxsize
-        self.settings, self.data = settings, data or {}
+        self.settings, self.data, self._about = settings, data or {}, about or {}
         self.print_freq, self.save_freq, self.knn_freq = print_freq, save_freq, knn_freq
         self.save_minutes = save_minutes
         self.knn: dict | None = None
@@ -107,6 +107,8 @@ class Run:
         self._start = self._saved_at = time.monotonic()
         self._interval_start, self._interval_steps = self._start, 0
         self._means = Means()
+        self._shown = ""  # beside the progress bar
+        self._board = Board(self.folder / BOARD) if tensorboard and distributed.is_main() else None
         self._batch: Batch | None = None
         self._last_step: _LastStep | None = None  # a step whose loss has not been looked at yet
         self._loader: TwoViewLoader | None = None
@@ -130,6 +132,8 @@ class Run:
     ) -> None:
         """Add to an error that ends the run where the last checkpoint is."""
         self._signals.restore()
+        if self._board:
+            self._board.close()
         if error is None:
             self._files.ask_for_requeue(False)  # a signal came too late to matter
         if isinstance(error, Interrupted):
@@ -153,6 +157,7 @@ class Run:
         loader.bad_images.restore(self._bad_images)
         self._check_same_everywhere()
         self.epoch_steps = min(len(loader), self.max_steps)
+        self._say_what_it_is()
         while self.epoch <= self.epochs:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(self.epoch)
@@ -162,6 +167,17 @@ class Run:
             self._end_epoch()
             self.epoch, self.epoch_step, self._epoch_ended = self.epoch + 1, 0, False
 
+    def _say_what_it_is(self) -> None:
+        """Write `run.json`, open the board; how long an epoch is, is known now."""
+        done = self.epoch_steps if self._epoch_ended else self.epoch_step
+        self.total_steps = (self.epoch - 1) * self.epoch_steps + done
+        start = {"method": type(self.model).__name__, "settings": self.settings, "data": self.data}
+        start |= {"epochs": self.epochs, "steps": self.epoch_steps, **self._about}
+        place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": done}
+        self._files.describe(start | {"resumed_from": place if self._last_saved else None})
+        if self._board:
+            self._board.open(self.log, steps=self.epoch_steps, after=self.total_steps)
+
     def _epoch_batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
         """The batches of an epoch that are left."""
         start = self.epoch_step
@@ -169,7 +185,8 @@ class Run:
             desc=f"epoch {self.epoch}/{self.epochs}",
             total=self.epoch_steps,
             initial=start,
-            disable=not (sys.stderr.isatty() and distributed.is_main()),
+            disable=not distributed.shows_bars(),
+            postfix=self._shown,
         )
         with bar:
             for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
@@ -179,6 +196,7 @@ class Run:
                 bar.update()
                 if step % self.print_freq == 0 or step == self.epoch_steps:
                     self._report(loader.batch_size)
+                    bar.set_postfix_str(self._shown)
                 self._save_if_due()
                 if step == self.epoch_steps:
                     return
@@ -239,11 +257,12 @@ class Run:
         figures |= {name: float(value) for name, value in self.model.diagnostics().items()}
         figures["lr"] = self.optimizer.param_groups[0]["lr"]
         figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
-        warning = self._warning(figures)
+        warning = health.warning(figures)
         record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
         self.log.write(record | ({"warning": warning} if warning else {}))
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
+        self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
         self._interval_start, self._interval_steps = time.monotonic(), 0
@@ -263,19 +282,6 @@ class Run:
                 f"weights or bank differ between the processes at epoch {self.epoch}, step "
                 f"{self.epoch_step}: a fault of the machine or a bug; resume from a checkpoint"
             )
-
-    def _warning(self, figures: dict[str, float]) -> str | None:
-        """What is wrong with the embeddings, if anything: this family fails with a low loss."""
-        advice = "try a lower --learning_rate, a --momentum nearer to 1, or --proj_bn"
-        if figures["spread"] < _LOW_SPREAD:
-            return f"the embeddings collapse: spread {figures['spread']:.3f} of 0 to 1; {advice}"
-        if figures["effective_rank"] < _LOW_RANK:
-            rank = f"{figures['effective_rank']:.1f}"
-            return (
-                f"the embeddings have an effective rank of {rank} only: a low loss then means "
-                f"that images look alike, not that they are understood; {advice}"
-            )
-        return None
 
     def _save_if_due(self) -> None:
         """Between two steps: save and stop for a signal, or save once --save_minutes are over.
@@ -301,6 +307,8 @@ class Run:
             self._epoch_ended = True
             self._last_saved = self._files.save_epoch(self._state())
             self._saved_at = time.monotonic()
+            if self._board and self._batch:
+                self._board.views(self._batch, self.epoch)
         due = self.knn_freq > 0 and self.epoch % self.knn_freq == 0
         if self._evaluate and self.knn_freq >= 0 and (due or self.epoch == self.epochs):
             self._measure_knn()

@@ -22,7 +22,13 @@ _MAY_DIFFER = {
     *("precision", "channels_last", "compile", "tf32", "cache_images"),
     *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
     *("bad_images", "max_bad_images", "sup_split_file"),
+    "tensorboard",
 }
+
+
+def decisive(settings: dict) -> dict:
+    """Those of a run's flags that make it the experiment that it is."""
+    return {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
 
 
 def check_same(

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,12 +89,13 @@ class Log:
     """One JSON object a line in `path`, one short line on the console.
 
     On a terminal the console lines go above tqdm's bar, otherwise they are plain. silent: one of
-    several processes that leaves the file to the main one.
+    several processes that leaves the file to the main one. also: gets each record that is written.
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
         self.path = path
         self.silent = silent
+        self.also: Callable[[dict], None] | None = None
         self._start = time.monotonic()
 
     @property
@@ -132,6 +134,8 @@ class Log:
                 file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
         except OSError as error:
             raise RunError(f"{self.path} could not be written: {error.strerror}") from error
+        if self.also:
+            self.also(record)
 
     @staticmethod
     def say(text: str) -> None:

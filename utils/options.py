@@ -380,6 +380,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="epochs between val k-NN figures; 0: only at the end, -1: never",
     )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log's figures and a few views to <checkpoint_path>/tensorboard/",
+    )
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
@@ -504,6 +509,19 @@ def write_json(folder: Path, name: str, record: dict[str, Any], *, flag: str = "
     except OSError as error:
         raise InputError(f"{flag} {folder}: {error.strerror}") from error
     return folder / name
+
+
+def read_json(path: Path) -> dict:
+    """A result file, {} where there is none; InputError if it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no result file ({error})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: no result file (it holds no object)")
+    return record
 
 
 def command() -> str:

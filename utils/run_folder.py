@@ -3,10 +3,12 @@
 `ckpt_epoch_E.pth` stands after epoch E and holds everything. `ckpt_epoch_E_step_S.pth` stands
 within an epoch; the previous embeddings of all images, 2.6 GB on ImageNet, are then not in it but
 in `previous_embeddings/`: each such save adds a file of those rows that have changed since the one
-before, so that an epoch writes every row once however often it is saved.
+before, so that an epoch writes every row once however often it is saved. `run.json` tells what the
+run is, once for each time it was started.
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -24,7 +26,10 @@ from utils.memory_bank import PreviousEmbeddings
 KEPT = 2  # the newest checkpoints, whatever they are
 PARTS = "previous_embeddings"
 REQUEUE = "requeue"
-_ALONG = ("labeled.txt",)  # files of scripts that tell what a run was
+ABOUT = "run.json"
+ABOUT_FORMAT = "cmsf-run-1"
+BOARD = "tensorboard"
+_ALONG = ("labeled.txt", ABOUT)  # files that tell what a run was
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 _PART_FORMAT = "cmsf-previous-1"
 # A part of which fewer rows are still current is rewritten with the next one, and can go.
@@ -58,8 +63,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of the run, the one farthest on first."""
-        found = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_progress, reverse=True)
+        return checkpoints_in(self.path)
 
     def epoch_path(self, epoch: int) -> Path:
         """The checkpoint after an epoch."""
@@ -153,8 +157,8 @@ class RunFolder:
             raise InputError(f"--resume auto: no whole checkpoint in {self.path}, of {len(paths)}")
         return None, None
 
-    def move_aside(self, paths: list[Path]) -> None:
-        """Put checkpoints and what they need, with a copy of the log, into `earlier_N`."""
+    def move_aside(self, paths: list[Path]) -> Path:
+        """Put checkpoints, what they need and a copy of the log into `earlier_N`; returns that."""
         number = 1
         while (aside := self.path / f"earlier_{number}").exists():
             number += 1
@@ -168,14 +172,35 @@ class RunFolder:
         for path in paths:
             path.rename(aside / path.name)
         self._say(f"an earlier run was in {self.path}: moved to {aside}")
+        return aside
 
     def start_anew(self) -> None:
         """Move a run that is in the folder aside, and empty the log; for the main process only."""
         paths = self.checkpoints()
         if paths or self.log.stat().st_size:
-            self.move_aside(paths)
+            aside = self.move_aside(paths)
             shutil.rmtree(self.path / PARTS, ignore_errors=True)
+            if (self.path / BOARD).is_dir():
+                (self.path / BOARD).rename(aside / BOARD)
             self.log.write_bytes(b"")
+        (self.path / ABOUT).unlink(missing_ok=True)
+
+    def describe(self, start: dict) -> None:
+        """Add to `run.json` what this start of the run is. All processes call it, one writes.
+
+        The file is {"format": `ABOUT_FORMAT`, "starts": [start, ...]}, the newest last, and at any
+        moment the old one or the whole new one. start: of builtins; see `origin.of_start`.
+        """
+        if not distributed.is_main():
+            return
+        path = self.path / ABOUT
+        try:
+            starts = json.loads(path.read_text())["starts"] if path.exists() else []
+            text = json.dumps({"format": ABOUT_FORMAT, "starts": [*starts, start]}, indent=2)
+        except (ValueError, KeyError, TypeError):
+            self._say(f"WARNING {path} is damaged: it is begun anew")
+            text = json.dumps({"format": ABOUT_FORMAT, "starts": [start]}, indent=2)
+        checkpoint.replace_text(path, text + "\n")
 
     def continue_from(self, epoch: int, step: int | None) -> None:
         """Move checkpoints that are farther on aside: the run that goes on makes them again.
@@ -243,6 +268,12 @@ class RunFolder:
             for path in (self.path / PARTS).glob("part_*.pth"):
                 if int(path.stem.removeprefix("part_")) not in needed:
                     path.unlink(missing_ok=True)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run by their names, the one farthest on first."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_progress, reverse=True)
 
 
 @contextmanager

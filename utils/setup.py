@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import archives, batch_norm, checkpoint, distributed, options
+from utils import archives, batch_norm, board, checkpoint, distributed, options, origin
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
@@ -196,6 +196,8 @@ def build_run(
     labeled: numbers of the images whose labels are used, where it is not all or none. For the demo
     data the untrained network and raw pixels are measured first, to compare with.
     """
+    if args.tensorboard:
+        board.check_installed()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
@@ -220,6 +222,7 @@ def build_run(
         ),
         settings={name: _builtin(value) for name, value in vars(args).items()},
         data=_digests(loader.images, labeled),
+        about=origin.of_start(args.device) | {"counts": _counts(loader.images, val, labeled)},
         print_freq=args.print_freq,
         save_freq=args.save_freq,
         save_minutes=args.save_minutes,
@@ -228,6 +231,7 @@ def build_run(
         compare_with=untrained,
         resume=args.resume,
         resume_anyway=args.resume_anyway,
+        tensorboard=args.tensorboard,
         debug=args.debug,
     )
 
@@ -378,6 +382,16 @@ def _digests(images: ImageSet, labeled: np.ndarray | None) -> dict[str, str]:
     if labeled is not None:
         digests["labeled images"] = hashlib.sha256(labeled.tobytes()).hexdigest()
     return digests
+
+
+def _counts(train: ImageSet, val: ImageSet | None, labeled: np.ndarray | None) -> dict[str, int]:
+    """How many images there are of each kind, and classes."""
+    counts = {"train": len(train), "classes": len(train.classes)}
+    if val is not None:
+        counts["val"] = len(val)
+    if labeled is not None:
+        counts["labeled"] = len(labeled)
+    return counts
 
 
 def _builtin(value: Any) -> Any:

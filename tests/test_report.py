@@ -1,0 +1,288 @@
+"""report.py: the numbers on the page, what it finds, what it refuses, how it looks in a browser."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import logs
+import pytest
+import torch
+from PIL import Image
+
+from utils import checkpoint, run_log
+
+SCRIPT = importlib.import_module("eval.report")
+CHROMIUM = shutil.which("chromium")
+KNN = {
+    "1": {"accuracy": 81.6, "top5": None, "purity": 81.6},
+    "20": {"accuracy": 78.90625, "top5": 99.6, "purity": 67.85},
+}
+LINEAR = {"0.01": {"top1": 68.5, "loss": 0.771}, "0.1": {"top1": 77.25, "loss": 0.52}}
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows, all text, tags and attributes of a page."""
+
+    VOID = ("meta", "img", "br", "path", "circle")
+
+    def __init__(self, path):
+        super().__init__()
+        self.tables, self.texts, self.attributes, self.open = [], [], [], []
+        self.feed(Path(path).read_text())
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run with a checkpoint, results and a picture."""
+    folder = logs.write(tmp_path / "runs" / "run", logs.records(), starts=[logs.start()])
+    for epoch in (2, 3):
+        checkpoint.save(folder / f"ckpt_epoch_{epoch}.pth", {"weight": torch.zeros(epoch)})
+    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    origin = {"checkpoint": "ckpt_epoch_3.pth", "sha256": last, "epoch": 3}
+    (folder / "knn.json").write_text(json.dumps({"k": KNN} | origin))
+    other = {"checkpoint": "<i>other</i>.pth", "sha256": "b" * 64, "epoch": 2}
+    (folder.parent / "finetune").mkdir()
+    (folder.parent / "finetune" / "linear.json").write_text(json.dumps({"lr": LINEAR} | other))
+    Image.new("RGB", (1600, 400), "teal").save(folder / "neighbors_val.png")
+    return folder
+
+
+def report(call_script, folder, *flags):
+    code, out, err = call_script(SCRIPT, folder, *flags)
+    assert (code, err) == (0, "")
+    return out, Page(out.splitlines()[-1])
+
+
+def numbers(table):
+    """Row -> column -> text of a parsed table."""
+    (_, *columns), *rows = table
+    return {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
+
+
+def shown(value):
+    return "–" if value is None else f"{value:.2f}"
+
+
+def test_numbers_on_the_page_are_those_of_the_files(call_script, folder):
+    (folder.parent / "results.json").write_text(json.dumps({"a <row>": {"1-NN": 29.3, "x": None}}))
+    _, page = report(call_script, folder)
+    during, knn, finetune, compared = map(numbers, page.tables)
+    assert during == {"1-NN": {"accuracy": "47.25"}, "20-NN": {"accuracy": "48.50"}}
+    for k, row in KNN.items():
+        expected = {"accuracy": row["accuracy"], "top-5": row["top5"], "purity": row["purity"]}
+        assert knn[f"{k}-NN"] == {name: shown(value) for name, value in expected.items()}
+    for rate, row in LINEAR.items():
+        expected = {"top-1": shown(row["top1"]), "loss": shown(row["loss"])}
+        assert finetune[f"learning rate {rate}"] == expected
+    assert compared == {"a <row>": {"1-NN": "29.30", "x": "–"}}
+    assert checkpoint.sha256(folder / "ckpt_epoch_3.pth") in page.text
+    assert "of this run's last checkpoint" in page.text
+    other = "not of this run's last checkpoint, but of <i>other</i>.pth, epoch 2"
+    assert other in page.text and "fine-tuned encoder" in page.text
+
+
+def test_the_page_says_what_was_run(call_script, folder):
+    out, page = report(call_script, folder)
+    assert out.startswith("finished: epoch 3 of 3, step 4 of 4\n✓ loss: healthy")
+    for words in (
+        *("CMSF2Q: run", "finished: epoch 3 of 3, step 4 of 4", "30 train, 3 classes, 12 val"),
+        *("python 3.11, torch 2.11", "ckpt_epoch_3.pth", "2026-01-02T03:04:05+00:00"),
+        *("python self_supervised/train_msf_2q.py <b>images</b>", "--topk 5", "99 s of training"),
+        *("✓ healthy : effective rank", "demo runs of this repository, 60 epochs"),
+    ):
+        assert words in page.text, words
+
+
+def test_the_page_needs_no_network_and_is_well_formed(call_script, folder):
+    _, page = report(call_script, folder)
+    assert not page.open
+    tags = [tag for tag, _ in page.attributes]
+    assert tags.count("svg") == 7 and not {"script", "link", "iframe"} & set(tags)
+    sources = [a["src"] for _, a in page.attributes if "src" in a]
+    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
+    text = (folder / "report.html").read_text().replace("http://www.w3.org/2000/svg", "")
+    assert "http" not in text and "url(" not in text and "@import" not in text
+
+
+def test_everything_from_files_is_escaped(call_script, tmp_path):
+    evil = "<script>alert(1)</script>"
+    start = logs.start(method=evil, command=evil, device=evil, versions={evil: evil})
+    start |= {"script": evil, "started": evil, "counts": {evil: 3}, "data": {evil: evil}}
+    start["settings"] |= {evil: evil}
+    lines = [logs.record(1, 4, warning=evil), {"epoch": 1, "step": 4, "error": evil}]
+    lines.insert(1, {"epoch": 1, "step": 4, "knn": {evil: {evil: evil}}})
+    folder = logs.write(tmp_path / "run", lines, starts=[start])
+    (folder / "knn.json").write_text(json.dumps({"k": {evil: {evil: evil}}, "checkpoint": evil}))
+    (folder / "results.json").write_text(json.dumps({evil: {evil: evil}}))
+    _, page = report(call_script, folder)
+    assert "script" not in [tag for tag, _ in page.attributes]
+    assert page.text.count(evil) > 15
+
+
+def test_a_run_that_goes_on(call_script, tmp_path):
+    start = logs.start(epochs=60)
+    folder = logs.write(tmp_path / "run", logs.records(2), starts=[start], tail='{"epoch": 3')
+    out, page = report(call_script, folder)
+    assert out.startswith(
+        "still going on: epoch 2 of 60, step 4 of 4; the last line was written 0 s"
+    )
+    assert "the last line of the log is half written and left out" in page.text
+    assert "none yet" in page.text
+    os.utime(folder / "log.jsonl", (time.time() - 7200,) * 2)
+    out, _ = report(call_script, folder)
+    assert out.startswith("perhaps broken off, or still going on: epoch 2 of 60")
+    (folder / "requeue").touch()
+    assert report(call_script, folder)[0].startswith("stopped by a signal, to be resumed")
+
+
+def test_a_run_that_broke(call_script, tmp_path):
+    end = {"epoch": 1, "step": 3, "error": "loss nan", "lr": 0.1, "images": [1]}
+    folder = logs.write(tmp_path / "run", [logs.record(1, 2, warning="low <rank>"), end])
+    out, page = report(call_script, folder)
+    assert out.startswith("stopped in epoch 1, step 3 of 3: loss nan\n✗ loss: unhealthy")
+    assert "1 of 2 log lines warn, the last in epoch 1, step 2: low <rank>" in page.text
+    assert "There is no run.json" in page.text
+
+
+def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "linear").mkdir(parents=True)
+    (elsewhere / "linear" / "linear.json").write_text(json.dumps({"lr": LINEAR}))
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    output = tmp_path / "pages" / "page.html"
+    flags = ("--results", elsewhere, folder, "--neighbors", picture, "--output", output)
+    out, page = report(call_script, folder / "log.jsonl", *flags)
+    assert out.splitlines()[-1] == str(output) and not (folder / "report.html").exists()
+    assert len(page.tables) == 4  # the run's own folder once
+    assert str(elsewhere / "linear" / "linear.json") in page.text and "a.png" in page.text
+
+
+def test_ranks_of_constrained_neighbors(call_script, tmp_path):
+    lines = [logs.record(e, 4, constrained_ranks=[70.0, 20.0, 10.0]) for e in (1, 2, 3)]
+    _, page = report(call_script, logs.write(tmp_path / "run", lines))
+    assert "ranks of constrained neighbors" in page.text
+    assert [t for t in page.texts if t.startswith("epoch ")] == ["epoch 1", "epoch 2", "epoch 3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["missing"], "missing: no such file or folder"),
+        (["."], "no run, there is no log.jsonl in it"),
+        (["empty"], "empty, the run has not logged anything yet"),
+        (["run", "--results", "missing"], "--results missing: no such folder"),
+        (["run", "--neighbors", "missing"], "--neighbors missing: no such file"),
+        (["run", "--neighbors", "run/log.jsonl"], "--neighbors run/log.jsonl: no PNG file"),
+        (["run", "--output", "run"], "--output run: a folder"),
+        (["run", "--output", "run/log.jsonl/a"], "--output run/log.jsonl: "),
+        (["run", "--results", "broken"], "knn.json: no result file"),
+        (["run", "--results", "other"], "linear.json: no result file (it holds no table)"),
+    ],
+)
+def test_what_it_refuses(call_script, tmp_path, monkeypatch, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    logs.write(Path("run"), logs.records())
+    logs.write(Path("empty"), [])
+    for name, text in (("broken/knn.json", "{"), ("other/linear.json", '{"lr": 3}')):
+        Path(name).parent.mkdir()
+        Path(name).write_text(text)
+    code, out, err = call_script(SCRIPT, *flags)
+    assert code == 2 and out == "" and reason in err and err.count("\n") == 1
+    assert not Path("run/report.html").exists()
+
+
+def browse(page, width, tmp_path):
+    """The page in a browser: the window's width, and by how much the content is wider.
+
+    Chromium's window has at least 500 pixels, a frame in it any width.
+    """
+    probe = (
+        "<script>addEventListener('load', () => parent.postMessage("
+        "[innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth],"
+        " '*'))</script></body>"
+    )
+    (tmp_path / "copy.html").write_text(page.read_text().replace("</body>", probe))
+    (tmp_path / "frame.html").write_text(
+        "<body style='margin:0'><output></output><script>onmessage = event => "
+        "document.querySelector('output').textContent = 'widths ' + event.data</script>"
+        f"<iframe src='copy.html' style='width:{width}px;height:900px;border:0'></iframe></body>"
+    )
+    quiet = (
+        *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update"),
+    )
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", *quiet, f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom"),
+            (tmp_path / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return [int(number) for number in re.search(r"widths (\d+),(\d+)", done.stdout).groups()]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_no_wider_than_the_window(call_script, folder, tmp_path, width):
+    """With a command without a place to break, wide tables and a wide picture."""
+    start = logs.start(command="python " + "x" * 400, versions={"torch": "9" * 200})
+    logs.write(folder, logs.records(), starts=[start])
+    wide = {"row " * 30: {f"a column {i}": float(i) for i in range(40)}, "x" * 90: {}}
+    (folder / "results.json").write_text(json.dumps(wide))
+    report(call_script, folder)
+    page = folder / "report.html"
+    assert browse(page, width, tmp_path) == [width, 0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium")
+def test_the_browser_would_tell_of_a_page_that_is_too_wide(folder, call_script, tmp_path):
+    report(call_script, folder)
+    page = folder / "report.html"
+    page.write_text(page.read_text().replace("overflow-x: auto", "overflow-x: visible"))
+    page.write_text(page.read_text().replace("<table>", "<table style='width: 700px'>"))
+    width, excess = browse(page, 390, tmp_path)
+    assert width == 390 and excess > 300
+
+
+def test_status_without_run_json(tmp_path):
+    run = run_log.read(logs.write(tmp_path, logs.records()))
+    assert SCRIPT.status(run, now=time.time()).startswith("up to epoch 3, step 4 of 4 (without")

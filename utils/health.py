@@ -1,0 +1,183 @@
+"""When the figures of a run are bad, and what they were in runs that went well."""
+
+import math
+from typing import NamedTuple
+
+from utils.run_log import RunLog
+
+# Below these the embeddings hardly tell images apart, however low the loss is.
+LOW_SPREAD = 0.1
+LOW_RANK = 5.0
+
+# Lowest and highest figure of the last log line of demo runs at full length (60 epochs, --demo,
+# seeds 0 and 1), which ended with the README's k-NN accuracy, by method.
+DEMO_RUNS = "demo runs of this repository, 60 epochs, seeds 0 and 1, at their end"
+DEMO_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "CMSF2Q": {
+        "effective_rank": (16.6, 16.6),
+        "spread": (0.98, 0.98),
+        "purity_plain": (66.8, 66.8),
+    },
+    "SupervisedCMSF": {
+        "effective_rank": (18.9, 18.9),
+        "spread": (0.99, 0.99),
+        "purity_plain": (69.6, 69.6),
+    },
+    "PseudoCMSF": {
+        "effective_rank": (22.4, 22.4),
+        "spread": (0.99, 0.99),
+        "purity_plain": (53.8, 53.8),
+        "confident": (49.0, 49.0),
+        "accuracy_confident": (92.8, 92.8),
+    },
+}
+# Share of the lowest of those figures from which another run's is no reason to look.
+_SHARE = 0.5
+_TIMES_CHANCE = 1.5
+_EARLY = 0.1  # share of a run's epochs in which purity may yet fall
+_MOSTLY_RIGHT, _OFTEN_WRONG = 80, 50  # percent
+
+
+class Verdict(NamedTuple):
+    """One question of a run's health: what was asked, a sign and a word, and why."""
+
+    question: str
+    sign: str
+    word: str
+    reason: str
+
+
+_WORDS = {"healthy": "✓", "look": "!", "unhealthy": "✗", "no figure": "–"}
+
+
+def warning(figures: dict[str, float]) -> str | None:
+    """What is wrong with the embeddings, if anything: this family fails with a low loss.
+
+    figures: "spread" and "effective_rank", see `meters`.
+    """
+    advice = "try a lower --learning_rate, a --momentum nearer to 1, or --proj_bn"
+    if figures["spread"] < LOW_SPREAD:
+        return f"the embeddings collapse: spread {figures['spread']:.3f} of 0 to 1; {advice}"
+    if figures["effective_rank"] < LOW_RANK:
+        rank = f"{figures['effective_rank']:.1f}"
+        return (
+            f"the embeddings have an effective rank of {rank} only: a low loss then means "
+            f"that images look alike, not that they are understood; {advice}"
+        )
+    return None
+
+
+def verdicts(run: RunLog) -> list[Verdict]:
+    """Whether a run is healthy as of its last lines, question by question."""
+    found = [
+        _loss(run),
+        _embeddings(run, "effective_rank", "effective rank", low=LOW_RANK),
+        _embeddings(run, "spread", "spread", low=LOW_SPREAD),
+        _purity(run),
+    ]
+    if run.method == "PseudoCMSF" or run.curve("confident"):
+        found += [_coverage(run), _labels(run)]
+    return found
+
+
+def demo_range(run: RunLog, name: str) -> tuple[float, float]:
+    """Lowest and highest of a figure in the demo runs of the run's method, or of all methods."""
+    methods = [run.method] if run.method in DEMO_RANGES else list(DEMO_RANGES)
+    ranges = [DEMO_RANGES[method][name] for method in methods if name in DEMO_RANGES[method]]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _verdict(question: str, word: str, reason: str) -> Verdict:
+    return Verdict(question, _WORDS[word], word, reason)
+
+
+def _text(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _range_text(run: RunLog, name: str, unit: str = "") -> str:
+    low, high = map(_text, demo_range(run, name))
+    return f"demo runs ended at {low if low == high else f'{low} to {high}'}{unit}"
+
+
+def _loss(run: RunLog) -> Verdict:
+    """Every logged loss is a number, and the last is below the first."""
+    question = "loss"
+    if errors := [record for record in run.records if "error" in record]:
+        last = errors[-1]
+        place = f"epoch {last['epoch']}, step {last['step']}"
+        return _verdict(question, "unhealthy", f"the run ended with {last['error']} in {place}")
+    values = list(run.curve("loss").values())
+    if not values:
+        return _verdict(question, "no figure", "no loss is logged yet")
+    if bad := sum(not math.isfinite(value) for value in values):
+        return _verdict(question, "unhealthy", f"not finite in {bad} of {len(values)} lines")
+    text = (
+        f"finite in all {len(values)} lines, {_text(values[0])} at first, {_text(values[-1])} now"
+    )
+    return _verdict(
+        question, "look" if len(values) > 1 and values[-1] > values[0] else "healthy", text
+    )
+
+
+def _embeddings(run: RunLog, name: str, question: str, *, low: float) -> Verdict:
+    """A figure of the embeddings' health: `low` is where training warns."""
+    last = run.last(name)
+    if last is None:
+        return _verdict(question, "no figure", "nothing is logged yet")
+    enough = _SHARE * demo_range(run, name)[0]
+    word = "unhealthy" if last < low else "look" if last < enough else "healthy"
+    limits = f"look below {_text(enough)}, unhealthy below {low:g}"
+    return _verdict(question, word, f"{_text(last)} now; {_range_text(run, name)}; {limits}")
+
+
+def _purity(run: RunLog) -> Verdict:
+    """Plain neighbors are of one class more often than by chance, and than at the start."""
+    question, name = "purity of plain neighbors", "purity_plain"
+    last = run.last(name)
+    if last is None:
+        return _verdict(
+            question, "no figure", "the images have no classes, or nothing is logged yet"
+        )
+    first = next(value for value in run.curve(name).values() if math.isfinite(value))
+    classes = run.about.get("counts", {}).get("classes") or 0
+    chance = 100 / classes if classes else 0
+    passed = max(run.curve(name))
+    if last < _TIMES_CHANCE * chance:
+        word = "unhealthy"
+    elif last < first and passed > _EARLY * (run.epochs or passed):
+        word = "look"
+    else:
+        word = "healthy"
+    texts = [f"{_text(first)}% at first, {_text(last)}% now"]
+    if classes:
+        least = _text(_TIMES_CHANCE * chance)
+        texts.append(f"by chance {_text(chance)}%, unhealthy below {least}%")
+    texts += [_range_text(run, name, "%"), "look if it falls below its start"]
+    return _verdict(question, word, "; ".join(texts))
+
+
+def _coverage(run: RunLog) -> Verdict:
+    """Unlabeled images have a confident pseudo-label; the share grows over the epochs."""
+    question, last = "coverage of pseudo-labels", run.last("confident")
+    start = run.settings.get("constraint_start", 1)
+    if last is None or run.place[0] < start:
+        return _verdict(question, "no figure", f"pseudo-labels count from epoch {start} on")
+    enough = _SHARE * demo_range(run, "confident")[0]
+    until = start + (run.epochs - start) / 2 if run.epochs else 0  # too early until then
+    word = "healthy" if last >= enough else "look" if run.place[0] > until else "no figure"
+    text = f"{_text(last)}% of the unlabeled images now; {_range_text(run, 'confident', '%')}"
+    limit = f"look below {_text(enough)}% in the second half of its epochs"
+    return _verdict(question, word, f"{text}; {limit}")
+
+
+def _labels(run: RunLog) -> Verdict:
+    """Confident pseudo-labels are right; the training does not know it, the log does."""
+    question, last = "accuracy of confident pseudo-labels", run.last("accuracy_confident")
+    if last is None:
+        return _verdict(question, "no figure", "no pseudo-label is confident yet")
+    wrong = last < _OFTEN_WRONG
+    word = "unhealthy" if wrong else "look" if last < _MOSTLY_RIGHT else "healthy"
+    limits = f"look below {_MOSTLY_RIGHT}%, unhealthy below {_OFTEN_WRONG}%"
+    text = f"{_text(last)}% now; {_range_text(run, 'accuracy_confident', '%')}; {limits}"
+    return _verdict(question, word, text)

@@ -1,0 +1,43 @@
+"""What a run or a figure came from: command, versions, machine."""
+
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+import torchvision
+
+from utils import distributed, options
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide what comes out."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "faiss": faiss.__version__,
+    }
+
+
+def of_start(device: torch.device) -> dict:
+    """What a run says of the process it starts in, of builtins; see `RunFolder.describe`.
+
+    started: UTC, ISO 8601. script: path below the repository's root, if it is there. device: the
+    GPU's name or the device's kind.
+    """
+    script = Path(sys.argv[0]).resolve()
+    inside = script.is_relative_to(options.ROOT)
+    on_gpu = device.type == "cuda"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "script": str(script.relative_to(options.ROOT) if inside else script),
+        "command": options.command(),
+        "versions": versions(),
+        "processes": distributed.world_size(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+    }

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "neighbors": set(),
     "distributed": {"errors"},
     "memory_bank": {"distributed"},
+    "kmeans": set(),
     "schedule": set(),
     "augment": set(),
     "demo_data": set(),

@@ -222,8 +222,8 @@ class Run:
             self._loader.bad_images.merge(names)
 
     def _check_same_everywhere(self) -> None:
-        """RunError if weights or bank, which all processes have, are not the same in all."""
-        kept = ("bank.", "cache.")
+        """RunError if weights, bank or clusters, which all processes have, differ between them."""
+        kept = ("bank.", "cache.", "clusters")
         shared = [value for name, value in self.model.named_buffers() if name.startswith(kept)]
         shared += [p for p in self.model.parameters() if p.requires_grad]
         if not distributed.same_everywhere(shared):

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     },
     "linear": {"errors"},
     "splits": {"data", "errors"},
+    "label_noise": {"data", "errors", "loaders", "splits"},
     "knn": {"distributed", "errors", "features", "loaders"},
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "options": {"augment", "demo_data", "distributed", "errors", "stop_signals", "workers"},
@@ -49,7 +50,8 @@ MAY_IMPORT = {
     },
     "setup": {
         *("bad_images", "batch_norm", "checkpoint", "data", "distributed", "encoders", "engine"),
-        *("errors", "feature_cache", "knn", "loaders", "options", "schedule", "splits"),
+        *("errors", "feature_cache", "knn", "label_noise", "loaders", "options", "schedule"),
+        "splits",
     },
 }
 

@@ -42,7 +42,8 @@ class Run:
     """A training run in a folder: `log.jsonl` and the checkpoints of `run_folder`.
 
     model: the method's module; `forward(batch)` returns a loss and a dict of scalar tensors,
-    `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them.
+    `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them; low
+    ones are warned of, unless the model has `can_collapse = False`.
     learning_rate: epoch (from 1) -> rate. evaluate: returns k-NN figures, called every `knn_freq`
     epochs (0: only after the last; -1: never). settings: the flags, kept in every checkpoint.
     data: digests by name of what is trained on, compared when resuming. save_freq: epochs between
@@ -234,6 +235,8 @@ class Run:
 
     def _warning(self, figures: dict[str, float]) -> str | None:
         """What is wrong with the embeddings, if anything: this family fails with a low loss."""
+        if not getattr(self.model, "can_collapse", True):
+            return None
         advice = "try a lower --learning_rate, a --momentum nearer to 1, or --proj_bn"
         if figures["spread"] < _LOW_SPREAD:
             return f"the embeddings collapse: spread {figures['spread']:.3f} of 0 to 1; {advice}"

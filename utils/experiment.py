@@ -11,7 +11,7 @@ _MAY_DIFFER = {
     *("data", "demo", "device", "deterministic", "num_workers", "checkpoint_path", "weights"),
     *("precision", "channels_last", "compile", "tf32"),
     *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
-    *("bad_images", "max_bad_images", "sup_split_file"),
+    *("bad_images", "max_bad_images", "sup_split_file", "label_file"),
 }
 
 
@@ -38,7 +38,9 @@ def check_same(
         for name, value in settings.items()
         if name in before and not _may_become(name, before[name], value)
     ]
-    differing += [f"other {name}" for name in data if data_before.get(name) != data[name]]
+    differing += [
+        f"other {name}" for name in data_before | data if data_before.get(name) != data.get(name)
+    ]
     if differing and not anyway:
         others = "; ".join(differing)
         raise InputError(f"{what}: a run with {others} (to go on all the same: --resume_anyway)")

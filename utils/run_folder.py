@@ -24,7 +24,7 @@ from utils.memory_bank import PreviousEmbeddings
 KEPT = 2  # the newest checkpoints, whatever they are
 PARTS = "previous_embeddings"
 REQUEUE = "requeue"
-_ALONG = ("labeled.txt",)  # files of scripts that tell what a run was
+_ALONG = ("labeled.txt", "label_noise.txt")  # files of scripts that tell what a run was
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 _PART_FORMAT = "cmsf-previous-1"
 # A part of which fewer rows are still current is rewritten with the next one, and can go.

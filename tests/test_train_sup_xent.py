@@ -147,6 +147,17 @@ def test_label_noise_changes_training_and_not_the_evaluation(call_script, image_
     assert len((tmp_path / "label_noise.txt").read_text().splitlines()) == 30
 
 
+def test_speed_flags_change_no_layout(call_script, image_tree, tmp_path):
+    flags = (*FLAGS, "--epochs", 1, "--knn_freq", -1, image_tree)
+    fast = ("--precision", "bf16", "--channels_last", "--tf32")
+    for folder, extra in (("fp32", ()), ("bf16", fast)):
+        result = call_script(SCRIPT, *flags, *extra, "--checkpoint_path", tmp_path / folder)
+        assert result[0] == 0, result
+    plain, other = (tiny.tensors(tiny.state(p)) for p in sorted(tmp_path.rglob("*.pth")))
+    assert plain.keys() == other.keys()
+    assert all(plain[name].dtype == other[name].dtype for name in plain)
+
+
 def test_script_runs_from_its_folder(run_script, image_tree, tmp_path):
     flags = (*FLAGS, "--debug", "--view", "weak", "--checkpoint_path", tmp_path, image_tree)
     done = run_script("supervised/train_sup_xent.py", *flags, cwd=ROOT / "supervised")

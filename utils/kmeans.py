@@ -46,10 +46,8 @@ def kmeans(embeddings: Tensor, *, num_clusters: int, seed: Sequence[int]) -> Clu
         max_points_per_centroid=len(rows),
     )
     fit.train(rows)
-    squared_distance, assignments = fit.index.search(rows, 1)
-    return Clustering(
-        assignments[:, 0], np.maximum(squared_distance[:, 0], 0), fit.centroids.reshape(-1, fit.d)
-    )
+    squared_distance, assignments = fit.assign(rows)
+    return Clustering(assignments, np.maximum(squared_distance, 0), fit.centroids)
 
 
 def _has_gpu() -> bool:

@@ -26,7 +26,15 @@ from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
 from utils.meters import embedding_health
-from utils.neighbors import all_finite, mean_shift_loss, nearest, nearest_among, purity
+from utils.neighbors import (
+    Neighbors,
+    all_finite,
+    constrained_ranks,
+    mean_shift_loss,
+    nearest,
+    nearest_among,
+    purity,
+)
 
 DEMO = options.DEMO | {
     "topk": 5,
@@ -55,6 +63,7 @@ class CMSF2Q(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.topk, self.topkp = topk, topkp
+        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_previous=True)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
 
@@ -85,6 +94,7 @@ class CMSF2Q(nn.Module):
             related = related._replace(valid=related.valid & visited.unsqueeze(1))
             far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
 
+        self.latest = t, far
         loss_near = mean_shift_loss(q, rows, near)
         loss_far = mean_shift_loss(q, rows, far)
         return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
@@ -97,8 +107,10 @@ class CMSF2Q(nn.Module):
         }
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Health of the embeddings in the bank."""
-        return embedding_health(*self.bank.in_use("features"))
+        """Health of the embeddings in the bank, and how distant the constrained neighbors are."""
+        (rows,) = self.bank.in_use("features")
+        t, far = self.latest
+        return {"constrained_ranks": constrained_ranks(t, rows, far), **embedding_health(rows)}
 
 
 def parse_args() -> argparse.Namespace:

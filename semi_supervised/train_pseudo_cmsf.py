@@ -30,7 +30,15 @@ from utils.features import extract_features
 from utils.loaders import Batch, EvalLoader
 from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
-from utils.neighbors import all_finite, mean_shift_loss, nearest, nearest_with_label, purity
+from utils.neighbors import (
+    Neighbors,
+    all_finite,
+    constrained_ranks,
+    mean_shift_loss,
+    nearest,
+    nearest_with_label,
+    purity,
+)
 from utils.splits import write_split_file
 from utils.streams import upload
 
@@ -77,6 +85,7 @@ class PseudoCMSF(nn.Module):
         self.labeled = labeled
         self.topk, self.topk_plain = topk, topk_plain or topk
         self.conf_th, self.cache_confident = conf_th, cache_confident
+        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_true_label=True)
         self.cache = MemoryBank(cache_size, encoders.proj_dim) if cache_size else None
 
@@ -106,6 +115,8 @@ class PseudoCMSF(nn.Module):
         rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
         (wanted,) = own_rows(label if constrained else torch.full_like(label, -1))
         near = self._neighbors(t, rows, wanted, row_labels)
+        has_label = (wanted >= 0).unsqueeze(1)
+        self.latest = t, near._replace(valid=near.valid & has_label)
         return mean_shift_loss(q, rows, near).where(finite, torch.nan), {
             "purity_constrained": purity(batch.label.masked_fill(wanted < 0, -1), row_truth, near),
             "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), wanted >= 0),
@@ -141,11 +152,13 @@ class PseudoCMSF(nn.Module):
         self.cache.enqueue(t[rows], index=index[chosen], label=label[rows], only_if=only_if)
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Health of the embeddings, and the purity that plain neighbors of the newest have."""
+        """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""
         rows, truth = self.bank.in_use("features", "true_label")
         newest = self.bank.newest(256)
         plain = purity(truth[newest], truth, nearest(rows[newest], rows, k=self.topk))
-        return {"purity_plain": plain, **embedding_health(rows)}
+        t, constrained = self.latest
+        ranks = constrained_ranks(t, rows, constrained)
+        return {"purity_plain": plain, "constrained_ranks": ranks, **embedding_health(rows)}
 
     def labeled_embeddings(self, images: EvalLoader) -> tuple[Tensor, Tensor]:
         """Embeddings (n, D) and labels (n,) to train the head on: the cache, or of the images."""

@@ -7,7 +7,8 @@
     python supervised/train_sup_msf.py --demo
 
 A query is pulled to the k rows of its own class nearest to its target (top-k), or to all rows of
-its class (`--topk all`). There are no class weights and no negatives.
+its class (`--topk all`). There are no class weights and no negatives. `--label_noise` and
+`--label_file` give images other labels than those of their folders.
 """
 
 import argparse
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options, setup
-from utils.distributed import all_true, gather
+from utils.distributed import all_true, gather, is_main
 from utils.encoders import QueryTargetEncoders
+from utils.label_noise import as_tensor, labels_to_use, write_changes
 from utils.loaders import Batch
 from utils.memory_bank import MemoryBank
 from utils.meters import embedding_health
 from utils.neighbors import (
+    Neighbors,
     all_finite,
+    constrained_ranks,
     mean_shift_loss,
     mean_shift_loss_all,
     nearest,
@@ -45,7 +49,7 @@ class SupervisedCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
     encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, or None for all
-    rows of the class.
+    rows of the class. given: (N,) int64, on the host, labels to use instead of the images' own.
     """
 
     def __init__(
@@ -55,11 +59,13 @@ class SupervisedCMSF(nn.Module):
         *,
         mem_bank_size: int,
         topk: int | None,
+        given: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.encoders = encoders
-        self.num_classes, self.topk = num_classes, topk
-        self.bank = MemoryBank(mem_bank_size, encoders.proj_dim)
+        self.num_classes, self.topk, self.given = num_classes, topk, given
+        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
+        self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_true_label=True)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent."""
@@ -71,33 +77,43 @@ class SupervisedCMSF(nn.Module):
 
         # The targets of all processes enter the bank before the search: each is its own nearest
         # neighbor.
-        all_t, index, label = gather(t, batch.index, batch.label)
-        self.bank.enqueue(all_t, index=index, label=label, only_if=finite)
+        label = labels_to_use(batch, self.given)  # (B,)
+        all_t, index, all_labels, truth = gather(t, batch.index, label, batch.label)
+        self.bank.enqueue(all_t, index=index, label=all_labels, true_label=truth, only_if=finite)
         rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
         if self.topk is None:
             loss = mean_shift_loss_all(
-                q, rows, labels=batch.label, row_labels=row_labels, num_classes=self.num_classes
+                q, rows, labels=label, row_labels=row_labels, num_classes=self.num_classes
             )
             return loss.where(finite, torch.nan), {}
-        same = nearest_with_label(t, rows, k=self.topk, labels=batch.label, row_labels=row_labels)
-        return mean_shift_loss(q, rows, same).where(finite, torch.nan), {
-            "purity_constrained": purity(batch.label, row_labels, same),
-            "fewer_than_k": 100 * (~same.valid).any(dim=1).float().mean(),
+        same = nearest_with_label(t, rows, k=self.topk, labels=label, row_labels=row_labels)
+        self.latest = t, same
+        stats = {
+            "purity_constrained": purity(label, row_labels, same),
+            "fewer_than_k": 100 * (same.valid.sum(dim=1) < self.topk).float().mean(),
         }
+        if self.given is not None:
+            stats["purity_true"] = purity(batch.label, self.bank.true_label, same)
+        return mean_shift_loss(q, rows, same).where(finite, torch.nan), stats
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Health of the embeddings, and the purity that plain neighbors of the newest have."""
+        """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""
         rows, row_labels = self.bank.in_use("features", "label")
         newest = self.bank.newest(256)
         near = nearest(rows[newest], rows, k=self.topk or 10)
         plain = purity(row_labels[newest], row_labels, near)
-        return {"purity_plain": plain, **embedding_health(rows)}
+        figures = {"purity_plain": plain, **embedding_health(rows)}
+        if self.latest is not None:
+            t, same = self.latest
+            figures["constrained_ranks"] = constrained_ranks(t, rows, same)
+        return figures
 
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = options.Parser(description="Train supervised CMSF.")
     options.add_training_options(parser, topk_all=True)
+    options.add_label_options(parser)
     return options.parse(parser, demo=DEMO)
 
 
@@ -106,17 +122,21 @@ def main() -> None:
     args = parse_args()
     setup.check_bank(args)
     train, val = setup.read_training_data(args, labeled=True)
+    given = setup.given_labels(args, train)
     loader = setup.build_loader(args, train)
     model = SupervisedCMSF(
         setup.build_encoders(args),
         len(train.classes),
         mem_bank_size=args.mem_bank_size,
         topk=None if args.topk == "all" else args.topk,
+        given=as_tensor(given),
     )
     model = setup.place(args, model)
     optimizer = setup.build_optimizer(args, model)
 
-    with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    with setup.build_run(args, model, optimizer, loader=loader, val=val, given=given) as run:
+        if is_main():
+            write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

@@ -14,38 +14,53 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from self_supervised.train_msf import MSF
 from self_supervised.train_msf_2q import CMSF2Q
+from self_supervised.train_msf_km import CMSFKM
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
+from supervised.train_sup_xent import CrossEntropy
 from utils import batch_norm, distributed, options
 from utils.data import ImageSet, read_split
-from utils.encoders import QueryTargetEncoders
+from utils.encoders import QueryTargetEncoders, SoleBackbone
 from utils.engine import Run
 from utils.loaders import TwoViewLoader
 
 SIZE, BATCH, STEPS = 8, 6, 30
 
 
-def build_encoders(bn: str) -> QueryTargetEncoders:
-    """A small convolutional network in float64."""
+def build_backbone() -> nn.Module:
+    """A small convolutional network."""
     torch.manual_seed(0)
-    backbone = nn.Sequential(
+    return nn.Sequential(
         *(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(4 * 4 * 4, 8), nn.BatchNorm1d(8), nn.ReLU()),
     )
-    shuffle = bn == "shuffle" and distributed.world_size() > 1
-    encoders = QueryTargetEncoders(backbone, 8, proj_dim=4, momentum=0.9, shuffle_target=shuffle)
-    if bn == "sync":
-        encoders = batch_norm.synchronized(encoders, torch.device("cpu"))
-    return encoders
+
+
+def build_encoders(bn: str, *, sole: bool) -> QueryTargetEncoders | SoleBackbone:
+    """Encoders on that network, or the network alone."""
+    backbone, shuffle = build_backbone(), bn == "shuffle" and distributed.world_size() > 1
+    if sole:
+        encoders = SoleBackbone(backbone)
+    else:
+        sizes = {"proj_dim": 4, "momentum": 0.9, "shuffle_target": shuffle}
+        encoders = QueryTargetEncoders(backbone, 8, **sizes)
+    return batch_norm.synchronized(encoders, torch.device("cpu")) if bn == "sync" else encoders
 
 
 def build_model(regime: str, images: ImageSet, bn: str) -> nn.Module:
     """A regime's method with a bank of a size that no batch divides."""
-    encoders = build_encoders(bn)
-    if regime == "2Q":
+    encoders = build_encoders(bn, sole=regime == "cross-entropy")
+    if regime == "cross-entropy":
+        model = CrossEntropy(encoders, 8, 3, view="weak")
+    elif regime == "MSF":
+        model = MSF(encoders, mem_bank_size=19, topk=3)
+    elif regime == "2Q":
         model = CMSF2Q(encoders, len(images), mem_bank_size=19, topk=3, topkp=4)
+    elif regime == "KM":
+        model = CMSFKM(encoders, len(images), mem_bank_size=19, topk=3, num_clusters=6)
     elif regime == "supervised":
         model = SupervisedCMSF(encoders, 3, mem_bank_size=19, topk=3)
     else:
@@ -58,7 +73,7 @@ def build_model(regime: str, images: ImageSet, bn: str) -> nn.Module:
 def train(
     run: Run, loader: TwoViewLoader, *, record: dict[str, list[Tensor]], corrupt: bool
 ) -> None:
-    """All steps, in float64; the head of the semi-supervised method learns at each epoch's end.
+    """All steps, in float64; clusters and the semi-supervised head follow at each epoch's end.
 
     corrupt: one number of one process' bank changes, as by a fault of memory.
     """
@@ -70,7 +85,10 @@ def train(
             run.model.bank.features[2, 1] += 1e-12
         record["losses"].append(sum(distributed.gather(loss[None])[0]) / distributed.world_size())
         record["order"].append(distributed.gather(batch.index)[0])
-        if hasattr(run.model, "head") and run.epoch_step == run.epoch_steps:
+        at_end = run.epoch_step == run.epoch_steps
+        if hasattr(run.model, "refit") and at_end:
+            run.model.refit(seed=[run.total_steps])
+        if hasattr(run.model, "head") and at_end:
             rows, labels = run.model.cache.in_use("features", "label")
             train_head(
                 *(run.model.head, rows, labels),
@@ -83,7 +101,7 @@ def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list
     """One run."""
     loader = TwoViewLoader(images, batch_size=BATCH, image_size=SIZE, weak_strong=True, seed=1)
     model = build_model(regime, images, bn)
-    trained = [p for p in model.encoders.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     run = Run(
         model,
         torch.optim.SGD(trained, lr=0.1, momentum=0.9),
@@ -98,11 +116,12 @@ def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list
     record = {"losses": [], "order": []}
     with run:
         train(run, loader, record=record, corrupt="--corrupt" in flags)
-    own_bank = torch.cat([value.double().flatten() for value in model.bank.buffers()])
+    kept = model.bank.buffers() if hasattr(model, "bank") else model.parameters()
+    own_bank = torch.cat([value.double().flatten() for value in kept])
     (banks,) = distributed.gather(own_bank[None])
     state = model.state_dict()
     if distributed.is_main():
-        kinds = ("bank", "previous", "cache", "running", "weight")
+        kinds = ("bank", "previous", "clusters", "cache", "running", "weight")
         names = [name for name in state if any(kind in name for kind in kinds)]
         record = {name: torch.stack(values) for name, values in record.items() if values}
         record |= {name: state[name] for name in names} | {"banks": banks}

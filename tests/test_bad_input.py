@@ -137,7 +137,10 @@ class RunsCode:
     [
         (TRAIN, "--weights"),
         (TRAIN, "--resume"),
+        ("self_supervised.train_msf_km", "--resume"),
         ("supervised.train_sup_msf", "--resume"),
+        ("supervised.train_sup_xent", "--weights"),
+        ("supervised.train_sup_xent", "--resume"),
         ("semi_supervised.train_pseudo_cmsf", "--weights"),
         (KNN, "--weights"),
         (KNN, "--load_cache"),
@@ -154,6 +157,7 @@ def test_no_path_that_loads_runs_code(call_script, image_tree, tmp_path, name, f
     flags = (*small, flag) if flag == "--cached" else (*small, flag, path)
     if "train" in name:
         flags = (*SMALL, "--knn_freq", -1, "--checkpoint_path", tmp_path / "out", *flags)
+        flags = flags[: len(SMALL) - 2] + flags[len(SMALL) :] if "xent" in name else flags
         flags += ("--label_fraction", 0.5) if "semi" in name else ()
     elif flag != "--weights":
         flags = (*flags, "--weights", "pixels")

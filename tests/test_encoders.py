@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils.encoders import QueryTargetEncoders, build_backbone, check_image_size, mlp
+from utils.encoders import (
+    QueryTargetEncoders,
+    SoleBackbone,
+    build_backbone,
+    check_image_size,
+    mlp,
+)
 from utils.errors import InputError
 
 
@@ -159,3 +165,18 @@ def test_small_crops_of_images_that_are_there_twice():
     assert q.shape == (3, 6, 8)
     assert torch.equal(q[1:, ::2], q[1:, 1::2])
     torch.testing.assert_close(q[2, 3], encoders.query(small[1, 1:2])[0])
+
+
+def test_a_sole_backbone_has_the_names_of_the_query_backbone():
+    """In float32 whatever it computes in, and laid out as asked for."""
+    torch.manual_seed(0)
+    backbone = build_backbone("conv4").module
+    encoders = QueryTargetEncoders(backbone, 128)
+    sole = SoleBackbone(backbone, autocast=torch.bfloat16, channels_last=True)
+    names = {name for name in encoders.state_dict() if name.startswith("query_encoder.backbone.")}
+    assert sole.state_dict().keys() == names
+    images = torch.randn(4, 3, 16, 16)
+    features, exact = sole(images), backbone(images)
+    assert features.dtype == torch.float32 and not torch.equal(features, exact)
+    torch.testing.assert_close(features, exact, rtol=0.05, atol=0.02)
+    assert backbone.features[0].weight.is_contiguous(memory_format=torch.channels_last)

@@ -11,16 +11,26 @@ import tiny
 import torch
 from torch import nn
 
+from self_supervised.train_msf import MSF
 from self_supervised.train_msf_2q import CMSF2Q
+from self_supervised.train_msf_km import CMSFKM
 from semi_supervised.pseudo_label import PseudoLabelHead
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
+from supervised.train_sup_xent import CrossEntropy
 from utils import engine, memory_bank
+from utils.encoders import SoleBackbone
 from utils.loaders import Batch
 from utils.meters import Means
 from utils.streams import HostCopy, upload
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def clustered() -> CMSFKM:
+    model = CMSFKM(tiny.encoders(), 12, mem_bank_size=10, topk=3, num_clusters=4)
+    model.clusters = torch.arange(12) % 4
+    return model
 
 
 def pseudo(**flags) -> PseudoCMSF:
@@ -29,6 +39,9 @@ def pseudo(**flags) -> PseudoCMSF:
 
 
 METHODS = {
+    "msf": lambda: MSF(tiny.encoders(), mem_bank_size=10, topk=3),
+    "km": clustered,
+    "cross-entropy": lambda: CrossEntropy(SoleBackbone(tiny.encoders().query_encoder), 4, 3),
     "2q": lambda: CMSF2Q(tiny.encoders(), 12, mem_bank_size=10, topk=3, topkp=4),
     "supervised": lambda: SupervisedCMSF(tiny.encoders(), 3, mem_bank_size=10, topk=3),
     "top-all": lambda: SupervisedCMSF(tiny.encoders(), 3, mem_bank_size=10, topk=None),
@@ -64,7 +77,7 @@ def meta(monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_reads_nothing_from_the_device(meta, name):
     model = METHODS[name]().to("meta").float()
-    optimizer, means = tiny.sgd(model.encoders), Means()
+    optimizer, means = tiny.sgd(model), Means()
     for batch in tiny.random_batches(5):
         views = (view.float().to("meta") for view in batch[:2])
         step(model, optimizer, Batch(*views, batch.index, batch.label.to("meta")), means)
@@ -122,7 +135,7 @@ def test_on_the_cpu_nothing_is_copied():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_a_gpu_does_not_wait(name):
     model = METHODS[name]().float().cuda()
-    optimizer, means = tiny.sgd(model.encoders), Means()
+    optimizer, means = tiny.sgd(model), Means()
     batches = [
         Batch(b.query_view.float().cuda(), b.target_view.float().cuda(), b.index, b.label.cuda())
         for b in tiny.random_batches(6)

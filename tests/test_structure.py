@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "neighbors": set(),
     "distributed": {"errors"},
     "memory_bank": {"distributed", "streams"},
+    "kmeans": set(),
     "schedule": set(),
     "streams": set(),
     "augment": {"streams"},
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     "splits": {"data", "errors"},
     "transfer_data": {"data", "errors", "splits"},
     "transfer": {"distributed", "errors", "logistic", "splits"},
+    "label_noise": {"data", "errors", "loaders", "splits", "streams"},
     "knn": {"distributed", "errors", "features", "loaders"},
     "pictures": {"augment"},
     "shown_neighbors": {
@@ -82,8 +84,8 @@ MAY_IMPORT = {
     },
     "setup": {
         *("archives", "bad_images", "batch_norm", "board", "checkpoint", "data", "distributed"),
-        *("encoders", "engine", "errors", "feature_cache", "image_cache", "knn", "loaders"),
-        *("memory_bank", "options", "origin", "schedule"),
+        *("encoders", "engine", "errors", "feature_cache", "image_cache", "knn", "label_noise"),
+        *("loaders", "memory_bank", "options", "origin", "schedule"),
         "splits",
     },
 }

@@ -7,34 +7,45 @@ import oracles
 import pytest
 import tiny
 import torch
+from conftest import write_image
 
 from supervised.train_sup_msf import SupervisedCMSF
 
 SCRIPT = importlib.import_module("supervised.train_sup_msf")
 
 
-def tiny_model(*, bank=10, topk=3, classes=3):
-    return SupervisedCMSF(tiny.encoders(), classes, mem_bank_size=bank, topk=topk).double()
+GIVEN = torch.tensor([1, 1, 0, 2, 2, 0, 0, 1, 2, 1, 0, 2])  # of 12 images, 5 as they were
+
+
+def tiny_model(*, bank=10, topk=3, classes=3, given=None):
+    sizes = {"mem_bank_size": bank, "topk": topk}
+    return SupervisedCMSF(tiny.encoders(), classes, given=given, **sizes).double()
 
 
 class Paper:
     """The neighbors are the k nearest of the same class, or all of it; fewer count as they are."""
 
-    def __init__(self, model, *, bank, topk):
+    def __init__(self, model, *, bank, topk, given=None):
+        self.given = given
         self.encoders = tiny.PaperEncoders(model.encoders)
         self.size, self.topk = bank, topk
         self.bank = []  # (embedding, label), oldest first
 
     def loss(self, batch):
         q, t = self.encoders.embed(batch)
-        self.bank += list(zip(t, batch.label.tolist(), strict=True))
+        labels = [self.given[i] if self.given else i % 3 for i in batch.index.tolist()]
+        self.bank += list(zip(t, labels, batch.index.tolist(), strict=True))
         self.bank = self.bank[-self.size :]
-        rows = [embedding for embedding, _ in self.bank]
+        rows = [embedding for embedding, _, _ in self.bank]
         chosen = []
-        for target, label in zip(t, batch.label.tolist(), strict=True):
-            same = [other == label for _, other in self.bank]
+        for target, label in zip(t, labels, strict=True):
+            same = [other == label for _, other, _ in self.bank]
             k = self.topk or len(rows)
             chosen.append(oracles.nearest_rows(target, rows, k=k, allowed=same))
+        self.true_purity = 100 * sum(
+            sum(self.bank[n][2] % 3 == image % 3 for n in numbers) / len(numbers) / len(chosen)
+            for image, numbers in zip(batch.index.tolist(), chosen, strict=True)
+        )
         self.short = 100 * sum(len(c) < (self.topk or 0) for c in chosen) / len(chosen)
         return tiny.loss_over(q, rows, chosen)
 
@@ -42,9 +53,11 @@ class Paper:
 @pytest.mark.parametrize(
     ("bank", "topk"), [(10, 3), (7, 5), (12, 1), (100, 4), (9, None), (50, None)]
 )
-def test_twelve_sgd_steps_as_in_the_paper(bank, topk):
-    model = tiny_model(bank=bank, topk=topk)
-    paper = Paper(model, bank=bank, topk=topk)
+@pytest.mark.parametrize("given", [None, GIVEN], ids=["own", "given"])
+def test_twelve_sgd_steps_as_in_the_paper(bank, topk, given):
+    """With the images' own labels, and with given ones."""
+    model = tiny_model(bank=bank, topk=topk, given=given)
+    paper = Paper(model, bank=bank, topk=topk, given=given if given is None else given.tolist())
     ours, theirs = tiny.sgd(model), paper.encoders.optimizer()
     for batch in tiny.random_batches(12):
         loss, stats = model(batch)
@@ -53,6 +66,9 @@ def test_twelve_sgd_steps_as_in_the_paper(bank, topk):
         if topk:
             assert stats["purity_constrained"].item() == pytest.approx(100)
             assert stats["fewer_than_k"].item() == pytest.approx(paper.short)
+            assert ("purity_true" in stats) == (given is not None)
+        if topk and given is not None:
+            assert stats["purity_true"].item() == pytest.approx(paper.true_purity)
         tiny.update(ours, loss)
         tiny.update(theirs, expected)
 
@@ -87,6 +103,7 @@ def test_top_all_forms_no_tensor_of_batch_times_bank():
         model.bank.enqueue(
             torch.nn.functional.normalize(torch.randn(5000, 4, dtype=torch.float64), dim=1),
             label=torch.arange(5000) % 3,
+            true_label=torch.arange(5000) % 3,
             index=torch.arange(5000),
         )
     batch = next(tiny.random_batches(1))
@@ -114,6 +131,70 @@ def test_resumed_run_has_the_bits_of_an_undisturbed_one(call_script, image_tree,
         result = call_script(SCRIPT, *flags, "--checkpoint_path", folder, *extra)
         assert result[0] == 0, result
     tiny.assert_same_checkpoint(whole / "ckpt_epoch_3.pth", broken / "ckpt_epoch_3.pth")
+
+
+def test_label_noise(call_script, image_tree, tmp_path):
+    """The list beside the checkpoint, both purities, resuming, and a file with the same labels."""
+    common = (*tiny.FLAGS, "--epochs", 2, "--save_freq", 1, image_tree)
+    noise = ("--label_noise", 0.25, "--noise_seed", 5)
+    whole, broken, named = (tmp_path / name for name in ("whole", "broken", "named"))
+    assert call_script(SCRIPT, *common, *noise, "--checkpoint_path", whole)[0] == 0
+    lines = [line.split("\t") for line in (whole / "label_noise.txt").read_text().splitlines()]
+    assert len(lines) == 8  # of 30
+    assert all(path[0] == true != given for path, true, given in lines)
+    records = [json.loads(line) for line in (whole / "log.jsonl").open()]
+    assert records[0]["purity_constrained"] == 100 > records[0]["purity_true"] > 0
+
+    resume = ("--resume", whole / "ckpt_epoch_1.pth")
+    code, _, stderr = call_script(SCRIPT, *common, *noise, "--checkpoint_path", broken, *resume)
+    assert code == 0, stderr
+    tiny.assert_same_checkpoint(whole / "ckpt_epoch_2.pth", broken / "ckpt_epoch_2.pth")
+    assert (broken / "label_noise.txt").read_text() == (whole / "label_noise.txt").read_text()
+
+    classes = {f"{c}/{n}.jpg": c for c in "abc" for n in range(10)}
+    classes |= {path: given for path, _, given in lines}
+    file = tmp_path / "labels.txt"
+    file.write_text("".join(f"{path} {given}\n" for path, given in classes.items()))
+    flags = (*common, "--checkpoint_path", named, "--label_file", file)
+    assert call_script(SCRIPT, *flags)[0] == 0
+    tiny.assert_same_checkpoint(whole / "ckpt_epoch_2.pth", named / "ckpt_epoch_2.pth")
+    assert (
+        json.loads((whole / "log.jsonl").read_text().splitlines()[-1])["knn"]
+        == (json.loads((named / "log.jsonl").read_text().splitlines()[-1])["knn"])
+    )
+
+    file.write_text(file.read_text().replace("a/0.jpg", "a/x.jpg").replace("a/1.jpg", "a/0.jpg"))
+    code, _, stderr = call_script(SCRIPT, *flags)
+    assert code == 2 and "1 entries name no image (first: a/x.jpg); 1 images have no" in stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--label_noise", 0.5), "--label_noise 0.25, not 0.5"),
+        (("--label_noise", 0.25, "--noise_seed", 1), "--noise_seed 0, not 1; other given labels"),
+        ((), "other given labels"),
+    ],
+)
+def test_resuming_with_other_labels(call_script, image_tree, tmp_path, change, words):
+    flags = (*tiny.FLAGS, "--epochs", 1, "--knn_freq", -1, "--checkpoint_path", tmp_path)
+    assert call_script(SCRIPT, *flags, "--label_noise", 0.25, image_tree)[0] == 0
+    code, _, stderr = call_script(SCRIPT, *flags, "--resume", "auto", *change, image_tree)
+    assert code == 2 and words in stderr, stderr
+
+
+def test_bad_label_flags(call_script, image_tree, tmp_path):
+    write_image(tmp_path / "train" / "a" / "1.jpg", seed=1)
+    for flags, data, words in (
+        (("--label_noise", 1.5), image_tree, ("--label_noise", "1.5")),
+        (("--label_noise", "half"), image_tree, ("--label_noise", "half")),
+        (("--label_noise", 0.1, "--label_file", "x"), image_tree, ("--label_file", "not allowed")),
+        (("--label_file", "no/such"), image_tree, ("--label_file no/such", "No such file")),
+        (("--label_noise", 0.1, "--knn_freq", -1), tmp_path, ("--label_noise", "no second class")),
+    ):
+        code, _, stderr = call_script(SCRIPT, *tiny.FLAGS, *flags, data)
+        assert code == 2 and stderr.count("\n") == 1
+        assert all(word in stderr for word in words), stderr
 
 
 def test_needs_labels(call_script, image_tree):

@@ -144,6 +144,57 @@ class Encoder(nn.Module):
         return self.projector(self.backbone(images))
 
 
+def _pass_through(
+    images: Tensor,
+    networks: Sequence[nn.Module],
+    *,
+    autocast: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    """Pass images through networks, one after the other; float32 comes out of autocast's dtype."""
+    if channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    output = images
+    # No cache of cast weights: each is used once here, and one that outlived a step (in an
+    # autocast of the caller's) would hide what the optimizer did to it.
+    with torch.autocast(
+        images.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    ):
+        for network in networks:
+            output = network(output)
+    # bfloat16 has 8 significant bits: too few for a unit norm and for telling neighbors apart.
+    return output if autocast is None else output.float()
+
+
+class SoleBackbone(nn.Module):
+    """A backbone alone, for methods with neither projector nor target encoder.
+
+    Its weights have the names that `QueryTargetEncoders` gives to those of its query backbone, so
+    that whatever reads checkpoints reads these. backbone: any module (B, 3, S, S) -> (B, F).
+    autocast, channels_last: as there.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.query_encoder = nn.ModuleDict({"backbone": backbone})
+        self.autocast, self.channels_last = autocast, channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> features (B, F), with gradient."""
+        networks = self.query_encoder.values()
+        return _pass_through(
+            images, networks, autocast=self.autocast, channels_last=self.channels_last
+        )
+
+
 class QueryTargetEncoders(nn.Module):
     """Query encoder with predictor, and the target encoder that follows it (CMSF sec. 3).
 
@@ -242,18 +293,7 @@ class QueryTargetEncoders(nn.Module):
 
     def _embed(self, images: Tensor, *networks: nn.Module) -> Tensor:
         """Pass images through the networks, one after the other: (B, D), unit norm."""
-        if self.channels_last:
-            images = images.to(memory_format=torch.channels_last)
-        output = images
-        # No cache of cast weights: each is used once here, and one that outlived a step (in an
-        # autocast of the caller's) would hide what the optimizer did to it.
-        with torch.autocast(
-            images.device.type,
-            self.autocast,
-            enabled=self.autocast is not None,
-            cache_enabled=False,
-        ):
-            for network in networks:
-                output = network(output)
-        # bfloat16 has 8 significant bits: too few for a unit norm and for telling neighbors apart.
-        return normalize(output if self.autocast is None else output.float(), dim=1)
+        output = _pass_through(
+            images, networks, autocast=self.autocast, channels_last=self.channels_last
+        )
+        return normalize(output, dim=1)

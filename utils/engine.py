@@ -56,7 +56,8 @@ class Run:
     """A training run in a folder: `log.jsonl` and the checkpoints of `run_folder`.
 
     model: the method's module; `forward(batch)` returns a loss and a dict of scalar tensors,
-    `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them.
+    `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them; low
+    ones are warned of, unless the model has `can_collapse = False`.
     learning_rate: epoch (from 1) -> rate. evaluate: returns k-NN figures, called every `knn_freq`
     epochs (0: only after the last; -1: never). settings: the flags, kept in every checkpoint.
     data: digests by name of what is trained on, compared when resuming. save_freq: epochs between
@@ -254,13 +255,15 @@ class Run:
         self._share_bad_images()
         figures = self._means.read()
         seconds = time.monotonic() - self._interval_start
-        figures |= {name: float(value) for name, value in self.model.diagnostics().items()}
+        figures |= {name: value.tolist() for name, value in self.model.diagnostics().items()}
         figures["lr"] = self.optimizer.param_groups[0]["lr"]
         figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
-        warning = health.warning(figures)
+        can_collapse = getattr(self.model, "can_collapse", True)
+        warning = health.warning(figures) if can_collapse else None
         record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
         self.log.write(record | ({"warning": warning} if warning else {}))
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        scalars = {name: v for name, v in figures.items() if not isinstance(v, list)}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
@@ -273,8 +276,8 @@ class Run:
             self._loader.bad_images.merge(names)
 
     def _check_same_everywhere(self) -> None:
-        """RunError if weights or bank, which all processes have, are not the same in all."""
-        kept = ("bank.", "cache.")
+        """RunError if weights, bank or clusters, which all processes have, differ between them."""
+        kept = ("bank.", "cache.", "clusters")
         shared = [value for name, value in self.model.named_buffers() if name.startswith(kept)]
         shared += [p for p in self.model.parameters() if p.requires_grad]
         if not distributed.same_everywhere(shared):

@@ -8,21 +8,12 @@ from utils.errors import InputError
 # Flags that a resumed run may have otherwise. The images are compared by what they are, not by
 # where they lie; --epochs may grow.
 _MAY_DIFFER = {
-    *(
-        "data",
-        "demo",
-        "download",
-        "device",
-        "deterministic",
-        "num_workers",
-        "checkpoint_path",
-        "weights",
-    ),
+    *("data", "demo", "download", "device", "deterministic", "num_workers"),
+    *("checkpoint_path", "weights"),
     # Cached crops are the same, but for a gray level here and there if a device cuts them.
     *("precision", "channels_last", "compile", "tf32", "cache_images"),
     *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
-    *("bad_images", "max_bad_images", "sup_split_file"),
-    "tensorboard",
+    *("bad_images", "max_bad_images", "sup_split_file", "label_file", "tensorboard"),
 }
 
 
@@ -54,7 +45,9 @@ def check_same(
         for name, value in settings.items()
         if name in before and not _may_become(name, before[name], value)
     ]
-    differing += [f"other {name}" for name in data if data_before.get(name) != data[name]]
+    differing += [
+        f"other {name}" for name in data_before | data if data_before.get(name) != data.get(name)
+    ]
     if differing and not anyway:
         others = "; ".join(differing)
         raise InputError(f"{what}: a run with {others} (to go on all the same: --resume_anyway)")

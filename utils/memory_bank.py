@@ -185,6 +185,19 @@ class PreviousEmbeddings(nn.Module):
         self.seen[rows] = True
         self.saved_in[rows] = 0
 
+    def on_main(self) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, D) and seen (N,) of all images, on the host; all processes ask together.
+
+        Only on the main process: on others tensors of that shape without memory.
+        """
+        self.settle()
+        if distributed.world_size() == 1:
+            return self.embeddings, self.seen
+        embeddings, seen = (
+            distributed.interleaved(held, self.num_images) for held in (self.embeddings, self.seen)
+        )
+        return embeddings, seen
+
     def images(self, rows: Tensor) -> Tensor:
         """Numbers of the images that rows (n,) of this process belong to."""
         return rows * distributed.world_size() + distributed.rank()
@@ -204,10 +217,8 @@ class PreviousEmbeddings(nn.Module):
         if self.saved_apart:
             return
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if distributed.world_size() > 1:
-            for name in ("embeddings", "seen"):
-                held = destination[prefix + name]
-                destination[prefix + name] = distributed.interleaved(held, self.num_images)
+        whole = zip(("embeddings", "seen"), self.on_main(), strict=True)
+        destination.update({prefix + name: rows.detach() for name, rows in whole})
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
         """Take the rows that this process holds."""

@@ -160,4 +160,6 @@ def _plain(value):
     """JSON has no nan or infinity: None stands for them."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

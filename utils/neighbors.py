@@ -17,6 +17,7 @@ from torch import Tensor
 # launches.
 _CPU_SIMILARITIES = 2**22
 _GPU_SIMILARITIES = 2**26
+_RANKED_QUERIES = 64
 _SUMMED = 2**16  # rows of the bank that are summed at a time
 # Candidates for each neighbor where bfloat16 chooses them.
 _CANDIDATES = 4
@@ -321,3 +322,13 @@ def rank_histogram(ranks: Tensor, *, bins: int = 20) -> Tensor:
     bin_of = torch.bucketize(ranks.flatten(), edges, right=True) - 1  # -1 where not valid
     counts = (bin_of.unsqueeze(1) == torch.arange(bins, device=ranks.device)).sum(dim=0)
     return 100 * counts / counts.sum()
+
+
+def constrained_ranks(queries: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
+    """How distant a constraint's neighbors are: `rank_histogram` of the first queries of a batch.
+
+    queries: (B, D), rows: (K, D), both unit norm. neighbors: (B, k). Returns percents (20,) float32
+    (CMSF sec. 4, the histogram of ranks). 64 queries: what is logged now and then must cost little.
+    """
+    few = Neighbors(*(part[:_RANKED_QUERIES] for part in neighbors))
+    return rank_histogram(plain_ranks(queries[:_RANKED_QUERIES], rows, few))

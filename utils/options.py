@@ -24,23 +24,26 @@ from utils.errors import InputError, Interrupted, RunError
 from utils.stop_signals import StopSignals, ignore
 from utils.workers import worker_failure
 
-# The demo data's settings that the training scripts share: a small network, a small bank.
-DEMO = {
+# The demo data's settings that the training scripts share: a small network, and a small bank where
+# there is one.
+DEMO_TRAINING = {
     "arch": "conv4",
     "image_size": 32,
     "epochs": 60,
     "batch_size": 32,
     "learning_rate": 0.05,
     "cos": True,
-    "weak_strong": True,
     "blur": 0.0,
+    "num_workers": 1,
+    "save_freq": 60,
+}
+DEMO = DEMO_TRAINING | {
+    "weak_strong": True,
     "momentum": 0.99,
     "mem_bank_size": 512,
     "proj_dim": 128,
     "hidden_dim": 512,
     "proj_bn": True,
-    "num_workers": 1,
-    "save_freq": 60,
 }
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = str(ROOT / "output" / "demo_2q" / f"ckpt_epoch_{DEMO['epochs']}.pth")
@@ -255,15 +258,33 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_view_options(parser: argparse.ArgumentParser) -> None:
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Labels to train with other than those of the class folders; see `utils.label_noise`."""
+    group = parser.add_argument_group("labels")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--label_noise",
+        type=number(float, low=0, high=1),
+        help="give this share of the training images another class, drawn by --noise_seed",
+    )
+    either.add_argument(
+        "--label_file",
+        type=Path,
+        help="take the classes from a file instead of the folders: lines of path below train/ "
+        "and class",
+    )
+    group.add_argument("--noise_seed", type=seed, default=0, help="of the draw of --label_noise")
+
+
+def _add_view_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> None:
     group = parser.add_argument_group("views")
     group.add_argument(
         "--image_size", type=positive, default=224, help="side of the crops in pixels"
     )
-    group.add_argument(
-        "--weak_strong", action="store_true", help="weak view for the target encoder"
-    )
-
+    if mean_shift:
+        group.add_argument(
+            "--weak_strong", action="store_true", help="weak view for the target encoder"
+        )
     group.add_argument(
         "--blur",
         type=number(float, low=0, high=1),
@@ -289,8 +310,8 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("encoders")
+def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> None:
+    group = parser.add_argument_group("encoders" if mean_shift else "network")
     group.add_argument(
         "--arch", default="resnet50", help="torchvision classification model, or conv4"
     )
@@ -299,6 +320,24 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ResNets: 3x3 first convolution, no pooling (images of about 32 px)",
     )
+    group.add_argument("--weights", help="checkpoint to start from")
+    ways = {
+        "shuffle": "each on its part of the batch, the target's dealt out anew, as published",
+        "sync": "on the whole batch, as one process does",
+        "local": "each on its part",
+    }
+    choices = list(ways) if mean_shift else ["local", "sync"]
+    group.add_argument(
+        "--bn",
+        choices=choices,
+        default=choices[0],
+        help="batch norm of several processes: "
+        + "; ".join(f"{name}: {ways[name]}" for name in choices),
+    )
+
+
+def _add_mean_shift_options(parser: argparse.ArgumentParser, *, topk_all: bool) -> None:
+    group = parser.add_argument_group("mean shift")
     group.add_argument("--proj_dim", type=positive, help="embedding size; default: features / 4")
     group.add_argument(
         "--hidden_dim",
@@ -313,15 +352,19 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--momentum", type=number(float, low=0, high=1), default=0.99, help="of the moving average"
     )
+    group.add_argument("--mem_bank_size", type=positive, default=128000)
     group.add_argument(
-        "--bn",
-        choices=["shuffle", "sync", "local"],
-        default="shuffle",
-        help="batch norm of several processes: shuffle: each on its part of the batch, the "
-        "target's dealt out anew, as published; sync: on the whole batch, as one process does; "
-        "local: on its part",
+        "--bank_precision",
+        choices=list(BANK_PRECISIONS),
+        default="fp32",
+        help="fp16: the bank keeps embeddings in 16 bits, half the memory; searched in fp32",
     )
-    group.add_argument("--weights", help="checkpoint to start the encoders from")
+    group.add_argument(
+        "--topk",
+        type=positive_or_all if topk_all else positive,
+        default=5,
+        help="neighbors a query is pulled to" + (', or "all" of its class' if topk_all else ""),
+    )
 
 
 def _add_speed_options(parser: argparse.ArgumentParser) -> None:
@@ -387,8 +430,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = False) -> None:
-    """Everything the training scripts have in common; topk_all: --topk may be "all"."""
+def add_training_options(
+    parser: argparse.ArgumentParser, *, mean_shift: bool = True, topk_all: bool = False
+) -> None:
+    """Everything the training scripts have in common.
+
+    mean_shift: the flags of projector, target encoder and bank too; topk_all: --topk may be "all".
+    """
     add_data_options(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=positive, default=256)
@@ -411,24 +459,11 @@ def add_training_options(parser: argparse.ArgumentParser, *, topk_all: bool = Fa
     )
 
     _add_cache_options(parser)
-    _add_view_options(parser)
-    _add_encoder_options(parser)
+    _add_view_options(parser, mean_shift=mean_shift)
+    _add_network_options(parser, mean_shift=mean_shift)
     _add_speed_options(parser)
-
-    group = parser.add_argument_group("mean shift")
-    group.add_argument("--mem_bank_size", type=positive, default=128000)
-    group.add_argument(
-        "--bank_precision",
-        choices=list(BANK_PRECISIONS),
-        default="fp32",
-        help="fp16: the bank keeps embeddings in 16 bits, half the memory; searched in fp32",
-    )
-    group.add_argument(
-        "--topk",
-        type=positive_or_all if topk_all else positive,
-        default=5,
-        help="neighbors a query is pulled to" + (', or "all" of its class' if topk_all else ""),
-    )
+    if mean_shift:
+        _add_mean_shift_options(parser, topk_all=topk_all)
     _add_run_options(parser)
 
 

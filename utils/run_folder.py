@@ -29,7 +29,7 @@ REQUEUE = "requeue"
 ABOUT = "run.json"
 ABOUT_FORMAT = "cmsf-run-1"
 BOARD = "tensorboard"
-_ALONG = ("labeled.txt", ABOUT)  # files that tell what a run was
+_ALONG = ("labeled.txt", "label_noise.txt", ABOUT)  # files that tell what a run was
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 _PART_FORMAT = "cmsf-previous-1"
 # A part of which fewer rows are still current is rewritten with the next one, and can go.

@@ -19,24 +19,36 @@ from torch import nn
 from utils import archives, batch_norm, board, checkpoint, distributed, options, origin
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
-from utils.encoders import Backbone, QueryTargetEncoders, build_backbone, check_image_size
+from utils.encoders import (
+    Backbone,
+    QueryTargetEncoders,
+    SoleBackbone,
+    build_backbone,
+    check_image_size,
+)
 from utils.engine import Run
 from utils.errors import InputError
 from utils.feature_cache import image_digest
 from utils.image_cache import cache_images
 from utils.knn import evaluate_knn, ks_for
+from utils.label_noise import noisy_labels, read_label_file
 from utils.loaders import EvalLoader, TwoViewLoader
 from utils.memory_bank import MemoryBank
 from utils.schedule import learning_rate
 from utils.splits import class_balanced_split, read_split_file
 
 
-def check_bank(args: argparse.Namespace) -> None:
-    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
+def check_batch(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics."""
     each = args.batch_size // distributed.world_size()
     if args.batch_size < 2 or (each < 2 and args.bn != "sync"):
         of = f" of each of {distributed.world_size()} processes" if each < args.batch_size else ""
         raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images{of}")
+
+
+def check_bank(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
+    check_batch(args)
     twice = getattr(args, "symmetric", False)
     if args.mem_bank_size < args.batch_size * (1 + twice):
         raise InputError(
@@ -108,7 +120,7 @@ def build_loader(
         images,
         batch_size=args.batch_size,
         image_size=args.image_size,
-        weak_strong=args.weak_strong,
+        weak_strong=getattr(args, "weak_strong", False),
         blur=args.blur,
         seed=args.seed,
         num_workers=args.num_workers,
@@ -133,14 +145,7 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
 
     InputError for a --precision that the device has not, or a --compile that does not work here.
     """
-    _check_speed(args)
-    # PyTorch's own default is TF32 for convolutions but not for products; here it is both or none.
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.manual_seed(args.seed)
-    backbone = build_backbone(args.arch, small_stem=args.small_stem)
-    for size in {args.image_size, *(g.size for g in getattr(args, "multi_crop", None) or [])}:
-        check_image_size(backbone, args.arch, size)
+    backbone = _seeded_backbone(args)
     encoders = QueryTargetEncoders(
         backbone.module,
         backbone.feature_dim,
@@ -172,6 +177,42 @@ def place(args: argparse.Namespace, model: nn.Module) -> nn.Module:
     return model.to(args.device)
 
 
+def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
+    """A backbone without projector and target, and its feature size; as `build_encoders`.
+
+    Of a --weights checkpoint with a query encoder, that one's backbone is taken.
+    """
+    backbone = _seeded_backbone(args)
+    sole = SoleBackbone(
+        backbone.module,
+        autocast=options.PRECISIONS[args.precision],
+        channels_last=args.channels_last,
+    )
+    if args.bn == "sync":
+        sole = batch_norm.synchronized(sole, args.device)
+    if args.weights:
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        state = checkpoint.load(args.weights, flag="--weights")
+        checkpoint.load_backbone(backbone, state, what=what)
+        print(f"{args.weights}: backbone only; the classifier starts at random", flush=True)
+    if args.compile:
+        sole.compile()
+    return sole, backbone.feature_dim
+
+
+def _seeded_backbone(args: argparse.Namespace) -> Backbone:
+    """The backbone with random weights by --seed; sets TF32 by --tf32, and checks speed flags."""
+    _check_speed(args)
+    # PyTorch's own default is TF32 for convolutions but not for products; here it is both or none.
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    for size in {args.image_size, *(g.size for g in getattr(args, "multi_crop", None) or [])}:
+        check_image_size(backbone, args.arch, size)
+    return backbone
+
+
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.SGD:
     """SGD over everything that has a gradient, weight decay on all of it, as published."""
     return torch.optim.SGD(
@@ -190,11 +231,13 @@ def build_run(
     loader: TwoViewLoader,
     val: ImageSet | None,
     labeled: np.ndarray | None = None,
+    given: np.ndarray | None = None,
 ) -> Run:
     """The run that the flags describe on the loader's images; val: for k-NN figures, or None.
 
-    labeled: numbers of the images whose labels are used, where it is not all or none. For the demo
-    data the untrained network and raw pixels are measured first, to compare with.
+    labeled: numbers of the images whose labels are used, where it is not all or none. given: labels
+    to train with, where they are not those of the images. For the demo data the untrained network
+    and raw pixels are measured first, to compare with.
     """
     if args.tensorboard:
         board.check_installed()
@@ -221,7 +264,7 @@ def build_run(
             decay_rate=args.lr_decay_rate,
         ),
         settings={name: _builtin(value) for name, value in vars(args).items()},
-        data=_digests(loader.images, labeled),
+        data=_digests(loader.images, labeled=labeled, given=given),
         about=origin.of_start(args.device) | {"counts": _counts(loader.images, val, labeled)},
         print_freq=args.print_freq,
         save_freq=args.save_freq,
@@ -295,6 +338,15 @@ def labeled_index(
     if args.label_fraction is not None:
         return class_balanced_split(images, args.label_fraction, seed=args.split_seed)
     return np.arange(len(images))
+
+
+def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | None:
+    """Labels (N,) to train with by --label_file or --label_noise; None: those of the images."""
+    if args.label_file is not None:
+        return read_label_file(args.label_file, images, flag="--label_file")
+    if args.label_noise is not None:
+        return noisy_labels(images, args.label_noise, seed=args.noise_seed)
+    return None
 
 
 def eval_loaders(
@@ -376,11 +428,16 @@ def _check_speed(args: argparse.Namespace) -> None:
         raise InputError(f"--compile: does not work here ({reason})") from error
 
 
-def _digests(images: ImageSet, labeled: np.ndarray | None) -> dict[str, str]:
-    """What tells one set of training data from another, by name."""
+def _digests(images: ImageSet, **chosen: np.ndarray | None) -> dict[str, str]:
+    """What tells one set of training data from another, by name.
+
+    chosen: by a word for them, the labels or images of the set that are used.
+    """
     digests = {"training images or classes": images.digest()}
-    if labeled is not None:
-        digests["labeled images"] = hashlib.sha256(labeled.tobytes()).hexdigest()
+    names = {"labeled": "labeled images", "given": "given labels"}
+    for word, values in chosen.items():
+        if values is not None:
+            digests[names[word]] = hashlib.sha256(values.tobytes()).hexdigest()
     return digests
 
 

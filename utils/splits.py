@@ -22,6 +22,32 @@ def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     (The published code ignored entries without an image.) flag: the flag that named the file.
     """
     what = f"{flag} {path}"
+    entries = read_entries(path, what=what)
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for number in range(len(images)):
+        name = images.name(number)
+        by_name[name].append(number)
+        if "/" in name:
+            by_name[name.rsplit("/", 1)[1]].append(number)
+    found = [by_name.get(entry, []) for entry in entries]
+    counts = [(entry, len(rows)) for entry, rows in zip(entries, found, strict=True)]
+    times = Counter(rows[0] for rows in found if len(rows) == 1)
+    refuse(
+        {
+            "entries name no image": [e for e, count in counts if count == 0],
+            "entries name several images": [e for e, count in counts if count > 1],
+            "entries come twice": [images.name(n) for n, count in times.items() if count > 1],
+        },
+        what=what,
+    )
+    return np.array(sorted(times), dtype=np.int64)
+
+
+def read_entries(path: Path, *, what: str) -> list[str]:
+    """The lines of a text file that are not blank, without "train/" before them.
+
+    InputError that begins with `what` for a missing, empty or unreadable file.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -30,27 +56,18 @@ def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     entries = [line.strip().removeprefix("train/") for line in lines if line.strip()]
     if not entries:
         raise InputError(f"{what}: names no image")
-    by_name: dict[str, list[int]] = defaultdict(list)
-    for number in range(len(images)):
-        name = images.name(number)
-        by_name[name].append(number)
-        if "/" in name:
-            by_name[name.rsplit("/", 1)[1]].append(number)
-    found = [by_name.get(entry, []) for entry in entries]
-    times = Counter(rows[0] for rows in found if len(rows) == 1)
-    faults = {
-        "name no image": [e for e, rows in zip(entries, found, strict=True) if not rows],
-        "name several images": [e for e, rows in zip(entries, found, strict=True) if len(rows) > 1],
-        "come twice": [images.name(number) for number, count in times.items() if count > 1],
-    }
+    return entries
+
+
+def refuse(faults: dict[str, list[str]], *, what: str) -> None:
+    """InputError that counts what has each fault and names the first five, if there are any."""
     problems = [
-        f"{len(names)} entries {fault} (first: {', '.join(names[:5])})"
+        f"{len(names)} {fault} (first: {', '.join(names[:5])})"
         for fault, names in faults.items()
         if names
     ]
     if problems:
         raise InputError(f"{what}: {'; '.join(problems)}")
-    return np.array(sorted(times), dtype=np.int64)
 
 
 def class_balanced_split(images: ImageSet, fraction: float, *, seed: int) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""Cross-entropy: what supervised CMSF is compared with (CMSF sec. 4.3).
+
+    python supervised/train_sup_xent.py --cos --learning_rate 0.05 --epochs 200 --arch resnet50 \
+        --checkpoint_path <CHECKPOINT PATH> <DATASET PATH>
+
+    python supervised/train_sup_xent.py --demo
+
+A linear classifier on the backbone, trained with it; backbone, views, optimizer and schedule are
+those of the other methods. `--label_noise` and `--label_file` give images other labels than those
+of their folders.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import options, setup
+from utils.distributed import is_main
+from utils.encoders import SoleBackbone
+from utils.errors import InputError
+from utils.features import extract_features
+from utils.label_noise import as_tensor, labels_to_use, write_changes
+from utils.loaders import Batch, EvalLoader
+from utils.meters import embedding_health
+
+DEMO = options.DEMO_TRAINING | {"checkpoint_path": options.ROOT / "output" / "demo_xent"}
+
+
+class CrossEntropy(nn.Module):
+    """The method as one module: a batch in, the loss out.
+
+    encoders: any backbone (B, 3, S, S) -> (B, feature_dim), as `SoleBackbone`. given: (N,) int64,
+    on the host, labels to use instead of the images' own.
+    """
+
+    can_collapse = False  # features that tell no classes apart have a high loss
+
+    def __init__(
+        self,
+        encoders: SoleBackbone,
+        feature_dim: int,
+        num_classes: int,
+        *,
+        given: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.given = given
+        self.features: Tensor | None = None  # (B, F), unit norm, of the last batch
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: the loss (scalar, with gradient) and the accuracy on the batch in percent."""
+        label = labels_to_use(batch, self.given)  # (B,)
+        features = self.encoders(batch.query_view)  # (B, F)
+        logits = self.classifier(features)  # (B, C)
+        self.features = normalize(features.detach(), dim=1)
+        hits = logits.argmax(dim=1) == label
+        return cross_entropy(logits, label), {"accuracy": 100 * hits.float().mean()}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Health of the last batch's features."""
+        return embedding_health(self.features)
+
+    def val_accuracy(self, images: EvalLoader) -> dict[str, float]:
+        """The classifier's own accuracy on images, in percent; on the main process alone."""
+        whole = nn.Sequential(self.encoders.query_encoder.backbone, self.classifier)
+        found = extract_features(
+            whole, images, num_images=len(images.images), left_out=images.left_out
+        )
+        if found is None:
+            return {}
+        logits, labels = found
+        return {"val_accuracy": 100 * (logits.argmax(dim=1) == labels).float().mean().item()}
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = options.Parser(description="Train a backbone and classifier by cross-entropy.")
+    options.add_training_options(parser, mean_shift=False)
+    options.add_label_options(parser)
+    parser.add_argument(
+        "--view", choices=["strong", "weak"], default="strong", help="augmentation of the images"
+    )
+    return options.parse(parser, demo=DEMO)
+
+
+def main() -> None:
+    """Train, save, and report k-NN accuracy and that of the classifier."""
+    args = parse_args()
+    setup.check_batch(args)
+    train, val = setup.read_training_data(args, labeled=True)
+    if len(train.classes) < 2:
+        raise InputError(f"data {args.data}: one class in train/, cross-entropy needs two")
+    given = setup.given_labels(args, train)
+    loader = setup.build_loader(args, train, single=args.view)
+    backbone, feature_dim = setup.build_sole_backbone(args)
+    model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given)).to(
+        args.device
+    )
+    optimizer = setup.build_optimizer(args, model)
+
+    with setup.build_run(args, model, optimizer, loader=loader, val=val, given=given) as run:
+        if is_main():
+            write_changes(args.checkpoint_path / "label_noise.txt", train, given)
+        for batch in run.batches(loader):
+            loss, stats = run.forward(batch)
+            run.step(loss, stats)
+            if val is not None and run.epoch_step == run.epoch_steps and run.epoch == run.epochs:
+                (val_images,) = setup.eval_loaders(args, val, bad_images=loader.bad_images)
+                run.note(model.val_accuracy(val_images))
+        run.finish("cross-entropy")
+
+
+if __name__ == "__main__":
+    options.run_script(main)

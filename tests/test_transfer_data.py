@@ -129,6 +129,16 @@ def test_sun397_draws_fifty_and_fifty_of_every_class(tmp_path):
     assert files(other.test) != files(splits.test)
 
 
+def test_the_draw_does_not_depend_on_the_order_of_the_file_system(tmp_path, monkeypatch):
+    """In which torchvision lists SUN397."""
+    draw("sun397", tmp_path)
+    expected = [*map(files, open_set("sun397", tmp_path, seed=0))]
+    listed = Path.rglob
+    for turn in (1, -1):
+        monkeypatch.setattr(Path, "rglob", lambda *args, t=turn: sorted(listed(*args))[::t])
+        assert [*map(files, open_set("sun397", tmp_path, seed=0))] == expected
+
+
 def test_caltech101_draws_thirty_of_every_class(tmp_path):
     """The rest is test; the background is no class."""
     splits = open_set("caltech101", draw("caltech101", tmp_path), seed=0)

@@ -283,6 +283,13 @@ def test_the_browser_would_tell_of_a_page_that_is_too_wide(folder, call_script, 
     assert width == 390 and excess > 300
 
 
+def test_it_runs_as_a_script(run_script, folder, tmp_path):
+    done = run_script("eval/report.py", "runs/run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "runs/run/report.html"
+    assert len(Page(folder / "report.html").tables) == 3
+
+
 def test_status_without_run_json(tmp_path):
     run = run_log.read(logs.write(tmp_path, logs.records()))
     assert SCRIPT.status(run, now=time.time()).startswith("up to epoch 3, step 4 of 4 (without")

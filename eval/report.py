@@ -181,6 +181,8 @@ def health_section(run: RunLog) -> str:
 
 def curves_section(run: RunLog) -> str:
     """The curves of all panels that the log has figures for."""
+    epoch, step = run.place
+    x_end = epoch - 1 + step / run.steps  # the same for all, to compare them
     cards = []
     for panel in PANELS:
         lines = []
@@ -189,7 +191,7 @@ def curves_section(run: RunLog) -> str:
                 curve = run.curve(name)
                 lines.append(svg.Line(label, list(curve), list(curve.values())))
         if lines:
-            chart = svg.line_chart(lines, title=panel.title, unit=panel.unit)
+            chart = svg.line_chart(lines, title=panel.title, unit=panel.unit, x_end=x_end)
             cards.append(card(panel.title, chart))
     if histograms := run.rank_histograms():
         lines = [

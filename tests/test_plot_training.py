@@ -146,6 +146,16 @@ def test_the_picture(call_script, tmp_path):
     assert rgb(SCRIPT.COLORS[0]) in colors and rgb(SCRIPT.COLORS[2]) in colors
 
 
+def test_it_runs_as_a_script(run_script, tmp_path):
+    pytest.importorskip("matplotlib")
+    logs.write(tmp_path / "run", logs.records(), starts=[logs.start()])
+    done = run_script("eval/plot_training.py", "run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        done.stdout == "training.png: 7 panels, CMSF2Q\n" and (tmp_path / "training.png").exists()
+    )
+
+
 def test_the_picture_of_ranks(call_script, tmp_path):
     pytest.importorskip("matplotlib")
     lines = [logs.record(e, 4, constrained_ranks=[50.0, 30.0, e, 20.0 - e]) for e in range(1, 6)]

@@ -123,7 +123,7 @@ def test_the_page_says_what_was_run(call_script, folder):
         *("CMSF2Q: run", "finished: epoch 3 of 3, step 4 of 4", "30 train, 3 classes, 12 val"),
         *("python 3.11, torch 2.11", "ckpt_epoch_3.pth", "2026-01-02T03:04:05+00:00"),
         *("python self_supervised/train_msf_2q.py <b>images</b>", "--topk 5", "99 s of training"),
-        *("✓ healthy : effective rank", "demo runs of this repository, 60 epochs"),
+        *("✓ healthy : effective rank", "demo runs of this repository (60 epochs"),
     ):
         assert words in page.text, words
 
@@ -281,6 +281,13 @@ def test_the_browser_would_tell_of_a_page_that_is_too_wide(folder, call_script, 
     page.write_text(page.read_text().replace("<table>", "<table style='width: 700px'>"))
     width, excess = browse(page, 390, tmp_path)
     assert width == 390 and excess > 300
+
+
+def test_it_runs_as_a_script(run_script, folder, tmp_path):
+    done = run_script("eval/report.py", "runs/run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "runs/run/report.html"
+    assert len(Page(folder / "report.html").tables) == 3
 
 
 def test_status_without_run_json(tmp_path):

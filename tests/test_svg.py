@@ -46,6 +46,13 @@ def test_points_are_where_the_axes_say():
     assert float(second.get("cy")) == 12
 
 
+def test_the_axis_can_go_on_beyond_the_last_point():
+    text = line_chart([Line("loss", [0, 10], [5, 10])], title="loss", x_end=40)
+    labels = {e.text: float(e.get("x")) for e in elements(text, "text") if e.get("x")}
+    (_, second) = elements(text, "circle")
+    assert labels["40"] == WIDTH - 12 and float(second.get("cx")) == labels["10"]
+
+
 def test_a_figure_that_is_not_finite_is_a_gap():
     x = list(range(40))
     y = [float(i) for i in x]

@@ -35,10 +35,18 @@ def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def line_chart(lines: list[Line], *, title: str, x_label: str = "epochs", unit: str = "") -> str:
+def line_chart(
+    lines: list[Line],
+    *,
+    title: str,
+    x_label: str = "epochs",
+    unit: str = "",
+    x_end: float = 0,
+) -> str:
     """An SVG element with axes, grid and a legend below where there are several lines.
 
-    title: what readers of the page by ear get. Raises ValueError without a finite point.
+    title: what readers of the page by ear get. The x axis goes from 0 to the last point, or x_end
+    if that is farther. Raises ValueError without a finite point.
     """
     points = [
         [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)] for line in lines
@@ -46,7 +54,7 @@ def line_chart(lines: list[Line], *, title: str, x_label: str = "epochs", unit: 
     every = [point for one in points for point in one]
     if not every:
         raise ValueError(f"{title}: nothing to draw")
-    x_ticks = ticks(0, max(x for x, _ in every))
+    x_ticks = ticks(0, max(x_end, *(x for x, _ in every)))
     y_ticks = ticks(min(y for _, y in every), max(y for _, y in every))
     rows = -(-len(lines) // 2) if len(lines) > 1 else 0
     height = HEIGHT + 20 * rows

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from utils import options
@@ -16,6 +17,19 @@ from utils import options
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
+settings.register_profile("no deadline", deadline=None)  # other processes take turns with this one
+settings.load_profile("no deadline")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process a core for whole folders; none besides this one for single files.
+
+    Each process imports torch first, which takes longer than most files' tests.
+    """
+    if not all(Path(arg).is_dir() for arg in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, cores or 1)  # each takes a gigabyte or two
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +66,7 @@ def image_tree(tmp_path_factory) -> Path:
 def run_script():
     """Run a script of the repository as a process: (path, *flags) -> the finished process."""
 
-    def run(script: str, *flags: object, cwd: Path = ROOT, timeout: float = 120):
+    def run(script: str, *flags: object, cwd: Path = ROOT, timeout: float = 300):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(
             [sys.executable, os.path.relpath(ROOT / script, cwd), *map(str, flags)],

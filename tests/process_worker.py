@@ -1,11 +1,12 @@
 """What `test_distributed` starts under torchrun: runs of regimes in float64 on real image files.
 
-    torchrun --nproc_per_node=2 tests/process_worker.py REGIME,... DATA FOLDER BN [FLAG ...]
+    torchrun --nproc_per_node=2 tests/process_worker.py REGIME,... DATA FOLDER BN,... [FLAG ...]
 
-Flags: --resume, --corrupt. The main process writes FOLDER/REGIME/record.pth: losses of the global
-batch, the order of the images, and the bank and previous embeddings at the end.
+Flags: --resume, --corrupt. The main process writes FOLDER/BN/REGIME/record.pth: losses of the
+global batch, the order of the images, and the bank and previous embeddings at the end.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -129,12 +130,12 @@ def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list
 
 
 def main() -> None:
-    """A run of each regime."""
-    regimes, data, folder, bn, *flags = sys.argv[1:]
+    """A run of each regime with each batch norm."""
+    regimes, data, folder, norms, *flags = sys.argv[1:]
     distributed.start(torch.device("cpu"))
     images = read_split(Path(data), "train")
-    for regime in regimes.split(","):
-        run_regime(regime, images, Path(folder) / regime, bn, flags)
+    for bn, regime in itertools.product(norms.split(","), regimes.split(",")):
+        run_regime(regime, images, Path(folder) / bn / regime, bn, flags)
 
 
 if __name__ == "__main__":

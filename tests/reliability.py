@@ -325,11 +325,13 @@ def damage(scratch: Path, data: Path, *, flips: int) -> list[Row]:
 
 def kill_workers(scratch: Path, data: Path, *, times: int) -> Row:
     """kill -9 to a worker of a run that trains: the run ends within 30 s and says why."""
-    good, longest = 0, 0.0
+    good, longest, failures = 0, 0.0, ""
     for number in range(times):
         folder = scratch / f"workers_{number}"
-        process = start("2Q", folder, data, "--num_workers", 2)
+        # So many epochs that the run does not end before its worker is killed.
+        process = start("2Q", folder, data, "--num_workers", 2, "--epochs", 1000)
         while count_lines(folder) < 2:
+            assert process.poll() is None, Path(f"{folder}.err").read_text()
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[number % len(children)]), signal.SIGKILL)
@@ -338,8 +340,10 @@ def kill_workers(scratch: Path, data: Path, *, times: int) -> Row:
         longest = max(longest, time.monotonic() - since)
         message = Path(f"{folder}.err").read_text()
         clear = message.count("\n") == 1 and "worker" in message and "last checkpoint" in message
-        good += code == 1 and clear and longest < 30
-    return Row("kill -9 to a data worker", times, good, f"ended within {longest:.1f} s")
+        survived = code == 1 and clear and longest < 30
+        good += survived
+        failures += "" if survived else f"; exit code {code}: {message}"
+    return Row("kill -9 to a data worker", times, good, f"ended within {longest:.1f} s{failures}")
 
 
 def table(rows: list[Row]) -> str:

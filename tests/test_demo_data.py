@@ -412,7 +412,7 @@ def test_killed_drawing_leaves_nothing_that_counts(tmp_path):
     root = tmp_path / "fabrics"
     process = subprocess.Popen(command(root, train_per_class=100_000))
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not list(tmp_path.rglob("*.jpg")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
@@ -436,7 +436,7 @@ def test_two_processes_at_once(tmp_path):
         subprocess.Popen(command(root, **options), stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert_complete(root, **options)
 

@@ -19,6 +19,8 @@ from utils.loaders import LabeledLoader
 
 WORKER = ROOT / "tests" / "evaluation_worker.py"
 BROKEN = ("train/a/3x.jpg", "train/c/5x.jpg", "val/b/1x.jpg")  # in parts of several processes
+# Of three processes each has a part of its own size, or none.
+PROCESSES = pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 LINEAR = ("-b", 15, "--epochs", 3, "--lr_schedule", 2)  # the last batch: 2 of 32 images
 
 
@@ -101,7 +103,7 @@ def record(folder, name="linear.json") -> dict:
     return result
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@PROCESSES
 def test_features_and_nearest_neighbors(evaluated, processes):
     """Rows, labels and key as of one process; k-NN figures, counts and broken images the same."""
     (one, *_), (several, *_) = evaluated(1), evaluated(processes)
@@ -119,7 +121,7 @@ def test_features_and_nearest_neighbors(evaluated, processes):
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@PROCESSES
 @pytest.mark.parametrize("kind", ["crops", "mlp", "tuned", "resumed", "cached"])
 def test_linear_probe_and_fine_tuning(evaluated, processes, kind):
     """The whole history up to rounding, with a last batch of which a process has no part."""
@@ -140,7 +142,7 @@ def test_linear_probe_and_fine_tuning(evaluated, processes, kind):
     assert one == several and len(one["bad_images"]) == len(BROKEN)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@PROCESSES
 def test_measuring_a_fine_tuned_encoder(evaluated, processes):
     (one, *_), (several, *_) = evaluated(1), evaluated(processes)
     figures = [record(folder / "measured")["lr"] for folder in (one, several)]
@@ -148,7 +150,7 @@ def test_measuring_a_fine_tuned_encoder(evaluated, processes):
     assert record(several / "measured")["top1"] == record(several / "tuned")["top1"]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@PROCESSES
 def test_too_many_broken_images_end_all_processes(evaluated, processes):
     """One in the part of each of two processes, one may be: all say the same."""
     _, ended, _ = evaluated(processes)
@@ -158,7 +160,7 @@ def test_too_many_broken_images_end_all_processes(evaluated, processes):
         assert "--max_bad_images 1: 2 files cannot be read as images" in errors[1]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@PROCESSES
 def test_each_broken_image_is_announced_once_a_command(evaluated, processes):
     """By the main process, whichever met it."""
     assert evaluated(processes)[2] == evaluated(1)[2]

@@ -71,6 +71,26 @@ def test_the_demo_compares_with_2q_and_the_labels_alone(tmp_path):
     assert results["self-supervised 2Q"]["20-NN"] > results["raw pixels"]["20-NN"]
 
 
+def test_stages_are_switched_off(tmp_path):
+    """With a python that only says which script it is to run."""
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(f'#!/bin/sh\nbasename "$1" >> {calls}\n')
+    stub.chmod(0o755)
+    off = {"KNN": 0, "LINEAR": 0, "FINETUNE": 0, "BASELINES": 0}
+    for change, expected in (
+        ({}, ["train_pseudo_cmsf.py"]),
+        ({"TRAIN": 0, "KNN": 1}, ["eval_knn.py"]),
+        ({"TRAIN": 0, "LINEAR": 1}, ["eval_linear.py"]),
+        ({"TRAIN": 0, "FINETUNE": 1}, ["eval_linear.py"]),
+        ({"TRAIN": 0, "KNN": 1, "BASELINES": 1}, ["eval_knn.py"] * 3),
+    ):
+        done = drive(tmp_path, DATA="/data", PYTHON=stub, **{**off, **change})
+        assert done.returncode == 0, done.stderr
+        assert calls.read_text().split() == [*expected, "compare.py"]
+        calls.unlink()
+
+
+@pytest.mark.slow
 def test_stages_switched_off_and_a_second_run(image_tree, tmp_path):
     off = {"KNN": 0, "LINEAR": 0, "FINETUNE": 0, "BASELINES": 0}
     done = drive(tmp_path, DATA=image_tree, **off)

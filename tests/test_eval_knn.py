@@ -16,14 +16,14 @@ KNN = importlib.import_module("eval.eval_knn")
 UNTRAINED = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "-j", 0)
 
 
-def test_checkpoint_of_ours_gives_the_figures_of_training(run_script, image_tree, tmp_path):
+def test_checkpoint_of_ours_gives_the_figures_of_training(
+    call_script, run_script, image_tree, tmp_path
+):
     """What training logs after the last epoch is what the evaluation finds in the checkpoint."""
     flags = ("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--mem_bank_size", 20)
-    done = run_script(
-        "self_supervised/train_msf_2q.py",
-        *(*flags, "--epochs", 1, "--num_workers", 0, "--checkpoint_path", tmp_path, image_tree),
-    )
-    assert done.returncode == 0, done.stderr
+    flags += ("--epochs", 1, "--num_workers", 0, "--checkpoint_path", tmp_path, image_tree)
+    code, _, stderr = call_script(importlib.import_module("self_supervised.train_msf_2q"), *flags)
+    assert code == 0, stderr
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").open()][-1]["knn"]
 
     weights = tmp_path / "ckpt_epoch_1.pth"

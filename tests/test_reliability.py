@@ -62,13 +62,19 @@ def assert_all_survived(*rows):
 
 
 @pytest.mark.parametrize(
-    ("regime", "workers"), list(zip(reliability.REGIMES, (0, 2, 0), strict=True))
+    ("regime", "workers"),
+    [
+        ("2Q", 2),
+        pytest.param("supervised", 2, marks=pytest.mark.slow),
+        pytest.param("semi-supervised", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(scratch, data, regime, workers):
     row = reliability.kill_and_resume(regime, scratch, data, kills=2, workers=workers)
     assert_all_survived(row)
 
 
+@pytest.mark.slow
 def test_stopped_runs_end_with_the_bits_of_an_undisturbed_one(scratch, data):
     assert_all_survived(reliability.stop_and_resume("2Q", scratch, data, times=1))
 
@@ -93,8 +99,7 @@ def test_full_disk(scratch, data):
 
 
 @pytest.mark.slow
-def test_everything_in_full_counts(tmp_path, capsys):
+def test_everything_in_full_counts(tmp_path):
     rows = reliability.everything(tmp_path)
-    with capsys.disabled():
-        print(f"\n{reliability.table(rows)}")
+    print(reliability.table(rows))
     assert_all_survived(*rows)

@@ -130,13 +130,21 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    code = "import sys; from utils.run_folder import RunFolder; RunFolder(sys.argv[1])"
+    """Another process is refused as long as the first one has the folder."""
+    code = (
+        "import sys; from utils.errors import InputError; from utils.run_folder import RunFolder\n"
+        "try: RunFolder(sys.argv[1])\n"
+        "except InputError as error: print(error, flush=True)\n"
+        "sys.stdin.readline(); RunFolder(sys.argv[1]); print('opened')\n"
+    )
     folder = RunFolder(tmp_path)
-    command = [sys.executable, "-c", code, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert f"--checkpoint_path {tmp_path}: a run is going on there" in done.stderr
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, **pipes)
+    refused = other.stdout.readline()
+    assert f"--checkpoint_path {tmp_path}: a run is going on there" in refused
     folder.close()
-    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert other.communicate("go on\n", timeout=60)[0] == "opened\n"
+    assert other.returncode == 0
 
 
 def test_what_is_not_wanted_is_no_damage(tmp_path):

@@ -144,9 +144,9 @@ def children(process):
 
 
 def test_a_worker_killed_while_the_main_process_is_elsewhere(folder):
-    process, workers = read(folder, "time.sleep(20)")
+    process, workers = read(folder, "time.sleep(100)")
     os.kill(workers[1], signal.SIGKILL)
-    code, _, stderr = finish(process, within=10)
+    code, _, stderr = finish(process, within=30)
     what = f"worker process {workers[1]} was killed by signal Killed"
     assert_one_line(code, stderr, what, "memory", "--num_workers")
     assert_gone(workers, within=1)

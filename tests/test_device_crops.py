@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils import augment
 from utils.bad_images import BadImages
-from utils.data import read_image_folder
-from utils.device_crops import crop_boxes, cut_crops
+from utils.data import PixelSet, read_image_folder
+from utils.device_crops import DeviceCrops, crop_boxes, cut_crops
 from utils.image_cache import cache_images
 from utils.loaders import TwoViewLoader
+from utils.reading import EpochSampler
 
 
 def noise(count, height, width):
@@ -72,6 +73,21 @@ def test_no_box_makes_the_host_wait(pinned):  # noqa: F811
         images = torch.empty(6, 3, 20, 24, dtype=torch.uint8, device="cuda")
         crops = cut_crops(images, boxes, 16)
     assert crops.shape == (6, 2, 3, 16, 16) and crops.device.type == "cuda" and pinned
+
+
+def test_no_batch_makes_the_host_wait(pinned):  # noqa: F811
+    """The whole way from a sampler to crops."""
+    sampler = EpochSampler(24, 6, 0)
+    names = [f"{number}.png" for number in range(24)]
+    with FakeTensorMode():
+        pixels = torch.empty(24, 20, 20, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        images = PixelSet("", names, [0] * 24, ["a"], pixels)
+        options = {"image_size": 16, "seed": 0, "tolerated": 0, "device": torch.device("cuda")}
+        crops = DeviceCrops(images, sampler, **options)
+        with NeverWaits() as mode:
+            batches = list(crops)
+    assert [batch.crops.shape for batch in batches] == [(6, 2, 3, 16, 16)] * 4
+    assert mode.uploads == len(pinned) == 8  # boxes and rows
 
 
 def test_scaled_boxes():

@@ -127,9 +127,9 @@ class TwoViewLoader:
         self._sampler = EpochSampler(len(images), batch_size, seed)
         settings = {"groups": self._groups, "seed": seed, "tolerated": self.bad_images.tolerated}
         if cut_on_device:
-            self._crops = DeviceCrops(images, self._sampler, device=self.device, **settings)
+            self._loader = DeviceCrops(images, self._sampler, device=self.device, **settings)
         else:
-            self._crops = data_loader(
+            self._loader = data_loader(
                 _RandomCrops(images, **settings),
                 self.device,
                 batch_sampler=self._sampler,
@@ -148,7 +148,7 @@ class TwoViewLoader:
 
     def _views(self, epoch: int) -> Iterator[Batch]:
         """The batches that the sampler is set to. Nothing here makes the host wait for a GPU."""
-        for crops, index, label, _ in read_batches(self._crops, self.images, self.bad_images):
+        for crops, index, label, _ in read_batches(self._loader, self.images, self.bad_images):
             if len(index) < self.batch_size // distributed.world_size():
                 raise InputError(
                     f"--batch_size {self.batch_size}: of {len(self.images)} training images only "

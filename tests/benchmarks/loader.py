@@ -1,19 +1,31 @@
-"""Two views of a JPEG on one CPU core: the published pipeline against ours.
+"""Two views of an image on one CPU core: the published pipeline against ours, files against memory.
 
     python tests/benchmarks/loader.py
 
-Published: per image one PIL decode and two strong views by torchvision's transforms on PIL images,
-all in the worker. Ours: the worker's part alone (`decode`, `random_crops`), and everything, with
-the device part on the CPU in batches of 64. The sides alternate; the first round is not counted.
+Large JPEGs. Published: per image one PIL decode and two strong views by torchvision's transforms on
+PIL images, all in the worker. Ours: the worker's part alone (`decode`, `random_crops`), and
+everything, with the device part on the CPU in batches of 64.
+
+Small images, JPEGs as the demo's and PNGs of CIFAR's size: from files, with --cache_images ram, and
+with --cache_images device, here on the CPU. First the crops alone, then everything.
+
+The sides alternate; the first round is not counted. Seconds are the process' own on its core, so
+that other work on the machine is left out as far as it can be. With a GPU: the device part alone,
+and how much of the copies and of the views' work there happens while another stream computes.
 """
 
 import argparse
+import contextlib
+import io
+import json
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +45,15 @@ from utils.augment import (
     strong_view,
     uniforms,
 )
+from utils.bad_images import BadImages
+from utils.data import ImageSet, PixelSet, read_image_folder
+from utils.device_crops import DeviceCrops
+from utils.image_cache import cache_images
+from utils.loaders import TwoViewLoader
+from utils.reading import EpochSampler
 
 SIZE = 224
+SMALL = 32
 BATCH = 64
 GOALS = {"ours, worker part": 4.5, "ours, everything": 1.5}
 
@@ -102,42 +121,175 @@ def cut_batch(paths: list[Path], epoch: int, start: int) -> tuple[torch.Tensor, 
     return crops, draws
 
 
+def cached(images: ImageSet, where: str) -> PixelSet:
+    return cache_images(images, where, device=torch.device("cpu"), bad_images=BadImages())
+
+
+def crop_sides(images: ImageSet) -> dict[str, Callable[[int], None]]:
+    """Epochs of the crops alone: what workers do, or the device instead."""
+    sampler = EpochSampler(len(images), BATCH, 0)
+    device = DeviceCrops(
+        *(cached(images, "device"), sampler),
+        **{"image_size": SMALL, "seed": 0, "tolerated": 0, "device": torch.device("cpu")},
+    )
+
+    def one_at_a_time(images: ImageSet, epoch: int) -> None:
+        for start in range(0, len(images), BATCH):
+            index = np.arange(start, start + BATCH)
+            for number, draws in zip(index, uniforms(0, epoch, index), strict=True):
+                random_crops(images.image(number), draws, [CropGroup(2, SMALL)])
+
+    def at_once(epoch: int) -> None:
+        sampler.epoch = epoch
+        for _ in device:
+            pass
+
+    kept = cached(images, "ram")
+    return {
+        "files": partial(one_at_a_time, images),
+        "ram": partial(one_at_a_time, kept),
+        "device (CPU)": at_once,
+    }
+
+
+def loader_sides(images: ImageSet) -> dict[str, Callable[[int], None]]:
+    """Epochs of the whole loader, strong views of crops."""
+    loaders = {
+        name: TwoViewLoader(part, batch_size=BATCH, image_size=SMALL, cut_on_device=cut)
+        for name, part, cut in (
+            ("files", images, False),
+            ("ram", cached(images, "ram"), False),
+            ("device (CPU)", cached(images, "device"), True),
+        )
+    }
+
+    def run_epoch(loader: TwoViewLoader, epoch: int) -> None:
+        for _ in loader.epoch(epoch):
+            pass
+
+    return {name: partial(run_epoch, loader) for name, loader in loaders.items()}
+
+
 def measure(
-    sides: dict[str, Callable[[list[Path], int], None]], paths: list[Path], rounds: int
+    sides: dict[str, Callable[[int], None]], count: int, rounds: int
 ) -> dict[str, list[float]]:
     """Images a second of each side in each round, a warm-up round left out."""
     speeds = {name: [] for name in sides}
-    for epoch in range(rounds + 1):
+    for epoch in range(1, rounds + 2):
         for name, side in sides.items():
-            start = time.perf_counter()
-            side(paths, epoch)
-            if epoch > 0:
-                speeds[name].append(len(paths) / (time.perf_counter() - start))
+            start = time.process_time()
+            side(epoch)
+            if epoch > 1:
+                speeds[name].append(count / (time.process_time() - start))
     return speeds
+
+
+def print_speeds(title: str, speeds: dict[str, list[float]]) -> None:
+    """A table with ratios to the first side, round by round."""
+    print(f"\n{title}")
+    base = next(iter(speeds.values()))
+    for name, values in speeds.items():
+        median = f"{statistics.median(values):6.0f} [{min(values):.0f}, {max(values):.0f}]"
+        ratios = [ours / theirs for ours, theirs in zip(values, base, strict=True)]
+        ratio = f"{statistics.median(ratios):5.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"
+        goal = f"goal {GOALS[name]}x" if name in GOALS else ""
+        print(f"{name:18} {median:24} {ratio:22} {goal}".rstrip())
+
+
+def measure_large(folder: Path, count: int, rounds: int) -> None:
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for path in paths:
+        draw_picture(rng).save(path, quality=90)
+    kilobytes = statistics.mean(path.stat().st_size for path in paths) / 1000
+    functions = (published, worker_part, everything)
+    sides = {
+        name: partial(function, paths)
+        for name, function in zip(("published", *GOALS), functions, strict=True)
+    }
+    title = f"{count} JPEGs of 500x375, {kilobytes:.0f} kB each"
+    print_speeds(title, measure(sides, count, rounds))
+
+
+def measure_small(folder: Path, side: int, suffix: str, count: int, rounds: int) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        picture = draw_picture(rng, 120, 120).resize((side, side), Image.Resampling.BOX)
+        picture.save(folder / f"{number:05}{suffix}")
+    images = read_image_folder(folder)
+    for what, sides in (("crops", crop_sides), ("everything", loader_sides)):
+        with contextlib.redirect_stdout(io.StringIO()):
+            chosen = sides(images)
+        title = f"{count} files *{suffix} of {side}x{side}, crops of {SMALL}: {what}"
+        print_speeds(title, measure(chosen, count, rounds))
+
+
+def measure_device_part(rounds: int) -> None:
+    """On a GPU: both views of a batch of crops that is there, in images a second."""
+    draws = uniforms(0, 1, np.arange(256))
+    crops = torch.randint(0, 256, (256, 2, 3, SIZE, SIZE), dtype=torch.uint8, device="cuda")
+    speeds = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            _ = strong_view(crops[:, 0], draws[:, 0]), strong_view(crops[:, 1], draws[:, 1])
+        torch.cuda.synchronize()
+        speeds.append(2560 / (time.perf_counter() - start))
+    title = f"device part on {torch.cuda.get_device_name()}, batch 256 at {SIZE} pixels"
+    print_speeds(title, {"two strong views": speeds[1:]})
+
+
+def measure_overlap(folder: Path) -> None:
+    """On a GPU: the share of the loader's work there that lies beside a stand-in for training."""
+    loader = TwoViewLoader(
+        read_image_folder(folder), batch_size=BATCH, image_size=SIZE, device="cuda"
+    )
+    matrix = torch.randn(8192, 8192, device="cuda")
+    with torch.profiler.profile() as profile:
+        for _ in loader.epoch(1):
+            for _ in range(50):
+                matrix = torch.nn.functional.normalize(matrix @ matrix)
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    spans = [
+        (event["args"]["stream"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") in ("kernel", "gpu_memcpy")
+    ]
+    busy = defaultdict(float)
+    for stream, start, end in spans:
+        busy[stream] += end - start
+    busiest = max(busy, key=busy.get)  # the stand-in's
+    training = sorted((a, b) for stream, a, b in spans if stream == busiest)
+    side = [(a, b) for stream, a, b in spans if stream != busiest]
+    total = sum(b - a for a, b in side)
+    beside = sum(max(0, min(b, d) - max(a, c)) for a, b in side for c, d in training)
+    share = 100 * beside / total if total else 0
+    print(
+        f"\ncopies and views: {total / 1000:.1f} ms on side streams, {share:.0f}% beside training"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--small_images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.jpg" for number in range(options.images)]
-        for path in paths:
-            draw_picture(rng).save(path, quality=90)
-        kilobytes = statistics.mean(path.stat().st_size for path in paths) / 1000
-        print(f"{len(paths)} JPEGs of 500x375, {kilobytes:.0f} kB each; one thread")
-        sides = dict(zip(("published", *GOALS), (published, worker_part, everything), strict=True))
-        speeds = measure(sides, paths, options.rounds)
     print(f"images/s on one core, median [lowest, highest] of {options.rounds} rounds")
-    for name, values in speeds.items():
-        median = f"{statistics.median(values):6.0f} [{min(values):.0f}, {max(values):.0f}]"
-        ratios = [ours / theirs for ours, theirs in zip(values, speeds["published"], strict=True)]
-        ratio = f"{statistics.median(ratios):5.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]"
-        goal = f"goal {GOALS[name]}x" if name in GOALS else ""
-        print(f"{name:18} {median:20} {ratio:22} {goal}".rstrip())
+    with tempfile.TemporaryDirectory() as folder:
+        large, *small = (Path(folder) / name for name in ("large", "48", "32"))
+        for part in (large, *small):
+            part.mkdir()
+        measure_large(large, options.images, options.rounds)
+        for part, suffix in zip(small, (".jpg", ".png"), strict=True):
+            measure_small(part, int(part.name), suffix, options.small_images, options.rounds)
+        if torch.cuda.is_available():
+            measure_device_part(options.rounds)
+            measure_overlap(large)
 
 
 if __name__ == "__main__":

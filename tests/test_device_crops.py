@@ -82,12 +82,13 @@ def test_no_batch_makes_the_host_wait(pinned):  # noqa: F811
     with FakeTensorMode():
         pixels = torch.empty(24, 20, 20, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         images = PixelSet("", names, [0] * 24, ["a"], pixels)
-        options = {"image_size": 16, "seed": 0, "tolerated": 0, "device": torch.device("cuda")}
+        options = {"groups": [augment.CropGroup(2, 16), augment.CropGroup(3, 8, (0.05, 0.2))]}
+        options |= {"seed": 0, "tolerated": 0, "device": torch.device("cuda")}
         crops = DeviceCrops(images, sampler, **options)
         with NeverWaits() as mode:
             batches = list(crops)
-    assert [batch.crops.shape for batch in batches] == [(6, 2, 3, 16, 16)] * 4
-    assert mode.uploads == len(pinned) == 8  # boxes and rows
+    assert [batch.crops.shape for batch in batches] == [(6, 2 * 3 * 16**2 + 3 * 3 * 8**2)] * 4
+    assert mode.uploads == len(pinned) == 12  # rows, and the boxes of either size
 
 
 def test_scaled_boxes():

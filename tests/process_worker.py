@@ -23,6 +23,7 @@ from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
 from utils import batch_norm, distributed, options
+from utils.augment import CropGroup
 from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, SoleBackbone
 from utils.engine import Run
@@ -55,9 +56,11 @@ def build_model(regime: str, images: ImageSet, bn: str) -> nn.Module:
     """A regime's method with a bank of a size that no batch divides."""
     encoders = build_encoders(bn, sole=regime == "cross-entropy")
     if regime == "cross-entropy":
-        model = CrossEntropy(encoders, 8, 3, view="weak")
+        model = CrossEntropy(encoders, 8, 3)
     elif regime == "MSF":
         model = MSF(encoders, mem_bank_size=19, topk=3)
+    elif regime == "2Q of more crops":  # a bank of whole pairs: their previous embeddings tie
+        model = CMSF2Q(encoders, len(images), mem_bank_size=24, topk=3, topkp=4)
     elif regime == "2Q":
         model = CMSF2Q(encoders, len(images), mem_bank_size=19, topk=3, topkp=4)
     elif regime == "KM":
@@ -79,8 +82,10 @@ def train(
     corrupt: one number of one process' bank changes, as by a fault of memory.
     """
     for batch in run.batches(loader):
-        views = (batch.query_view.double(), batch.target_view.double())
-        loss, stats = run.forward(batch._replace(query_view=views[0], target_view=views[1]))
+        names = ("query_view", "target_view")
+        views = {name: getattr(batch, name).double() for name in names}
+        small = tuple(view.double() for view in batch.small_views)
+        loss, stats = run.forward(batch._replace(small_views=small, **views))
         run.step(loss, stats)
         if corrupt and run.total_steps == 8 and distributed.rank() == 1:
             run.model.bank.features[2, 1] += 1e-12
@@ -100,7 +105,13 @@ def train(
 
 def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list[str]) -> None:
     """One run."""
-    loader = TwoViewLoader(images, batch_size=BATCH, image_size=SIZE, weak_strong=True, seed=1)
+    crops = {
+        "cross-entropy": {"single": "weak"},
+        "2Q of more crops": {"symmetric": True, "small": [CropGroup(2, SIZE, (0.1, 0.4))]},
+    }.get(regime, {})
+    loader = TwoViewLoader(
+        images, batch_size=BATCH, image_size=SIZE, weak_strong=True, seed=1, **crops
+    )
     model = build_model(regime, images, bn)
     trained = [p for p in model.parameters() if p.requires_grad]
     run = Run(

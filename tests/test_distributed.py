@@ -15,7 +15,7 @@ from tiny import assert_same_checkpoint
 from utils import distributed
 
 WORKER = ROOT / "tests" / "process_worker.py"
-REGIMES = ["2Q", "MSF", "KM", "supervised", "cross-entropy", "semi-supervised"]
+REGIMES = ["2Q", "2Q of more crops", "MSF", "KM", "supervised", "cross-entropy", "semi-supervised"]
 
 
 def command(script: Path, *flags: object, processes: int) -> list[str]:

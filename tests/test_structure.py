@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "options": {"augment", "demo_data", "distributed", "errors", "stop_signals", "workers"},
     "experiment": {"checkpoint", "errors"},
-    "board": {"augment", "errors", "loaders", "meters"},
+    "board": {"augment", "distributed", "errors", "loaders", "meters"},
     "health": {"run_log"},
     "origin": {"distributed", "options"},
     "run_log": {"errors", "run_folder"},

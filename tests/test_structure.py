@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "workers",
     },
     "experiment": {"checkpoint", "errors"},
-    "board": {"augment", "errors", "loaders", "meters"},
+    "board": {"augment", "distributed", "errors", "loaders", "meters"},
     "health": {"run_log"},
     "origin": {"distributed", "options"},
     "run_log": {"errors", "run_folder"},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils import distributed
 from utils.augment import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import InputError
 from utils.loaders import Batch
@@ -19,11 +20,15 @@ MOST_PAIRS = 8
 
 
 class Board:
-    """Writes to `folder` for TensorBoard; for the main process only, and only once it is open."""
+    """Writes to `folder` for TensorBoard once it is open; if `wanted`, and in the main process.
 
-    def __init__(self, folder: Path) -> None:
-        check_installed()
-        self.folder = folder
+    Raises InputError if it is wanted and not installed.
+    """
+
+    def __init__(self, folder: Path, *, wanted: bool) -> None:
+        if wanted:
+            check_installed()
+        self.folder, self._wanted = folder, wanted and distributed.is_main()
         self._writer: Any = None
         self._steps = 0
 
@@ -33,6 +38,8 @@ class Board:
         steps: of an epoch. after: steps of the run that are done; what an earlier start of it wrote
         of later ones is hidden.
         """
+        if not self._wanted:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder), purge_step=after + 1)
@@ -51,8 +58,10 @@ class Board:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def views(self, batch: Batch, epoch: int) -> None:
+    def views(self, batch: Batch | None, epoch: int) -> None:
         """At an epoch's end: the first query views of a batch, below each its target view."""
+        if self._writer is None or batch is None:
+            return
         picture = views_picture(batch)
         self._writer.add_image("views/query above target", picture, epoch * self._steps)
         self._writer.flush()

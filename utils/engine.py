@@ -109,7 +109,7 @@ class Run:
         self._interval_start, self._interval_steps = self._start, 0
         self._means = Means()
         self._shown = ""  # beside the progress bar
-        self._board = Board(self.folder / BOARD) if tensorboard and distributed.is_main() else None
+        self._board = Board(self.folder / BOARD, wanted=tensorboard)
         self._batch: Batch | None = None
         self._last_step: _LastStep | None = None  # a step whose loss has not been looked at yet
         self._loader: TwoViewLoader | None = None
@@ -133,8 +133,7 @@ class Run:
     ) -> None:
         """Add to an error that ends the run where the last checkpoint is."""
         self._signals.restore()
-        if self._board:
-            self._board.close()
+        self._board.close()
         if error is None:
             self._files.ask_for_requeue(False)  # a signal came too late to matter
         if isinstance(error, Interrupted):
@@ -176,8 +175,7 @@ class Run:
         start |= {"epochs": self.epochs, "steps": self.epoch_steps, **self._about}
         place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": done}
         self._files.describe(start | {"resumed_from": place if self._last_saved else None})
-        if self._board:
-            self._board.open(self.log, steps=self.epoch_steps, after=self.total_steps)
+        self._board.open(self.log, steps=self.epoch_steps, after=self.total_steps)
 
     def _epoch_batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
         """The batches of an epoch that are left."""
@@ -310,8 +308,7 @@ class Run:
             self._epoch_ended = True
             self._last_saved = self._files.save_epoch(self._state())
             self._saved_at = time.monotonic()
-            if self._board and self._batch:
-                self._board.views(self._batch, self.epoch)
+            self._board.views(self._batch, self.epoch)
         due = self.knn_freq > 0 and self.epoch % self.knn_freq == 0
         if self._evaluate and self.knn_freq >= 0 and (due or self.epoch == self.epochs):
             self._measure_knn()

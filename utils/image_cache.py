@@ -93,12 +93,8 @@ def cache_images(
         rows = batch.index.numpy()
         if not len(rows):
             continue
-        if size is None and (other := (batch.sizes != shape).any(1)).any():
-            height, width = batch.sizes[other][0]
-            raise InputError(
-                f"--cache_images {where}: {images.path(rows[other][0])} has {width}x{height} "
-                f"pixels, others {shape[1]}x{shape[0]}; --cache_size S keeps all as S x S"
-            )
+        if size is None:
+            _check_sizes(images, batch, shape, where=where)
         pixels[batch.index], sizes[rows] = batch.pictures, batch.sizes
     return CachedSet(images, pixels, broken=broken, originals=None if size is None else sizes)
 
@@ -115,6 +111,18 @@ def _shape(images: ImageSet, size: int | None, *, tolerated: int) -> tuple[int, 
         except Exception:  # what is to be said of it is said when all are decoded
             continue
     return 1, 1
+
+
+def _check_sizes(
+    images: ImageSet, batch: _PictureBatch, shape: tuple[int, int], *, where: str
+) -> None:
+    """InputError for an image of another size than the others."""
+    for number, (height, width) in zip(batch.index.tolist(), batch.sizes, strict=True):
+        if (height, width) != shape:
+            raise InputError(
+                f"--cache_images {where}: {images.path(number)} has {width}x{height} pixels, "
+                f"others {shape[1]}x{shape[0]}; --cache_size S keeps all as S x S"
+            )
 
 
 def _decoded(

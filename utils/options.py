@@ -182,6 +182,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=min(4, os.cpu_count() or 1),
         help="processes that decode images",
     )
+    _add_bad_image_options(group)
+
+
+def _add_bad_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bad_images",
         choices=["fail", "skip"],

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Semi-supervised CMSF as in the paper (10% of the labels, full precision): train, k-NN, linear evaluation
-# and fine-tuning on the labeled images, and one table at the end (also in $OUT/results.json).
+# and fine-tuning on the labeled images, one table at the end (also in $OUT/results.json), and a page that
+# shows it with curves and neighbors ($OUT/report.html).
 #
 #   DATA=/imagenet bash run_semisup_fullprecision.sh              the paper's settings
 #   GPUS=4 DATA=/imagenet bash run_semisup_fullprecision.sh       the same by four processes under torchrun
@@ -19,6 +20,7 @@ GPUS=${GPUS:-1}                     # processes of every stage, one a GPU; witho
 SPLIT_FILE=${SPLIT_FILE:-}          # labeled images, one a line; empty: LABEL_FRACTION of every class
 LABEL_FRACTION=${LABEL_FRACTION:-0.1}
 TRAIN=${TRAIN:-1} KNN=${KNN:-1} LINEAR=${LINEAR:-1} FINETUNE=${FINETUNE:-1} # the stages
+REPORT=${REPORT:-1}                 # the page: curves, neighbors, results, is the run healthy
 BASELINES=${BASELINES:-1}           # raw pixels, random network; in the demo 2Q and the labels alone
 
 if [ -n "$DATA" ]; then
@@ -121,3 +123,10 @@ rows+=("semi-supervised CMSF=$OUT/semi")
 echo
 echo "accuracy on val/, percent; linear and fine-tuned: with the labeled images only"
 stage "table" "$PYTHON" "$root/eval/compare.py" --save "$OUT" "${rows[@]}"
+if [ "$REPORT" != 0 ] && [ -f "$OUT/train/log.jsonl" ]; then
+  echo
+  stage "neighbors" "$PYTHON" "$root/eval/show_neighbors.py" --weights "$checkpoint" \
+    --output "$OUT/train/neighbors.png" "${common[@]}" "${data[@]}"
+  stage "report" "$PYTHON" "$root/eval/report.py" "$OUT/train" --results "$OUT/semi" \
+    --output "$OUT/report.html"
+fi

@@ -9,14 +9,27 @@ import subprocess
 import sys
 
 import pytest
+import stand_ins
+import tiny
 from conftest import ROOT
 
 # A later flag overrides an earlier one, so these make any of the commands a matter of seconds.
 SMALL_RUN = (
-    "--debug --batch_size 8 --mem_bank_size 64 --image_size 32 --num_workers 0 --knn_freq -1"
+    "--debug --batch_size 8 --mem_bank_size 64 --image_size 32 --num_workers 0 --knn_freq -1 "
+    "--arch conv4"
 )
-EVALUATION = "--num_workers 0 --batch_size 16"
-FEW_EPOCHS = {"eval/eval_linear.py": " --epochs 2"}
+EVALUATION = "--num_workers 0 --batch_size 16 --arch conv4"
+# Instead of these, for scripts that have other flags.
+OTHERS = {
+    "eval/eval_linear.py": f"{EVALUATION} --epochs 2",
+    "eval/eval_transfer.py": f"{EVALUATION} --l2 1",
+    "eval/report.py": "",
+    "eval/plot_training.py": "",
+    "eval/export_backbone.py": "--arch conv4",
+    "eval/show_neighbors.py": "--num_workers 0 --batch_size 16",
+    "eval/extract_features.py": "--num_workers 0 --batch_size 16",
+    "supervised/train_sup_xent.py": SMALL_RUN.replace("--mem_bank_size 64 ", ""),  # it has no bank
+}
 
 
 def commands(**places: object) -> list[list[str]]:
@@ -43,38 +56,63 @@ def test_every_file_the_readme_names_is_there():
     text = (ROOT / "README.md").read_text()
     named = re.findall(r"`([\w/]+\.(?:py|sh|txt))`|\]\(([\w/]+\.py)\)", text)
     for path in filter(None, (name for pair in named for name in pair)):
-        folders = ("", "utils", "semi_supervised")
+        folders = ("", "eval", "utils", "semi_supervised")
         assert any((ROOT / folder / path).exists() for folder in folders), path
 
 
-def test_scripts_of_the_readme_run(call_script, run_script, image_tree, tmp_path):
+def test_scripts_of_the_readme_run(call_script, run_script, image_tree, tmp_path, monkeypatch):
     """In the order of the text: what is evaluated is what the training command before wrote.
 
-    The first command of each script is a process, further ones are calls.
+    The first command is a process; the others are calls, which import torch only once.
     """
+    stand_ins.write_dtd(tmp_path / "sets")
     places = {
         "dataset_path": image_tree,
-        "checkpoint_path": tmp_path / "run",
+        "checkpoint_path": tmp_path / "first",
         "checkpoint": tmp_path / "first" / "ckpt_epoch_2.pth",
+        "folder": tmp_path / "sets",
     }
     scripts = [words[1:] for words in commands(**places) if words[1].endswith(".py")]
-    assert len(scripts) >= 8
+    assert len(scripts) >= 18
     folder = itertools.chain(["demo", "first"], (f"later_{n}" for n in itertools.count()))
-    started = set()
-    for words in scripts:
-        extra = EVALUATION + FEW_EPOCHS.get(words[0], "")
-        if not words[0].startswith("eval/"):
-            extra = f"{SMALL_RUN} --checkpoint_path {tmp_path / next(folder)}"
-        if words[0].endswith("train_sup_xent.py"):
-            extra = extra.replace("--mem_bank_size 64", "")  # it has no bank
-        if words[0] in started:
-            module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
-            code, _, stderr = call_script(module, *words[1:], *extra.split())
+    started = False
+    for script, *flags in scripts:
+        is_training = not script.startswith("eval/")
+        extra = OTHERS.get(script, SMALL_RUN if is_training else EVALUATION)
+        if is_training:
+            extra += f" --checkpoint_path {tmp_path / next(folder)}"
+        if "--dataset" in flags:
+            stand_ins.write_cifar(tmp_path / "cifar")
+            stand_ins.without_checksums(monkeypatch)
+            flags[-1] = tmp_path / "cifar"
+            extra = extra.replace("conv4", "resnet18")  # its stem is a ResNet's
+        if started:
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            code, _, stderr = call_script(module, *flags, *extra.split())
         else:
-            done = run_script(*words, *extra.split())
+            done = run_script(script, *flags, *extra.split())
             code, stderr = done.returncode, done.stderr
-        started.add(words[0])
-        assert code == 0, (words, stderr)
+        started = True
+        assert code == 0, (script, flags, stderr)
+    for name in ("report.html", "curves.png", "neighbors.png", "backbone.pth", "features.npz"):
+        assert (tmp_path / "first" / name).stat().st_size > 1000
+
+
+def test_the_method_that_the_readme_adds_trains(image_tree, tmp_path):
+    """In a folder of its own beside utils."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "utils").symlink_to(ROOT / "utils")
+    script = tmp_path / "mine" / "train_others.py"
+    script.write_text(code)
+    flags = f"{SMALL_RUN} --topk 3 --checkpoint_path {tmp_path / 'run'}".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, script, *flags, image_tree]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "ckpt_epoch_2.pth").exists()
+    assert tiny.state(tmp_path / "run" / "ckpt_epoch_2.pth")["method"] == "Others"
 
 
 def test_commands_for_several_processes_run(image_tree, tmp_path):
@@ -86,7 +124,7 @@ def test_commands_for_several_processes_run(image_tree, tmp_path):
     assert len(lines) == 2
     for number, (_, *flags) in enumerate(lines):
         flags = [flag.replace("node=4", "node=2") for flag in flags]
-        extra = f"{SMALL_RUN} --arch conv4 --checkpoint_path {tmp_path / str(number)}".split()
+        extra = f"{SMALL_RUN} --checkpoint_path {tmp_path / str(number)}".split()
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *flags, *extra],
             cwd=ROOT,

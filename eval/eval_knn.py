@@ -19,7 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import distributed, feature_cache, knn, options, setup
+from utils import arguments, distributed, feature_cache, knn, options, result_files, running, setup
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.errors import InputError
@@ -33,15 +33,15 @@ PROTOCOL = (
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="k-NN evaluation of a checkpoint.")
+    parser = arguments.Parser(description="k-NN evaluation of a checkpoint.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     options.add_split_options(parser, "--train_file", "--train-file")
-    parser.add_argument("-k", type=options.positive, help="one more k beside 1, 5, 10 and 20")
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    parser.add_argument("-k", type=arguments.positive, help="one more k beside 1, 5, 10 and 20")
+    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     parser.add_argument(
         "--temperature",
-        type=options.number(float, low=1e-6),
+        type=arguments.number(float, low=1e-6),
         default=knn.TEMPERATURE,
         help="of the weighted vote",
     )
@@ -78,7 +78,7 @@ def check_flags(args: argparse.Namespace, state: dict) -> None:
             raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
         append(args.save_acc, "")
     if args.save:
-        options.make_folder(args.save, flag="--save")
+        result_files.make_folder(args.save, flag="--save")
 
 
 def append(path: Path, text: str) -> None:
@@ -145,8 +145,8 @@ def main() -> None:
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
         record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
         record["seconds"] = round(time.monotonic() - start, 1)
-        print(options.write_json(args.save, "knn.json", record))
+        print(result_files.write_json(args.save, "knn.json", record))
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -24,7 +24,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import batch_norm, checkpoint, distributed, feature_cache, linear, options, setup
+from utils import (
+    arguments,
+    batch_norm,
+    checkpoint,
+    distributed,
+    feature_cache,
+    linear,
+    options,
+    result_files,
+    running,
+    setup,
+)
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone
@@ -53,25 +64,25 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("classifier")
     group.add_argument(
         *("--lr", "--learning_rate"),
-        type=options.rate_list,
+        type=arguments.rate_list,
         default="0.01",
         help="one, or several with commas: a classifier for each in one pass over the data",
     )
-    group.add_argument("--epochs", type=options.positive, default=40)
+    group.add_argument("--epochs", type=arguments.positive, default=40)
     group.add_argument(
         *("--lr_schedule", "--lr-schedule"),
-        type=options.int_list,
+        type=arguments.int_list,
         default="15,30,40",
         help="after these numbers of epochs the learning rate is divided by ten",
     )
-    group.add_argument("--momentum", type=options.number(float, low=0, high=1), default=0.9)
+    group.add_argument("--momentum", type=arguments.number(float, low=0, high=1), default=0.9)
     group.add_argument(
-        *("--wd", "--weight_decay", "--weight-decay"), type=options.not_negative, default=1e-4
+        *("--wd", "--weight_decay", "--weight-decay"), type=arguments.not_negative, default=1e-4
     )
-    group.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    group.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     group.add_argument(
         *("--eval_freq", "--eval-freq"),
-        type=options.positive,
+        type=arguments.positive,
         default=1,
         help="epochs between val figures and saves",
     )
@@ -86,7 +97,7 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
+    parser = arguments.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     options.add_split_options(parser, "--train_file", "--train-file")
@@ -123,7 +134,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--cache_dir {args.cache_dir}: only with --cached")
     for flag in ("save", "cache_dir"):
         if folder := getattr(args, flag):
-            options.make_folder(folder, flag=f"--{flag}")
+            result_files.make_folder(folder, flag=f"--{flag}")
 
 
 def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
@@ -377,7 +388,7 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
         best = max(summary, key=lambda rate: summary[rate]["top1"])
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
-        print(options.write_json(args.save, "linear.json", record))
+        print(result_files.write_json(args.save, "linear.json", record))
 
 
 def main() -> None:
@@ -442,4 +453,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

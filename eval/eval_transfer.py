@@ -23,7 +23,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import distributed, logistic, options, setup, transfer, transfer_data
+from utils import (
+    arguments,
+    distributed,
+    logistic,
+    options,
+    result_files,
+    running,
+    setup,
+    transfer,
+    transfer_data,
+)
 from utils.bad_images import BadImages
 from utils.data import check_same_classes, read_split
 from utils.errors import InputError
@@ -49,15 +59,15 @@ def set_names(text: str) -> list[str]:
 
 def strengths(text: str) -> list[float]:
     """An argparse type: "0.1,1,10" -> [0.1, 1.0, 10.0]; positive."""
-    return [options.number(float, low=1e-12, high=1e12)(part) for part in text.split(",")]
+    return [arguments.number(float, low=1e-12, high=1e12)(part) for part in text.split(",")]
 
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Linear transfer of a checkpoint to other data sets.")
+    parser = arguments.Parser(description="Linear transfer of a checkpoint to other data sets.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     group = parser.add_argument_group("transfer")
     folders = ", ".join(transfer_data.FOLDERS.values())
     group.add_argument("--root", type=Path, help=f"folder that holds {folders}")
@@ -73,11 +83,11 @@ def parse_args() -> argparse.Namespace:
         f"{transfer.FEW_SHOT_L2:g} with --shots",
     )
     group.add_argument(
-        "--shots", type=options.positive, help="fit on this number of images of every class"
+        "--shots", type=arguments.positive, help="fit on this number of images of every class"
     )
-    group.add_argument("--draws", type=options.positive, help="of --shots; default: 5")
+    group.add_argument("--draws", type=arguments.positive, help="of --shots; default: 5")
     group.add_argument(
-        "--split_seed", type=options.seed, default=0, help="of all that is drawn: splits, shots"
+        "--split_seed", type=arguments.seed, default=0, help="of all that is drawn: splits, shots"
     )
     group.add_argument("--save", type=Path, help="folder to write transfer.json to")
     return options.parse(parser, demo=DEMO, needs_data=False)
@@ -100,11 +110,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.root:
         args.sets = args.sets or list(transfer_data.NAMES)
         if args.download:
-            options.make_folder(args.root, flag="--root")
+            result_files.make_folder(args.root, flag="--root")
         elif not args.root.is_dir():
             raise InputError(f"--root {args.root}: no such folder")
     if args.save:
-        options.make_folder(args.save, flag="--save")
+        result_files.make_folder(args.save, flag="--save")
 
 
 def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, str]]:
@@ -222,7 +232,7 @@ def main() -> None:
         if args.save:
             counts = {"sets": len(rows)}
             record = setup.result_record(args, state, counts=counts, bad_images=bad_images)
-            path = options.write_json(
+            path = result_files.write_json(
                 args.save, "transfer.json", result(args, rows, missing) | record
             )
     if distributed.is_main():
@@ -234,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, distributed, options, setup
+from utils import arguments, checkpoint, distributed, options, result_files, running, setup
 from utils.data import ImageSet, read_any_folder, read_split
 from utils.encoders import Encoder
 from utils.errors import InputError
@@ -39,11 +39,11 @@ ENDING = ".npz"
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Features of a folder's images.")
+    parser = arguments.Parser(description="Features of a folder's images.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     parser.add_argument("--split", choices=SPLITS, help="only the images of data/train or data/val")
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     parser.add_argument("--normalize", action="store_true", help="give each row the L2 norm 1")
     parser.add_argument(
         "--projected", action="store_true", help="embeddings behind the projector, not features"
@@ -104,7 +104,7 @@ def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> Non
 def main() -> None:
     """Extract the features of a folder's images and write them."""
     args = parse_args()
-    options.check_output(args, endings=(ENDING,))
+    result_files.check_output(args, endings=(ENDING,))
     images = read_images(args)
     network, state = build_network(args)
     (loader,) = setup.eval_loaders(args, images)
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -22,7 +22,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, distributed, options, setup, shown_neighbors
+from utils import (
+    arguments,
+    checkpoint,
+    distributed,
+    options,
+    result_files,
+    running,
+    setup,
+    shown_neighbors,
+)
 from utils.bad_images import BadImages
 from utils.data import ImageSet, read_split
 from utils.errors import InputError
@@ -38,10 +47,10 @@ PREVIOUS = "M': for each row of M the embedding its image had at the visit befor
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Draw images and their neighbors.")
+    parser = arguments.Parser(description="Draw images and their neighbors.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     group = parser.add_argument_group("picture")
     group.add_argument(
         "--from_features",
@@ -50,22 +59,22 @@ def parse_args() -> argparse.Namespace:
     )
     either = group.add_mutually_exclusive_group()
     either.add_argument("--images", help="targets by their paths below train/, with commas")
-    either.add_argument("--index", type=options.int_list, help="targets by their numbers")
+    either.add_argument("--index", type=arguments.int_list, help="targets by their numbers")
     either.add_argument(
         "--count",
-        type=options.number(int, low=1, high=100),
+        type=arguments.number(int, low=1, high=100),
         default=8,
         help="targets drawn by --seed, from a bank such as have a constraint",
     )
     group.add_argument(
         *("-k", "--neighbors"),
-        type=options.number(int, low=1, high=50),
+        type=arguments.number(int, low=1, high=50),
         default=8,
         help="neighbors in a row",
     )
     group.add_argument(
         "--side",
-        type=options.number(int, low=64, high=512),
+        type=arguments.number(int, low=64, high=512),
         default=96,
         help="side of a neighbor's thumbnail in pixels",
     )
@@ -163,7 +172,7 @@ def main() -> None:
     images = read_split(args.data, "train", dataset=args.dataset)
     named = named_targets(args, images)
     check_size(args, args.count if named is None else len(named))
-    options.make_folder(args.output.parent, flag="--output")
+    result_files.make_folder(args.output.parent, flag="--output")
     bad_images = setup.build_bad_images(args)
     if args.from_features:
         found = shown_from_features(args, images, named, bad_images)
@@ -195,9 +204,9 @@ def main() -> None:
     counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
     record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
     name = args.output.with_suffix(".json").name
-    path = options.write_json(args.output.parent, name, record, flag="--output")
+    path = result_files.write_json(args.output.parent, name, record, flag="--output")
     print(f"{args.output}\n{path}")
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options, setup
+from utils import arguments, options, running, setup
 from utils.distributed import is_main
 from utils.encoders import SoleBackbone
 from utils.errors import InputError
@@ -81,7 +81,7 @@ class CrossEntropy(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train a backbone and classifier by cross-entropy.")
+    parser = arguments.Parser(description="Train a backbone and classifier by cross-entropy.")
     options.add_training_options(parser, mean_shift=False)
     options.add_label_options(parser)
     parser.add_argument(
@@ -118,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from utils import options
+from utils import running
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,7 +87,7 @@ def call_script(monkeypatch, capsys):
     def call(module, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_code:
-            options.run_script(module.main)
+            running.run_script(module.main)
         streams = capsys.readouterr()
         return exit_code.value.code, streams.out, streams.err
 

@@ -61,15 +61,10 @@ MAY_IMPORT = {
         *("bad_images", "data", "errors", "memory_bank", "neighbors", "pictures"),
     },
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
-    "options": {
-        "archives",
-        "augment",
-        "demo_data",
-        "distributed",
-        "errors",
-        "stop_signals",
-        "workers",
-    },
+    "arguments": {"augment"},
+    "options": {"archives", "arguments", "augment", "demo_data", "distributed"},
+    "running": {"distributed", "errors", "stop_signals", "workers"},
+    "result_files": {"errors"},
     "experiment": {"checkpoint", "errors"},
     "board": {"augment", "distributed", "errors", "loaders", "meters"},
     "health": {"run_log"},
@@ -85,8 +80,7 @@ MAY_IMPORT = {
     "setup": {
         *("archives", "bad_images", "batch_norm", "board", "checkpoint", "data", "distributed"),
         *("encoders", "engine", "errors", "feature_cache", "image_cache", "knn", "label_noise"),
-        *("loaders", "memory_bank", "options", "origin", "schedule"),
-        "splits",
+        *("loaders", "memory_bank", "options", "origin", "schedule", "splits"),
     },
 }
 

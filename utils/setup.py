@@ -409,7 +409,7 @@ def result_record(
         "seed": args.seed,
         "counts": counts,
         "bad_images": bad_images.names,
-        "command": options.command(),
+        "command": origin.command(),
         "torch": torch.__version__,
     }
 

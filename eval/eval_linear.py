@@ -29,6 +29,7 @@ from utils import (
     batch_norm,
     checkpoint,
     distributed,
+    evaluation,
     feature_cache,
     linear,
     options,
@@ -162,7 +163,7 @@ def build_data(
     bad_images: BadImages,
 ) -> FromImages | FromFeatures | None:
     """Where features come from; key: of their cache. None: another process trains on them."""
-    loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
+    loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
         features = cached_features(args, encoder, *loaders, key=key)
         return features and FromFeatures(
@@ -397,9 +398,9 @@ def main() -> None:
     start = time.monotonic()
     check_flags(args)
     train, val = read_images(args)
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     splits = {} if args.evaluate else {"train": train, "val": val}
-    key = setup.feature_key(args, state, **splits)
+    key = evaluation.feature_key(args, state, **splits)
     saved = load_run(args, key, train.classes) if args.resume else None
     if saved and args.fine_tune:
         checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
@@ -407,7 +408,7 @@ def main() -> None:
         module = batch_norm.synchronized(backbone.module, args.device)
         backbone = backbone._replace(module=module)
     backbone.module.to(args.device)
-    bad_images = setup.build_bad_images(args)
+    bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved.get("bad_images", []))
     data = build_data(args, backbone.module, train, val, key=key, bad_images=bad_images)
@@ -447,7 +448,7 @@ def main() -> None:
         summary = linear.summarize(args.lr, history)
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
     record = {"epochs": len(history), "protocol": what_was_done}
-    record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+    record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
     record["seconds"] = round(time.monotonic() - start, 1)
     report(args, summary, record)
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import (
     arguments,
     distributed,
+    evaluation,
     logistic,
     options,
     result_files,
     running,
-    setup,
     transfer,
     transfer_data,
 )
@@ -163,7 +163,7 @@ def evaluate(
 ) -> dict | None:
     """The row of one set in table and result file; None but on the main process."""
     start = time.monotonic()
-    features = extract(backbone, name, setup.eval_loaders(args, *images, bad_images=bad))
+    features = extract(backbone, name, evaluation.eval_loaders(args, *images, bad_images=bad))
     if features is None:
         return None
     extracted = time.monotonic()
@@ -219,10 +219,10 @@ def main() -> None:
     """Evaluate set by set, print a table, write transfer.json after each."""
     args = parse_args()
     check_flags(args)
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     found, missing = open_sets(args)
     network = backbone.module.to(args.device)
-    bad_images = setup.build_bad_images(args)
+    bad_images = evaluation.build_bad_images(args)
     rows, path = {}, None
     for name, images in found.items():
         row = evaluate(args, network, name, images, bad_images)
@@ -231,7 +231,7 @@ def main() -> None:
         rows[name] = row
         if args.save:
             counts = {"sets": len(rows)}
-            record = setup.result_record(args, state, counts=counts, bad_images=bad_images)
+            record = evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
             path = result_files.write_json(
                 args.save, "transfer.json", result(args, rows, missing) | record
             )

@@ -28,7 +28,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, checkpoint, options, result_files, running, safetensors_file, setup
+from utils import (
+    arguments,
+    checkpoint,
+    evaluation,
+    options,
+    result_files,
+    running,
+    safetensors_file,
+)
 from utils.augment import IMAGENET_MEAN, IMAGENET_STD
 from utils.encoders import Backbone
 from utils.errors import InputError
@@ -74,7 +82,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
         kept["data"] = state["key"]
     about = {
         **kept,
-        "encoder": setup.encoder_name(args, state),
+        "encoder": evaluation.encoder_name(args, state),
         "checkpoint_sha256": checkpoint.sha256(args.weights),
         **checkpoint.metadata(state),
     }
@@ -114,7 +122,7 @@ def main() -> None:
     """Read the backbone, check it, write it, say what was written."""
     args = parse_args()
     check_flags(args)
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     weights = backbone.module.state_dict()
     check_finite(weights, what=f"--weights {args.weights}")
     about = describe(args, backbone, state)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, checkpoint, distributed, options, result_files, running, setup
+from utils import arguments, checkpoint, distributed, evaluation, options, result_files, running
 from utils.data import ImageSet, read_any_folder, read_split
 from utils.encoders import Encoder
 from utils.errors import InputError
@@ -69,11 +69,11 @@ def read_images(args: argparse.Namespace) -> ImageSet:
 
 def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """What gives the rows, (B, 3, S, S) -> (B, F), on the device, and its checkpoint."""
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     network = backbone.module
     if args.projected:
         what = f"--projected: --weights {args.weights}"
-        encoder = setup.encoder_name(args, state)
+        encoder = evaluation.encoder_name(args, state)
         projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
         network = Encoder(network, projector)
     return network.to(args.device), state
@@ -107,14 +107,14 @@ def main() -> None:
     result_files.check_output(args, endings=(ENDING,))
     images = read_images(args)
     network, state = build_network(args)
-    (loader,) = setup.eval_loaders(args, images)
+    (loader,) = evaluation.eval_loaders(args, images)
     features = extract(network, loader)
     if features is None:
         return
     if args.normalize:
         normalize(features, dim=1, out=features)
     counts = {"images": len(features), "classes": len(images.classes)}
-    record = setup.result_record(args, state, counts=counts, bad_images=loader.bad_images)
+    record = evaluation.result_record(args, state, counts=counts, bad_images=loader.bad_images)
     record |= {
         "small_stem": args.small_stem,
         "layer": "projector" if args.projected else "backbone",

@@ -26,10 +26,10 @@ from utils import (
     arguments,
     checkpoint,
     distributed,
+    evaluation,
     options,
     result_files,
     running,
-    setup,
     shown_neighbors,
 )
 from utils.bad_images import BadImages
@@ -144,8 +144,8 @@ def shown_from_features(
     bad_images: BadImages,
 ) -> tuple[Shown, dict, list[str]] | None:
     """The same by features of all training images; None but on the main process."""
-    backbone, state = setup.evaluated_backbone(args)
-    (loader,) = setup.eval_loaders(args, images, bad_images=bad_images)
+    backbone, state = evaluation.evaluated_backbone(args)
+    (loader,) = evaluation.eval_loaders(args, images, bad_images=bad_images)
     bar = tqdm(loader, "features of train", leave=False, disable=not distributed.shows_bars())
     extracted = extract_features(
         backbone.module.to(args.device), bar, num_images=len(images), left_out=loader.left_out
@@ -173,7 +173,7 @@ def main() -> None:
     named = named_targets(args, images)
     check_size(args, args.count if named is None else len(named))
     result_files.make_folder(args.output.parent, flag="--output")
-    bad_images = setup.build_bad_images(args)
+    bad_images = evaluation.build_bad_images(args)
     if args.from_features:
         found = shown_from_features(args, images, named, bad_images)
     else:
@@ -202,7 +202,7 @@ def main() -> None:
         "side": args.side,
     }
     counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
-    record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+    record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
     name = args.output.with_suffix(".json").name
     path = result_files.write_json(args.output.parent, name, record, flag="--output")
     print(f"{args.output}\n{path}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
-from utils import arguments, options, running, setup
+from utils import arguments, evaluation, options, running, setup
 from utils.distributed import all_true, gather, is_main, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.errors import InputError
@@ -246,7 +246,7 @@ def main() -> None:
     with setup.build_run(args, model, optimizer, loader=loader, val=val, labeled=index) as run:
         if is_main():
             write_split_file(args.checkpoint_path / "labeled.txt", train, index)
-        (labeled_images,) = setup.eval_loaders(
+        (labeled_images,) = evaluation.eval_loaders(
             args, loader.images.take(index), bad_images=loader.bad_images
         )
         for batch in run.batches(loader):

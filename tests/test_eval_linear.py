@@ -11,7 +11,7 @@ import torchvision
 from conftest import write_image
 from test_bad_input import assert_refused
 
-from utils import augment, feature_cache, setup
+from utils import augment, checkpoint, evaluation, feature_cache
 from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import InputError
@@ -98,7 +98,7 @@ def test_as_a_process_from_its_folder(run_script, seven_classes, weights, tmp_pa
     assert record["counts"] == {"train": 35, "val": 21, "classes": 7}
     assert (record["arch"], record["image_size"], record["epoch"]) == ("conv4", 16, 7)
     assert (record["epochs"], record["encoder"]) == (2, "query")
-    assert record["sha256"] == setup.checkpoint.sha256(weights)
+    assert record["sha256"] == checkpoint.sha256(weights)
     assert f"{figures['top5']:.2f}" in done.stdout
     assert "scale 0.08 to 1" in record["protocol"] and "frozen" in record["protocol"]
 
@@ -170,8 +170,8 @@ class ByHand:
 
     def __init__(self, weights, image_tree, *, seed):
         backbone = build_backbone("conv4")
-        state = setup.checkpoint.load(weights, flag="")
-        setup.checkpoint.load_backbone(backbone, state, what="")
+        state = checkpoint.load(weights, flag="")
+        checkpoint.load_backbone(backbone, state, what="")
         images = read_split(image_tree, "train")
         self.encoder, self.seed = backbone.module.eval(), seed
         self.labels = torch.from_numpy(images.labels)
@@ -286,13 +286,13 @@ def test_workers_change_no_bit(run_linear, tmp_path, flags):
 def test_without_fine_tune_no_bit_of_the_encoder_changes(run_linear, tmp_path, monkeypatch, flags):
     seen = {}
 
-    def spy(args, original=setup.evaluated_backbone):
+    def spy(args, original=evaluation.evaluated_backbone):
         backbone, state = original(args)
         seen["module"] = backbone.module
         seen["before"] = {n: v.clone() for n, v in backbone.module.state_dict().items()}
         return backbone, state
 
-    monkeypatch.setattr(setup, "evaluated_backbone", spy)
+    monkeypatch.setattr(evaluation, "evaluated_backbone", spy)
     _, _, saved = run_linear(tmp_path, *flags)
     assert_same_bits(seen["before"], dict(seen["module"].state_dict()))
     assert "state_dict" not in saved

@@ -77,10 +77,14 @@ MAY_IMPORT = {
         *("board", "checkpoint", "distributed", "errors", "experiment", "health", "knn"),
         *("loaders", "memory_bank", "meters", "run_folder", "stop_signals", "streams", "workers"),
     },
+    "evaluation": {
+        *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache", "loaders"),
+        "origin",
+    },
     "setup": {
-        *("archives", "bad_images", "batch_norm", "board", "checkpoint", "data", "distributed"),
-        *("encoders", "engine", "errors", "feature_cache", "image_cache", "knn", "label_noise"),
-        *("loaders", "memory_bank", "options", "origin", "schedule", "splits"),
+        *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),
+        *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "loaders"),
+        *("memory_bank", "options", "origin", "schedule", "splits"),
     },
 }
 

@@ -73,9 +73,11 @@ MAY_IMPORT = {
     "svg": set(),
     "run_folder": {"checkpoint", "distributed", "errors", "memory_bank"},
     "stop_signals": set(),
+    "loss_watch": {"errors", "meters", "streams"},
     "engine": {
         *("board", "checkpoint", "distributed", "errors", "experiment", "health", "knn"),
-        *("loaders", "memory_bank", "meters", "run_folder", "stop_signals", "streams", "workers"),
+        *("loaders", "loss_watch", "memory_bank", "meters", "run_folder", "stop_signals"),
+        "workers",
     },
     "evaluation": {
         *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache", "loaders"),

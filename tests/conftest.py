@@ -1,5 +1,6 @@
 """Shared by the tests: few threads, real image files, scripts as real processes."""
 
+import builtins
 import os
 import signal
 import subprocess
@@ -92,3 +93,20 @@ def call_script(monkeypatch, capsys):
         return exit_code.value.code, streams.out, streams.err
 
     return call
+
+
+@pytest.fixture
+def without_package(monkeypatch):
+    """Imports of a package, by its name, fail as if it were not installed."""
+
+    def hide(missing: str) -> None:
+        real = builtins.__import__
+
+        def find(name, *rest):
+            if name.startswith(missing):
+                raise ImportError(name)
+            return real(name, *rest)
+
+        monkeypatch.setattr(builtins, "__import__", find)
+
+    return hide

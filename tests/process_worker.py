@@ -23,7 +23,7 @@ from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
 from utils import batch_norm, distributed, running
-from utils.augment import CropGroup
+from utils.cropping import CropGroup
 from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, SoleBackbone
 from utils.engine import Run

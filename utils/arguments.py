@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from utils.augment import CropGroup
+from utils.cropping import CropGroup
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import augment, distributed
-from utils.augment import CropGroup
+from utils import augment, cropping, distributed, random_draws
 from utils.bad_images import BadImages
+from utils.cropping import CropGroup
 from utils.data import ImageSet
 from utils.device_crops import DeviceCrops
 from utils.errors import InputError
@@ -57,7 +57,7 @@ class _RandomCrops(Dataset):
         views = sum(group.count for group in self.groups)
 
         def draws_of(numbers: list[int]) -> np.ndarray:
-            return augment.uniforms(self.seed, batch.epoch, np.array(numbers), views=views)
+            return random_draws.uniforms(self.seed, batch.epoch, np.array(numbers), views=views)
 
         own_numbers = [batch.numbers[place] for place in batch.own]
         draws = dict(zip(own_numbers, draws_of(own_numbers), strict=True))  # faster together
@@ -65,7 +65,7 @@ class _RandomCrops(Dataset):
         def crops(number: int, image: Tensor) -> Tensor:
             own = draws[number] if number in draws else draws_of([number])[0]  # a replacement
             original = self.images.original_size(number)
-            return augment.random_crops(image, own, self.groups, original=original)
+            return cropping.random_crops(image, own, self.groups, original=original)
 
         return read(self.images, batch.numbers, crops, tolerated=self.tolerated, own=batch.own)
 
@@ -155,8 +155,8 @@ class TwoViewLoader:
                     f"{len(index)} can be read"
                 )
             views = sum(group.count for group in self._groups)
-            draws = augment.uniforms(self.seed, epoch, index, views=views)
-            large, *small = augment.split_crops(upload(crops, self.device), self._groups)
+            draws = random_draws.uniforms(self.seed, epoch, index, views=views)
+            large, *small = cropping.split_crops(upload(crops, self.device), self._groups)
             yield self._batch(large, small, draws, index, upload(label, self.device))
 
     def _batch(

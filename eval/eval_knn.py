@@ -48,7 +48,6 @@ def parse_args() -> argparse.Namespace:
     options.add_checkpoint_options(parser)
     options.add_split_options(parser, "--train_file", "--train-file")
     parser.add_argument("-k", type=arguments.positive, help="one more k beside 1, 5, 10 and 20")
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     parser.add_argument(
         "--temperature",
         type=arguments.number(float, low=1e-6),

@@ -80,7 +80,6 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         *("--wd", "--weight_decay", "--weight-decay"), type=arguments.not_negative, default=1e-4
     )
-    group.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     group.add_argument(
         *("--eval_freq", "--eval-freq"),
         type=arguments.positive,

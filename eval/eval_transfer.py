@@ -67,7 +67,6 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.Parser(description="Linear transfer of a checkpoint to other data sets.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     group = parser.add_argument_group("transfer")
     folders = ", ".join(transfer_data.FOLDERS.values())
     group.add_argument("--root", type=Path, help=f"folder that holds {folders}")

@@ -43,7 +43,6 @@ def parse_args() -> argparse.Namespace:
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     parser.add_argument("--split", choices=SPLITS, help="only the images of data/train or data/val")
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     parser.add_argument("--normalize", action="store_true", help="give each row the L2 norm 1")
     parser.add_argument(
         "--projected", action="store_true", help="embeddings behind the projector, not features"

@@ -50,7 +50,6 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.Parser(description="Draw images and their neighbors.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=arguments.positive, default=256)
     group = parser.add_argument_group("picture")
     group.add_argument(
         "--from_features",

@@ -1,6 +1,7 @@
 """Loaders of one view of an image: a random one to train with labels, the central to evaluate."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,23 +33,15 @@ class EvalBatch(NamedTuple):
     label: Tensor
 
 
+@dataclass(eq=False)
 class _OneCrop(Dataset):
     """The worker part of `LabeledLoader`: one random crop; keys are a `Wanted`."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        image_size: int,
-        seed: int,
-        scale: tuple[float, float],
-        tolerated: int,
-    ) -> None:
-        self.images = images
-        self.image_size = image_size
-        self.seed = seed
-        self.scale = scale
-        self.tolerated = tolerated
+    images: ImageSet
+    image_size: int
+    seed: int
+    scale: tuple[float, float]
+    tolerated: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -139,13 +132,13 @@ class LabeledLoader:
             yield EvalBatch(images, index, label)
 
 
+@dataclass(eq=False)
 class _CenterCrops(Dataset):
     """The worker part of evaluation: one central crop of each image."""
 
-    def __init__(self, images: ImageSet, *, image_size: int, tolerated: int) -> None:
-        self.images = images
-        self.image_size = image_size
-        self.tolerated = tolerated
+    images: ImageSet
+    image_size: int
+    tolerated: int
 
     def __len__(self) -> int:
         return len(self.images)

@@ -128,6 +128,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     )
     group.add_argument("--small_stem", action="store_true", help="default: as the checkpoint says")
     if evaluates:
+        group.add_argument("-b", "--batch_size", "--batch-size", type=positive, default=256)
         group.add_argument("--seed", type=seed, default=0)
         add_device_option(group)
 

@@ -235,11 +235,7 @@ def build_run(
     """
     if args.tensorboard:
         board.check_installed()
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
-        torch.manual_seed(args.seed + distributed.rank())
+    _set_randomness(args)
     evaluate, untrained = None, {}
     if val is not None:
         backbone = model.encoders.query_encoder.backbone
@@ -271,6 +267,15 @@ def build_run(
         tensorboard=args.tensorboard,
         debug=args.debug,
     )
+
+
+def _set_randomness(args: argparse.Namespace) -> None:
+    """What --deterministic asks for, and random numbers of its own for each process."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
+        torch.manual_seed(args.seed + distributed.rank())
 
 
 def _build_evaluation(

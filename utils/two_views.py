@@ -5,6 +5,7 @@ bit, and any step of any epoch can be produced on its own.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -39,16 +40,14 @@ class Batch(NamedTuple):
     small_views: tuple[Tensor, ...] = ()
 
 
+@dataclass(eq=False)
 class _RandomCrops(Dataset):
     """The worker part: decodes an image once and cuts its crops; keys are a `Wanted`."""
 
-    def __init__(
-        self, images: ImageSet, *, groups: Sequence[CropGroup], seed: int, tolerated: int
-    ) -> None:
-        self.images = images
-        self.groups = groups
-        self.seed = seed
-        self.tolerated = tolerated
+    images: ImageSet
+    groups: Sequence[CropGroup]
+    seed: int
+    tolerated: int
 
     def __len__(self) -> int:
         return len(self.images)

@@ -73,6 +73,7 @@ class PublishedBlur:
 
 
 def published_view() -> T.Compose:
+    """The strong view of the published code, of torchvision's parts."""
     return T.Compose(
         [
             T.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
@@ -191,6 +192,7 @@ def print_speeds(title: str, speeds: dict[str, list[float]]) -> None:
 
 
 def measure_large(folder: Path, count: int, rounds: int) -> None:
+    """Images of photo size, `count` of them drawn into the folder."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{number}.jpg" for number in range(count)]
     for path in paths:
@@ -206,6 +208,7 @@ def measure_large(folder: Path, count: int, rounds: int) -> None:
 
 
 def measure_small(folder: Path, side: int, suffix: str, count: int, rounds: int) -> None:
+    """Images of side x side pixels, `count` of them written into the folder as `suffix`."""
     rng = np.random.default_rng(0)
     for number in range(count):
         picture = draw_picture(rng, 120, 120).resize((side, side), Image.Resampling.BOX)
@@ -267,6 +270,7 @@ def measure_overlap(folder: Path) -> None:
 
 
 def main() -> None:
+    """Measure, and print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--small_images", type=int, default=1024)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options
+from utils import arguments, result_files, running
 from utils.errors import InputError
 
 COLUMNS = ("1-NN", "20-NN", "linear", "fine-tuned")
@@ -21,9 +21,9 @@ COLUMNS = ("1-NN", "20-NN", "linear", "fine-tuned")
 
 def row(folder: Path) -> dict[str, float | None]:
     """The figures of one encoder by column, percent; None for what was not measured."""
-    knn = options.read_json(folder / "knn.json").get("k", {})
+    knn = result_files.read_json(folder / "knn.json").get("k", {})
     linear, finetune = (
-        options.read_json(folder / kind / "linear.json") for kind in ("linear", "finetune")
+        result_files.read_json(folder / kind / "linear.json") for kind in ("linear", "finetune")
     )
     return {
         "1-NN": knn.get("1", {}).get("accuracy"),
@@ -45,7 +45,7 @@ def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="One table of several encoders' results.")
+    parser = arguments.Parser(description="One table of several encoders' results.")
     parser.add_argument("rows", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--save", type=Path, help="folder to write results.json to")
     return parser.parse_args()
@@ -62,8 +62,8 @@ def main() -> None:
         rows[name] = row(Path(folder))
     print(format_rows(rows))
     if args.save:
-        print(options.write_json(args.save, "results.json", rows))
+        print(result_files.write_json(args.save, "results.json", rows))
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -19,7 +19,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import distributed, feature_cache, knn, options, setup
+from utils import (
+    arguments,
+    distributed,
+    evaluation,
+    feature_cache,
+    knn,
+    options,
+    result_files,
+    running,
+    setup,
+)
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.errors import InputError
@@ -33,15 +43,14 @@ PROTOCOL = (
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="k-NN evaluation of a checkpoint.")
+    parser = arguments.Parser(description="k-NN evaluation of a checkpoint.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     options.add_split_options(parser, "--train_file", "--train-file")
-    parser.add_argument("-k", type=options.positive, help="one more k beside 1, 5, 10 and 20")
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
+    parser.add_argument("-k", type=arguments.positive, help="one more k beside 1, 5, 10 and 20")
     parser.add_argument(
         "--temperature",
-        type=options.number(float, low=1e-6),
+        type=arguments.number(float, low=1e-6),
         default=knn.TEMPERATURE,
         help="of the weighted vote",
     )
@@ -78,7 +87,7 @@ def check_flags(args: argparse.Namespace, state: dict) -> None:
             raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
         append(args.save_acc, "")
     if args.save:
-        options.make_folder(args.save, flag="--save")
+        result_files.make_folder(args.save, flag="--save")
 
 
 def append(path: Path, text: str) -> None:
@@ -101,7 +110,7 @@ def get_features(
 ) -> feature_cache.Features | None:
     """Read from --load_cache, whose key is this one, or extracted; None but on the main process."""
     if not args.load_cache:
-        loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
+        loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
         return feature_cache.extract(backbone.to(args.device), *loaders)
     if not distributed.is_main():
         return None
@@ -116,12 +125,12 @@ def main() -> None:
     check_same_classes(train, val)
     train = train.take(setup.labeled_index(args, train, file=args.train_file, flag="--train_file"))
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     check_flags(args, state)
     key = None
     if distributed.is_main() and (args.load_cache or args.save_features):
-        key = setup.feature_key(args, state, train=train, val=val)
-    bad_images = setup.build_bad_images(args)
+        key = evaluation.feature_key(args, state, train=train, val=val)
+    bad_images = evaluation.build_bad_images(args)
     features = get_features(args, backbone.module, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
         return
@@ -143,10 +152,10 @@ def main() -> None:
     if args.save:
         counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
-        record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+        record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
         record["seconds"] = round(time.monotonic() - start, 1)
-        print(options.write_json(args.save, "knn.json", record))
+        print(result_files.write_json(args.save, "knn.json", record))
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -24,7 +24,19 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import batch_norm, checkpoint, distributed, feature_cache, linear, options, setup
+from utils import (
+    arguments,
+    batch_norm,
+    checkpoint,
+    distributed,
+    evaluation,
+    feature_cache,
+    linear,
+    options,
+    result_files,
+    running,
+    setup,
+)
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone
@@ -53,25 +65,24 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("classifier")
     group.add_argument(
         *("--lr", "--learning_rate"),
-        type=options.rate_list,
+        type=arguments.rate_list,
         default="0.01",
         help="one, or several with commas: a classifier for each in one pass over the data",
     )
-    group.add_argument("--epochs", type=options.positive, default=40)
+    group.add_argument("--epochs", type=arguments.positive, default=40)
     group.add_argument(
         *("--lr_schedule", "--lr-schedule"),
-        type=options.int_list,
+        type=arguments.int_list,
         default="15,30,40",
         help="after these numbers of epochs the learning rate is divided by ten",
     )
-    group.add_argument("--momentum", type=options.number(float, low=0, high=1), default=0.9)
+    group.add_argument("--momentum", type=arguments.number(float, low=0, high=1), default=0.9)
     group.add_argument(
-        *("--wd", "--weight_decay", "--weight-decay"), type=options.not_negative, default=1e-4
+        *("--wd", "--weight_decay", "--weight-decay"), type=arguments.not_negative, default=1e-4
     )
-    group.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
     group.add_argument(
         *("--eval_freq", "--eval-freq"),
-        type=options.positive,
+        type=arguments.positive,
         default=1,
         help="epochs between val figures and saves",
     )
@@ -86,7 +97,7 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
+    parser = arguments.Parser(description="Linear evaluation or fine-tuning of a checkpoint.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     options.add_split_options(parser, "--train_file", "--train-file")
@@ -123,7 +134,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--cache_dir {args.cache_dir}: only with --cached")
     for flag in ("save", "cache_dir"):
         if folder := getattr(args, flag):
-            options.make_folder(folder, flag=f"--{flag}")
+            result_files.make_folder(folder, flag=f"--{flag}")
 
 
 def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
@@ -151,7 +162,7 @@ def build_data(
     bad_images: BadImages,
 ) -> FromImages | FromFeatures | None:
     """Where features come from; key: of their cache. None: another process trains on them."""
-    loaders = setup.eval_loaders(args, train, val, bad_images=bad_images)
+    loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
         features = cached_features(args, encoder, *loaders, key=key)
         return features and FromFeatures(
@@ -377,7 +388,7 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
         best = max(summary, key=lambda rate: summary[rate]["top1"])
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
-        print(options.write_json(args.save, "linear.json", record))
+        print(result_files.write_json(args.save, "linear.json", record))
 
 
 def main() -> None:
@@ -386,9 +397,9 @@ def main() -> None:
     start = time.monotonic()
     check_flags(args)
     train, val = read_images(args)
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     splits = {} if args.evaluate else {"train": train, "val": val}
-    key = setup.feature_key(args, state, **splits)
+    key = evaluation.feature_key(args, state, **splits)
     saved = load_run(args, key, train.classes) if args.resume else None
     if saved and args.fine_tune:
         checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
@@ -396,7 +407,7 @@ def main() -> None:
         module = batch_norm.synchronized(backbone.module, args.device)
         backbone = backbone._replace(module=module)
     backbone.module.to(args.device)
-    bad_images = setup.build_bad_images(args)
+    bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved.get("bad_images", []))
     data = build_data(args, backbone.module, train, val, key=key, bad_images=bad_images)
@@ -436,10 +447,10 @@ def main() -> None:
         summary = linear.summarize(args.lr, history)
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
     record = {"epochs": len(history), "protocol": what_was_done}
-    record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+    record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
     record["seconds"] = round(time.monotonic() - start, 1)
     report(args, summary, record)
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -23,7 +23,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import distributed, logistic, options, setup, transfer, transfer_data
+from utils import (
+    arguments,
+    distributed,
+    evaluation,
+    logistic,
+    options,
+    result_files,
+    running,
+    transfer,
+    transfer_data,
+)
 from utils.bad_images import BadImages
 from utils.data import check_same_classes, read_split
 from utils.errors import InputError
@@ -49,15 +59,14 @@ def set_names(text: str) -> list[str]:
 
 def strengths(text: str) -> list[float]:
     """An argparse type: "0.1,1,10" -> [0.1, 1.0, 10.0]; positive."""
-    return [options.number(float, low=1e-12, high=1e12)(part) for part in text.split(",")]
+    return [arguments.number(float, low=1e-12, high=1e12)(part) for part in text.split(",")]
 
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Linear transfer of a checkpoint to other data sets.")
+    parser = arguments.Parser(description="Linear transfer of a checkpoint to other data sets.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
     group = parser.add_argument_group("transfer")
     folders = ", ".join(transfer_data.FOLDERS.values())
     group.add_argument("--root", type=Path, help=f"folder that holds {folders}")
@@ -73,11 +82,11 @@ def parse_args() -> argparse.Namespace:
         f"{transfer.FEW_SHOT_L2:g} with --shots",
     )
     group.add_argument(
-        "--shots", type=options.positive, help="fit on this number of images of every class"
+        "--shots", type=arguments.positive, help="fit on this number of images of every class"
     )
-    group.add_argument("--draws", type=options.positive, help="of --shots; default: 5")
+    group.add_argument("--draws", type=arguments.positive, help="of --shots; default: 5")
     group.add_argument(
-        "--split_seed", type=options.seed, default=0, help="of all that is drawn: splits, shots"
+        "--split_seed", type=arguments.seed, default=0, help="of all that is drawn: splits, shots"
     )
     group.add_argument("--save", type=Path, help="folder to write transfer.json to")
     return options.parse(parser, demo=DEMO, needs_data=False)
@@ -100,11 +109,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.root:
         args.sets = args.sets or list(transfer_data.NAMES)
         if args.download:
-            options.make_folder(args.root, flag="--root")
+            result_files.make_folder(args.root, flag="--root")
         elif not args.root.is_dir():
             raise InputError(f"--root {args.root}: no such folder")
     if args.save:
-        options.make_folder(args.save, flag="--save")
+        result_files.make_folder(args.save, flag="--save")
 
 
 def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, str]]:
@@ -153,7 +162,7 @@ def evaluate(
 ) -> dict | None:
     """The row of one set in table and result file; None but on the main process."""
     start = time.monotonic()
-    features = extract(backbone, name, setup.eval_loaders(args, *images, bad_images=bad))
+    features = extract(backbone, name, evaluation.eval_loaders(args, *images, bad_images=bad))
     if features is None:
         return None
     extracted = time.monotonic()
@@ -209,10 +218,10 @@ def main() -> None:
     """Evaluate set by set, print a table, write transfer.json after each."""
     args = parse_args()
     check_flags(args)
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     found, missing = open_sets(args)
     network = backbone.module.to(args.device)
-    bad_images = setup.build_bad_images(args)
+    bad_images = evaluation.build_bad_images(args)
     rows, path = {}, None
     for name, images in found.items():
         row = evaluate(args, network, name, images, bad_images)
@@ -221,8 +230,8 @@ def main() -> None:
         rows[name] = row
         if args.save:
             counts = {"sets": len(rows)}
-            record = setup.result_record(args, state, counts=counts, bad_images=bad_images)
-            path = options.write_json(
+            record = evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
+            path = result_files.write_json(
                 args.save, "transfer.json", result(args, rows, missing) | record
             )
     if distributed.is_main():
@@ -234,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -28,7 +28,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, options, safetensors_file, setup
+from utils import (
+    arguments,
+    checkpoint,
+    evaluation,
+    options,
+    result_files,
+    running,
+    safetensors_file,
+)
 from utils.augment import IMAGENET_MEAN, IMAGENET_STD
 from utils.encoders import Backbone
 from utils.errors import InputError
@@ -41,7 +49,7 @@ KEPT = ("method", "protocol", "epoch", "data")
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Export a checkpoint's backbone.")
+    parser = arguments.Parser(description="Export a checkpoint's backbone.")
     options.add_checkpoint_options(parser, evaluates=False)
     options.add_output_options(parser, help=f"file to write, ends in {' or '.join(ENDINGS)}")
     parser.set_defaults(seed=0)  # of weights that the file replaces
@@ -50,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """InputError for flags that cannot work; before the checkpoint is read."""
-    options.check_output(args, endings=ENDINGS)
+    result_files.check_output(args, endings=ENDINGS)
     if args.weights in ("random", "pixels"):
         raise InputError(f"--weights {args.weights}: name a checkpoint to export")
     if safetensors_file.has_ending(args.output):
@@ -74,7 +82,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
         kept["data"] = state["key"]
     about = {
         **kept,
-        "encoder": setup.encoder_name(args, state),
+        "encoder": evaluation.encoder_name(args, state),
         "checkpoint_sha256": checkpoint.sha256(args.weights),
         **checkpoint.metadata(state),
     }
@@ -114,7 +122,7 @@ def main() -> None:
     """Read the backbone, check it, write it, say what was written."""
     args = parse_args()
     check_flags(args)
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     weights = backbone.module.state_dict()
     check_finite(weights, what=f"--weights {args.weights}")
     about = describe(args, backbone, state)
@@ -125,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, distributed, options, setup
+from utils import arguments, checkpoint, distributed, evaluation, options, result_files, running
 from utils.data import ImageSet, read_any_folder, read_split
 from utils.encoders import Encoder
 from utils.errors import InputError
@@ -39,11 +39,10 @@ ENDING = ".npz"
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Features of a folder's images.")
+    parser = arguments.Parser(description="Features of a folder's images.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     parser.add_argument("--split", choices=SPLITS, help="only the images of data/train or data/val")
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
     parser.add_argument("--normalize", action="store_true", help="give each row the L2 norm 1")
     parser.add_argument(
         "--projected", action="store_true", help="embeddings behind the projector, not features"
@@ -69,11 +68,11 @@ def read_images(args: argparse.Namespace) -> ImageSet:
 
 def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """What gives the rows, (B, 3, S, S) -> (B, F), on the device, and its checkpoint."""
-    backbone, state = setup.evaluated_backbone(args)
+    backbone, state = evaluation.evaluated_backbone(args)
     network = backbone.module
     if args.projected:
         what = f"--projected: --weights {args.weights}"
-        encoder = setup.encoder_name(args, state)
+        encoder = evaluation.encoder_name(args, state)
         projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
         network = Encoder(network, projector)
     return network.to(args.device), state
@@ -104,17 +103,17 @@ def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> Non
 def main() -> None:
     """Extract the features of a folder's images and write them."""
     args = parse_args()
-    options.check_output(args, endings=(ENDING,))
+    result_files.check_output(args, endings=(ENDING,))
     images = read_images(args)
     network, state = build_network(args)
-    (loader,) = setup.eval_loaders(args, images)
+    (loader,) = evaluation.eval_loaders(args, images)
     features = extract(network, loader)
     if features is None:
         return
     if args.normalize:
         normalize(features, dim=1, out=features)
     counts = {"images": len(features), "classes": len(images.classes)}
-    record = setup.result_record(args, state, counts=counts, bad_images=loader.bad_images)
+    record = evaluation.result_record(args, state, counts=counts, bad_images=loader.bad_images)
     record |= {
         "small_stem": args.small_stem,
         "layer": "projector" if args.projected else "backbone",
@@ -129,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import experiment, options, run_log
+from utils import arguments, experiment, result_files, run_log, running
 from utils.errors import InputError
 from utils.run_log import PANELS, Panel, RunLog
 
@@ -229,7 +229,7 @@ def draw(groups: list[Group], output: Path) -> int:
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Curves of training runs in one picture.")
+    parser = arguments.Parser(description="Curves of training runs in one picture.")
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folder or log.jsonl")
     parser.add_argument("--output", type=Path, default=Path("training.png"), help="PNG to write")
     return parser.parse_args()
@@ -241,10 +241,10 @@ def main() -> None:
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: a name that ends in .png")
     groups = build_groups(args.runs)
-    options.make_folder(args.output.parent, flag="--output")
+    result_files.make_folder(args.output.parent, flag="--output")
     count = draw(groups, args.output)
     print(f"{args.output}: {count} panels, {', '.join(group.label for group in groups)}")
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, health, options, run_log, svg
+from utils import arguments, checkpoint, health, result_files, run_log, running, svg
 from utils.errors import InputError
 from utils.run_folder import REQUEUE, checkpoints_in
 from utils.run_log import PANELS, RunLog
@@ -88,7 +88,7 @@ def find_results(folders: list[Path], *, last_sha256: str | None) -> list[Result
 
 def read_result(path: Path, *, last_sha256: str | None) -> Result:
     """One result file; InputError if it is not what its name says."""
-    record = options.read_json(path)
+    record = result_files.read_json(path)
     key = {"knn.json": "k", "linear.json": "lr"}.get(path.name)
     rows = record if key is None else record.get(key)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
@@ -321,7 +321,7 @@ def build_page(
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="A page on one training run.")
+    parser = arguments.Parser(description="A page on one training run.")
     parser.add_argument("run", metavar="RUN", help="the run's folder, or its log.jsonl")
     parser.add_argument("--output", type=Path, help="HTML to write; default: report.html in RUN")
     parser.add_argument(
@@ -347,7 +347,7 @@ def main() -> None:
     pictures = find_pictures(folder, args.neighbors)
     now = time.time()
     page = build_page(run, results=results, pictures=pictures, newest=newest, now=now)
-    options.make_folder(output.parent, flag="--output")
+    result_files.make_folder(output.parent, flag="--output")
     if output.is_dir():
         raise InputError(f"--output {output}: a folder")
     checkpoint.replace_text(output, page)
@@ -358,4 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

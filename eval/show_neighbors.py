@@ -22,7 +22,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checkpoint, distributed, options, setup, shown_neighbors
+from utils import (
+    arguments,
+    checkpoint,
+    distributed,
+    evaluation,
+    options,
+    result_files,
+    running,
+    shown_neighbors,
+)
 from utils.bad_images import BadImages
 from utils.data import ImageSet, read_split
 from utils.errors import InputError
@@ -38,10 +47,9 @@ PREVIOUS = "M': for each row of M the embedding its image had at the visit befor
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Draw images and their neighbors.")
+    parser = arguments.Parser(description="Draw images and their neighbors.")
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
-    parser.add_argument("-b", "--batch_size", "--batch-size", type=options.positive, default=256)
     group = parser.add_argument_group("picture")
     group.add_argument(
         "--from_features",
@@ -50,22 +58,22 @@ def parse_args() -> argparse.Namespace:
     )
     either = group.add_mutually_exclusive_group()
     either.add_argument("--images", help="targets by their paths below train/, with commas")
-    either.add_argument("--index", type=options.int_list, help="targets by their numbers")
+    either.add_argument("--index", type=arguments.int_list, help="targets by their numbers")
     either.add_argument(
         "--count",
-        type=options.number(int, low=1, high=100),
+        type=arguments.number(int, low=1, high=100),
         default=8,
         help="targets drawn by --seed, from a bank such as have a constraint",
     )
     group.add_argument(
         *("-k", "--neighbors"),
-        type=options.number(int, low=1, high=50),
+        type=arguments.number(int, low=1, high=50),
         default=8,
         help="neighbors in a row",
     )
     group.add_argument(
         "--side",
-        type=options.number(int, low=64, high=512),
+        type=arguments.number(int, low=64, high=512),
         default=96,
         help="side of a neighbor's thumbnail in pixels",
     )
@@ -135,8 +143,8 @@ def shown_from_features(
     bad_images: BadImages,
 ) -> tuple[Shown, dict, list[str]] | None:
     """The same by features of all training images; None but on the main process."""
-    backbone, state = setup.evaluated_backbone(args)
-    (loader,) = setup.eval_loaders(args, images, bad_images=bad_images)
+    backbone, state = evaluation.evaluated_backbone(args)
+    (loader,) = evaluation.eval_loaders(args, images, bad_images=bad_images)
     bar = tqdm(loader, "features of train", leave=False, disable=not distributed.shows_bars())
     extracted = extract_features(
         backbone.module.to(args.device), bar, num_images=len(images), left_out=loader.left_out
@@ -163,8 +171,8 @@ def main() -> None:
     images = read_split(args.data, "train", dataset=args.dataset)
     named = named_targets(args, images)
     check_size(args, args.count if named is None else len(named))
-    options.make_folder(args.output.parent, flag="--output")
-    bad_images = setup.build_bad_images(args)
+    result_files.make_folder(args.output.parent, flag="--output")
+    bad_images = evaluation.build_bad_images(args)
     if args.from_features:
         found = shown_from_features(args, images, named, bad_images)
     else:
@@ -193,11 +201,11 @@ def main() -> None:
         "side": args.side,
     }
     counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
-    record |= setup.result_record(args, state, counts=counts, bad_images=bad_images)
+    record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
     name = args.output.with_suffix(".json").name
-    path = options.write_json(args.output.parent, name, record, flag="--output")
+    path = result_files.write_json(args.output.parent, name, record, flag="--output")
     print(f"{args.output}\n{path}")
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options, setup
+from utils import arguments, options, running, setup
 from utils.distributed import all_true, gather
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
@@ -71,7 +71,7 @@ class MSF(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train self-supervised MSF (--topk 1: one-sided BYOL).")
+    parser = arguments.Parser(description="Train self-supervised MSF (--topk 1: one-sided BYOL).")
     options.add_training_options(parser)
     options.add_crop_options(parser)
     return options.parse(parser, demo=DEMO)
@@ -96,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

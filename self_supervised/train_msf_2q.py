@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options, setup
+from utils import arguments, options, running, setup
 from utils.distributed import all_true, gather, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
@@ -115,11 +115,14 @@ class CMSF2Q(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train self-supervised CMSF-2Q.")
+    parser = arguments.Parser(description="Train self-supervised CMSF-2Q.")
     options.add_training_options(parser)
     options.add_crop_options(parser)
     parser.add_argument(
-        "--topkp", type=options.positive, default=10, help="candidates from the previous embeddings"
+        "--topkp",
+        type=arguments.positive,
+        default=10,
+        help="candidates from the previous embeddings",
     )
     return options.parse(parser, demo=DEMO)
 
@@ -148,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

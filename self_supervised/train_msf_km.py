@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options, setup
+from utils import arguments, options, running, setup
 from utils.distributed import all_true, from_main, gather, is_main
 from utils.encoders import QueryTargetEncoders
 from utils.kmeans import kmeans
@@ -143,12 +143,12 @@ class CMSFKM(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train self-supervised CMSF-KM.")
+    parser = arguments.Parser(description="Train self-supervised CMSF-KM.")
     options.add_training_options(parser)
     options.add_crop_options(parser)
     parser.add_argument(
         "--num_clusters",
-        type=options.positive,
+        type=arguments.positive,
         default=50000,
         help="of k-means after each epoch; with no more images than that each is its own cluster",
     )
@@ -181,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

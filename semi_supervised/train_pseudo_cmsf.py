@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
-from utils import options, setup
+from utils import arguments, evaluation, options, running, setup
 from utils.distributed import all_true, gather, is_main, own_rows
 from utils.encoders import QueryTargetEncoders
 from utils.errors import InputError
@@ -182,19 +182,19 @@ def _percent(hits: Tensor, among: Tensor) -> Tensor:
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train semi-supervised CMSF with pseudo-labels.")
+    parser = arguments.Parser(description="Train semi-supervised CMSF with pseudo-labels.")
     options.add_training_options(parser)
     options.add_crop_options(parser)
     options.add_split_options(parser, "--sup_split_file", "--sup-split-file")
     group = parser.add_argument_group("pseudo-labels")
-    share = options.number(float, low=0, high=1)
+    share = arguments.number(float, low=0, high=1)
     group.add_argument("--mlp_xent", choices=["linear", "mlp", "mlp_3l"], default="linear")
-    group.add_argument("--pseudo_batch_size", type=options.positive, default=256)
-    group.add_argument("--pseudo_lbl_epochs", type=options.positive, default=40)
-    group.add_argument("--pseudo_lbl_lr", type=options.not_negative, default=0.01)
-    group.add_argument("--pseudo_lbl_lr_schedule", type=options.int_list, default="15,30,40")
+    group.add_argument("--pseudo_batch_size", type=arguments.positive, default=256)
+    group.add_argument("--pseudo_lbl_epochs", type=arguments.positive, default=40)
+    group.add_argument("--pseudo_lbl_lr", type=arguments.not_negative, default=0.01)
+    group.add_argument("--pseudo_lbl_lr_schedule", type=arguments.int_list, default="15,30,40")
     group.add_argument("--pseudo_lbl_momentum", type=share, default=0.9)
-    group.add_argument("--pseudo_lbl_weight_decay", type=options.not_negative, default=1e-4)
+    group.add_argument("--pseudo_lbl_weight_decay", type=arguments.not_negative, default=1e-4)
     group.add_argument("--use_conf", action="store_true", help="only confident labels count")
     group.add_argument("--conf_th", type=share, default=0.85, help="confidence that counts")
     group.add_argument(
@@ -205,13 +205,13 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="and on those of confident pseudo-labels (each step then waits for a GPU once)",
     )
-    group.add_argument("--sup_mem_bank_size", type=options.positive, default=128000)
+    group.add_argument("--sup_mem_bank_size", type=arguments.positive, default=128000)
     group.add_argument(
-        "--topk_plain", type=options.positive, help="k without a confident label; default: --topk"
+        "--topk_plain", type=arguments.positive, help="k without a confident label; default: --topk"
     )
     group.add_argument(
         "--constraint_start",
-        type=options.positive,
+        type=arguments.positive,
         default=1,
         help="epoch from which the head is trained and the constraint counts",
     )
@@ -246,7 +246,7 @@ def main() -> None:
     with setup.build_run(args, model, optimizer, loader=loader, val=val, labeled=index) as run:
         if is_main():
             write_split_file(args.checkpoint_path / "labeled.txt", train, index)
-        (labeled_images,) = setup.eval_loaders(
+        (labeled_images,) = evaluation.eval_loaders(
             args, loader.images.take(index), bad_images=loader.bad_images
         )
         for batch in run.batches(loader):
@@ -281,4 +281,4 @@ def train_round(
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options, setup
+from utils import arguments, options, running, setup
 from utils.distributed import all_true, gather, is_main
 from utils.encoders import QueryTargetEncoders
 from utils.label_noise import as_tensor, labels_to_use, write_changes
@@ -111,7 +111,7 @@ class SupervisedCMSF(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train supervised CMSF.")
+    parser = arguments.Parser(description="Train supervised CMSF.")
     options.add_training_options(parser, topk_all=True)
     options.add_label_options(parser)
     return options.parse(parser, demo=DEMO)
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

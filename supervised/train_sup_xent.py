@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options, setup
+from utils import arguments, evaluation, options, running, setup
 from utils.distributed import is_main
 from utils.encoders import SoleBackbone
 from utils.errors import InputError
@@ -81,7 +81,7 @@ class CrossEntropy(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = options.Parser(description="Train a backbone and classifier by cross-entropy.")
+    parser = arguments.Parser(description="Train a backbone and classifier by cross-entropy.")
     options.add_training_options(parser, mean_shift=False)
     options.add_label_options(parser)
     parser.add_argument(
@@ -112,10 +112,10 @@ def main() -> None:
             loss, stats = run.forward(batch)
             run.step(loss, stats)
             if val is not None and run.epoch_step == run.epoch_steps and run.epoch == run.epochs:
-                (val_images,) = setup.eval_loaders(args, val, bad_images=loader.bad_images)
+                (val_images,) = evaluation.eval_loaders(args, val, bad_images=loader.bad_images)
                 run.note(model.val_accuracy(val_images))
         run.finish("cross-entropy")
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -1,5 +1,6 @@
 """Shared by the tests: few threads, real image files, scripts as real processes."""
 
+import builtins
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from utils import options
+from utils import running
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,8 +88,25 @@ def call_script(monkeypatch, capsys):
     def call(module, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_code:
-            options.run_script(module.main)
+            running.run_script(module.main)
         streams = capsys.readouterr()
         return exit_code.value.code, streams.out, streams.err
 
     return call
+
+
+@pytest.fixture
+def without_package(monkeypatch):
+    """Imports of a package, by its name, fail as if it were not installed."""
+
+    def hide(missing: str) -> None:
+        real = builtins.__import__
+
+        def find(name, *rest):
+            if name.startswith(missing):
+                raise ImportError(name)
+            return real(name, *rest)
+
+        monkeypatch.setattr(builtins, "__import__", find)
+
+    return hide

@@ -1,8 +1,12 @@
-"""Slow loops written from the paper, which the tests hold the vectorized code against."""
+"""Slow loops and statistics, which the tests hold the vectorized code against."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -46,3 +50,27 @@ class LargestTensor(TorchDispatchMode):
         sizes = [tensor.numel() for tensor in made if isinstance(tensor, torch.Tensor)]
         self.elements = max([self.elements, *sizes])
         return result
+
+
+def ks(a: np.ndarray, b: np.ndarray) -> float:
+    """The two-sample Kolmogorov-Smirnov distance, in units in which 1.95 has probability 0.001."""
+    at = np.concatenate([a, b])
+    below = [np.searchsorted(np.sort(s), at, side="right") / len(s) for s in (a, b)]
+    return np.abs(below[0] - below[1]).max() / math.sqrt(1 / len(a) + 1 / len(b))
+
+
+def torchvision_resnet18(path: Path) -> tuple[nn.Module, torchvision.transforms.Compose]:
+    """A ResNet-18, its state dict saved to `path`: the encoder, and its view of 28 pixels."""
+    torch.manual_seed(3)
+    model = torchvision.models.resnet18(weights=None)
+    torch.save(model.state_dict(), path)
+    model.fc = nn.Identity()
+    transform = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.Resize(32),
+            torchvision.transforms.CenterCrop(28),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    return model.eval(), transform

@@ -22,8 +22,8 @@ from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
-from utils import batch_norm, distributed, options
-from utils.augment import CropGroup
+from utils import batch_norm, distributed, running
+from utils.cropping import CropGroup
 from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, SoleBackbone
 from utils.engine import Run
@@ -150,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    running.run_script(main)

@@ -17,7 +17,7 @@ from test_bad_input import assert_refused
 from tiny import FLAGS
 from torch import nn
 
-from utils import augment, feature_cache
+from utils import augment, cropping, feature_cache, random_draws
 from utils.bad_images import BadImages
 from utils.data import ImageSet, read_image_folder, read_split
 from utils.errors import InputError
@@ -168,9 +168,9 @@ def test_random_damage_is_read_or_reported(tmp_path):
 
 def test_a_strip_out_of_a_damaged_header_takes_no_gigabytes():
     strip = torch.arange(200_000, dtype=torch.int32).div(1000).byte().expand(3, 1, -1)
-    crop = augment.center_crop(strip, 16)  # resized whole it would have 200 MB at this size
+    crop = cropping.center_crop(strip, 16)  # resized whole it would have 200 MB at this size
     assert crop.shape == (3, 16, 16) and (crop.int() - 100).abs().max() <= 1
-    assert augment.center_crop(strip.mT, 16).shape == (3, 16, 16)
+    assert cropping.center_crop(strip.mT, 16).shape == (3, 16, 16)
 
 
 FORMATS = {
@@ -271,8 +271,8 @@ def test_a_replacement_has_its_own_views(broken_tree):
     images = read_split(broken_tree, "train")
     for batch in two_view(images, seed=5, bad_images=skip()).epoch(2):
         for row, number in enumerate(batch.index.tolist()):
-            draws = augment.uniforms(5, 2, np.array([number]))
-            crops = tiny.two_crops(augment.decode(images.path(number)), draws[0], 16)
+            draws = random_draws.uniforms(5, 2, np.array([number]))
+            crops = tiny.two_crops(cropping.decode(images.path(number)), draws[0], 16)
             query = augment.strong_view(crops[:1], draws[:, 0])
             torch.testing.assert_close(batch.query_view[row], query[0])
 
@@ -303,7 +303,7 @@ def test_no_more_files_are_tried_than_may_be_bad(tmp_path, monkeypatch, most):
         tried.append(path)
         raise OSError("broken")
 
-    monkeypatch.setattr(augment, "decode", decode)
+    monkeypatch.setattr(cropping, "decode", decode)
     images = ImageSet(tmp_path, [f"{number}.jpg" for number in range(50)], [0] * 50, ["a"])
     for build in (two_view, labeled):
         with pytest.raises(InputError, match=f"--max_bad_images {most}: {most + 1} files"):

@@ -207,7 +207,7 @@ def test_resuming_as_another_experiment(call_script, image_tree, tmp_path, chang
     else:
         assert_refused(result, f"--resume {out}/ckpt_epoch_1.pth", words, "--resume_anyway")
         there = sorted(path.name for path in out.glob("[!.]*"))
-        assert there == ["ckpt_epoch_1.pth", "log.jsonl"]
+        assert there == ["ckpt_epoch_1.pth", "log.jsonl", "run.json"]
 
 
 def test_no_traceback_from_a_real_process(run_script, image_tree, tmp_path):

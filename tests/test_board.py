@@ -1,6 +1,5 @@
 """TensorBoard on demand: what is written, from which step on, and what is said without it."""
 
-import builtins
 import importlib
 
 import numpy as np
@@ -113,19 +112,10 @@ def test_a_new_run_moves_the_board_aside(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-@pytest.fixture
-def not_installed(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("tensorboard"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-
-
-def test_without_tensorboard_a_run_does_not_begin(not_installed, call_script, image_tree, tmp_path):
+def test_without_tensorboard_a_run_does_not_begin(
+    without_package, call_script, image_tree, tmp_path
+):
+    without_package("tensorboard")
     flags = (*tiny.FLAGS, "--knn_freq", -1, "--epochs", 1, "--checkpoint_path", tmp_path / "run")
     code, _, err = call_script(TRAIN, *flags, "--tensorboard", image_tree)
     assert code == 2 and "--tensorboard: it is not installed (pip install tensorboard)" in err

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import write_image
 
-from utils import augment
+from utils import cropping
 from utils.data import ImageSet, check_same_classes, read_image_folder, read_split
 from utils.errors import InputError
 
@@ -33,7 +33,7 @@ def test_flat_folder_has_no_labels(tmp_path):
 def test_names_that_are_no_ascii(tmp_path):
     write_image(tmp_path / "ä b" / "日本.jpg", seed=1)
     images = read_image_folder(tmp_path)
-    assert augment.decode(images.path(0)).shape == (3, 20, 24)
+    assert cropping.decode(images.path(0)).shape == (3, 20, 24)
 
 
 @pytest.mark.parametrize(

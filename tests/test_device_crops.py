@@ -8,7 +8,7 @@ from conftest import write_image
 from test_streams import NeverWaits, pinned  # noqa: F401 (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils import augment
+from utils import cropping, random_draws
 from utils.bad_images import BadImages
 from utils.data import PixelSet, read_image_folder
 from utils.device_crops import DeviceCrops, crop_boxes, cut_crops
@@ -25,7 +25,7 @@ def noise(count, height, width):
 
 
 def test_boxes_are_those_of_one_image_at_a_time():
-    draws = augment.uniforms(3, 1, np.arange(4000))
+    draws = random_draws.uniforms(3, 1, np.arange(4000))
     sizes = np.random.default_rng(0).integers(1, 300, (4000, 1, 2))
     sizes[:500, :, 0] = 3  # no box fits into many of these strips
     boxes = crop_boxes(draws, sizes)
@@ -33,7 +33,7 @@ def test_boxes_are_those_of_one_image_at_a_time():
     for row in range(4000):
         for view in (0, 1):
             height, width = map(int, sizes[row, 0])
-            expected = augment.crop_box(draws[row, view], height, width)
+            expected = cropping.crop_box(draws[row, view], height, width)
             assert tuple(boxes[row, view].tolist()) == expected
 
 
@@ -44,7 +44,7 @@ def test_boxes_are_those_of_one_image_at_a_time():
 def test_crops_are_within_a_gray_level(height, width, size):
     """Of noise, and equal all but everywhere. 20 images: more than are cut at a time."""
     images = noise(20, height, width)
-    draws = augment.uniforms(0, 1, np.arange(20))
+    draws = random_draws.uniforms(0, 1, np.arange(20))
     boxes = crop_boxes(draws, np.broadcast_to(np.array([height, width]), (20, 1, 2)))
     crops = cut_crops(images, boxes, size)
     for image, own, crop in zip(images, draws, crops, strict=True):
@@ -57,7 +57,7 @@ def test_crops_are_within_a_gray_level(height, width, size):
 def test_extreme_boxes(box):
     image = noise(1, 20, 24)
     crop = cut_crops(image, np.array(box)[None, None], 16)[0, 0]
-    apart = crop.int() - augment.resized_crop(image[0], box, 16).int()
+    apart = crop.int() - cropping.resized_crop(image[0], box, 16).int()
     assert apart.abs().max() <= 1
 
 
@@ -82,7 +82,7 @@ def test_no_batch_makes_the_host_wait(pinned):  # noqa: F811
     with FakeTensorMode():
         pixels = torch.empty(24, 20, 20, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         images = PixelSet("", names, [0] * 24, ["a"], pixels)
-        options = {"groups": [augment.CropGroup(2, 16), augment.CropGroup(3, 8, (0.05, 0.2))]}
+        options = {"groups": [cropping.CropGroup(2, 16), cropping.CropGroup(3, 8, (0.05, 0.2))]}
         options |= {"seed": 0, "tolerated": 0, "device": torch.device("cuda")}
         crops = DeviceCrops(images, sampler, **options)
         with NeverWaits() as mode:
@@ -93,7 +93,7 @@ def test_no_batch_makes_the_host_wait(pinned):  # noqa: F811
 
 def test_scaled_boxes():
     boxes = np.array([[0, 0, 100, 200], [50, 20, 25, 60], [99, 199, 1, 1], [40, 90, 1, 1]])
-    scaled = augment.scaled_boxes(boxes, np.array([100, 200]), (20, 20))
+    scaled = cropping.scaled_boxes(boxes, np.array([100, 200]), (20, 20))
     assert scaled.tolist() == [[0, 0, 20, 20], [10, 2, 5, 6], [19, 19, 1, 1], [8, 9, 1, 1]]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from conftest import write_image
+from oracles import torchvision_resnet18
 from test_bad_input import assert_refused
 
 from utils import feature_cache
@@ -47,24 +48,11 @@ def test_checkpoint_of_ours_gives_the_figures_of_training(
 
 def test_torchvision_weights_against_a_plain_recomputation(call_script, image_tree, tmp_path):
     """1-NN by torchvision's own model and transforms, one image at a time, and torch alone."""
-    torch.manual_seed(3)
-    model = torchvision.models.resnet18(weights=None)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    model, transform = torchvision_resnet18(tmp_path / "plain.pth")
     flags = ("--weights", tmp_path / "plain.pth", "--arch", "resnet18", "--image_size", 28)
     code, stdout, stderr = call_script(KNN, *flags, "-j", 0, "--save", tmp_path, image_tree)
     assert code == 0, stderr
     record = json.loads((tmp_path / "knn.json").read_text())
-
-    transform = torchvision.transforms.Compose(
-        [
-            torchvision.transforms.Resize(32),
-            torchvision.transforms.CenterCrop(28),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    model.fc = torch.nn.Identity()
-    model.eval()
     features, labels = {}, {}
     for split in ("train", "val"):
         folder = torchvision.datasets.ImageFolder(image_tree / split, transform)

@@ -11,7 +11,7 @@ import torchvision
 from conftest import write_image
 from test_bad_input import assert_refused
 
-from utils import augment, feature_cache, setup
+from utils import augment, checkpoint, cropping, evaluation, feature_cache, random_draws
 from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import InputError
@@ -98,7 +98,7 @@ def test_as_a_process_from_its_folder(run_script, seven_classes, weights, tmp_pa
     assert record["counts"] == {"train": 35, "val": 21, "classes": 7}
     assert (record["arch"], record["image_size"], record["epoch"]) == ("conv4", 16, 7)
     assert (record["epochs"], record["encoder"]) == (2, "query")
-    assert record["sha256"] == setup.checkpoint.sha256(weights)
+    assert record["sha256"] == checkpoint.sha256(weights)
     assert f"{figures['top5']:.2f}" in done.stdout
     assert "scale 0.08 to 1" in record["protocol"] and "frozen" in record["protocol"]
 
@@ -170,14 +170,14 @@ class ByHand:
 
     def __init__(self, weights, image_tree, *, seed):
         backbone = build_backbone("conv4")
-        state = setup.checkpoint.load(weights, flag="")
-        setup.checkpoint.load_backbone(backbone, state, what="")
+        state = checkpoint.load(weights, flag="")
+        checkpoint.load_backbone(backbone, state, what="")
         images = read_split(image_tree, "train")
         self.encoder, self.seed = backbone.module.eval(), seed
         self.labels = torch.from_numpy(images.labels)
-        self.pictures = [augment.decode(images.path(i)) for i in range(len(images))]
+        self.pictures = [cropping.decode(images.path(i)) for i in range(len(images))]
         with torch.no_grad():
-            x = self.unit([augment.center_crop(picture, 16) for picture in self.pictures])
+            x = self.unit([cropping.center_crop(picture, 16) for picture in self.pictures])
         self.mean, self.spread = x.mean(dim=0), (x.var(dim=0) + 1e-5).sqrt()
         torch.manual_seed(seed)
         self.layer = torch.nn.Linear(128, 3)
@@ -188,12 +188,12 @@ class ByHand:
 
     def loss(self, rows, *, epoch):
         crops = []
-        draws = augment.uniforms(self.seed, epoch, rows, views=1)[:, 0]
+        draws = random_draws.uniforms(self.seed, epoch, rows, views=1)[:, 0]
         for row, numbers in zip(rows, draws, strict=True):
             picture = self.pictures[row]
-            box = augment.crop_box(numbers, *picture.shape[1:], scale=(0.08, 1))
-            crop = augment.resized_crop(picture, box, 16)
-            crops.append(crop.flip(2) if numbers[augment.Draw.FLIP] < 0.5 else crop)
+            box = cropping.crop_box(numbers, *picture.shape[1:], scale=(0.08, 1))
+            crop = cropping.resized_crop(picture, box, 16)
+            crops.append(crop.flip(2) if numbers[random_draws.Draw.FLIP] < 0.5 else crop)
         x = (self.unit(crops) - self.mean) / self.spread
         return torch.nn.functional.cross_entropy(self.layer(x), self.labels[rows])
 
@@ -286,13 +286,13 @@ def test_workers_change_no_bit(run_linear, tmp_path, flags):
 def test_without_fine_tune_no_bit_of_the_encoder_changes(run_linear, tmp_path, monkeypatch, flags):
     seen = {}
 
-    def spy(args, original=setup.evaluated_backbone):
+    def spy(args, original=evaluation.evaluated_backbone):
         backbone, state = original(args)
         seen["module"] = backbone.module
         seen["before"] = {n: v.clone() for n, v in backbone.module.state_dict().items()}
         return backbone, state
 
-    monkeypatch.setattr(setup, "evaluated_backbone", spy)
+    monkeypatch.setattr(evaluation, "evaluated_backbone", spy)
     _, _, saved = run_linear(tmp_path, *flags)
     assert_same_bits(seen["before"], dict(seen["module"].state_dict()))
     assert "state_dict" not in saved
@@ -364,10 +364,10 @@ def test_labeled_loader_yields_the_crops_of_its_images(image_tree):
     views, index, label = batches[1]
     assert torch.equal(label, torch.from_numpy(images.labels)[index])
     for row in range(7):
-        (numbers,) = augment.uniforms(5, 4, index[row : row + 1], views=1)[0]
-        picture = augment.decode(images.path(int(index[row])))
-        box = augment.crop_box(numbers, *picture.shape[1:], scale=(0.08, 1.0))
-        crop = augment.resized_crop(picture, box, 16)
+        (numbers,) = random_draws.uniforms(5, 4, index[row : row + 1], views=1)[0]
+        picture = cropping.decode(images.path(int(index[row])))
+        box = cropping.crop_box(numbers, *picture.shape[1:], scale=(0.08, 1.0))
+        crop = cropping.resized_crop(picture, box, 16)
         torch.testing.assert_close(views[row], augment.weak_view(crop[None], numbers[None])[0])
     again = torch.cat([batch.index for batch in loader.epoch(5)])
     assert not torch.equal(again, torch.cat([batch.index for batch in batches]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, write_image
+from oracles import torchvision_resnet18
 from stand_ins import WRITERS, without_checksums
 from test_bad_input import assert_refused
 from test_distributed import run
@@ -38,26 +39,13 @@ def record(folder) -> dict:
 def test_a_set_against_a_plain_recomputation(call_script, tmp_path):
     """Features by torchvision one image at a time, classifier and choice by scikit-learn."""
     linear_model = pytest.importorskip("sklearn.linear_model")
-    torch.manual_seed(3)
-    model = torchvision.models.resnet18(weights=None)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    model, transform = torchvision_resnet18(tmp_path / "plain.pth")
     WRITERS["dtd"](tmp_path)
     flags = ("--weights", tmp_path / "plain.pth", "--arch", "resnet18", "--image_size", 28)
     flags = (*flags, "--root", tmp_path, "--sets", "dtd", "--save", tmp_path, "-j", 0)
     strengths = [1e-3, 1e-1, 1.0, 10.0, 1e3]
     code, _, stderr = call_script(TRANSFER, *flags, "--l2", ",".join(map(str, strengths)))
     assert code == 0, stderr
-
-    transform = torchvision.transforms.Compose(
-        [
-            torchvision.transforms.Resize(32),
-            torchvision.transforms.CenterCrop(28),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    model.fc = torch.nn.Identity()
-    model.eval()
     x, y = {}, {}
     for split in ("train", "val", "test"):
         images = torchvision.datasets.DTD(tmp_path, split=split, transform=transform)

@@ -15,9 +15,10 @@ from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 from torch import nn
 
-from utils import checkpoint, safetensors_file, setup
+from utils import checkpoint, safetensors_file
 from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import DamagedError, InputError
+from utils.loaders import EvalLoader
 
 EXPORT = importlib.import_module("eval.export_backbone")
 EXTRACT = importlib.import_module("eval.extract_features")
@@ -112,7 +113,7 @@ def test_weights_and_metadata(call_script, published, tmp_path, encoder, ending)
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "small_stem": False,
-        "view": setup.EvalLoader.VIEW,
+        "view": EvalLoader.VIEW,
     }
     if ending == "safetensors":
         numbers = {"epoch": "200", "image_size": "224", "feature_dim": "512"}

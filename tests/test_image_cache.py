@@ -14,7 +14,7 @@ from PIL import Image
 from test_device_crops import assert_same_batches
 from torch.nn import functional as F
 
-from utils import augment, feature_cache, image_cache
+from utils import cropping, feature_cache, image_cache, random_draws
 from utils.bad_images import BadImages
 from utils.data import CachedSet, PixelSet, read_image_folder
 from utils.errors import InputError
@@ -76,7 +76,7 @@ def test_batches_from_memory_are_those_from_files(image_tree, workers, capsys):
 
 def test_nothing_is_decoded_again(image_tree, monkeypatch):
     kept = cached(read_image_folder(image_tree / "train"))
-    monkeypatch.setattr(augment, "decode", None)
+    monkeypatch.setattr(cropping, "decode", None)
     assert len(list(TwoViewLoader(kept, batch_size=7, image_size=16).epoch(1))) == 4
     assert cached(kept) is kept
 
@@ -140,7 +140,7 @@ def test_crops_of_resized_images_are_those_of_the_originals(tmp_path):
     images = read_image_folder(tmp_path)
     kept = cached(images, size=64)
     for number in range(40):
-        draws = augment.uniforms(0, 1, np.array([number]))[0]
+        draws = random_draws.uniforms(0, 1, np.array([number]))[0]
         whole = tiny.two_crops(images.image(number), draws, 24)
         original = kept.original_size(number)
         crops = tiny.two_crops(kept.image(number), draws, 24, original=original)
@@ -198,7 +198,7 @@ def test_too_little_memory_is_said_before_anything_is_decoded(image_tree, monkey
     images = read_image_folder(image_tree / "train")
     monkeypatch.setattr(image_cache, "available_memory", lambda: 30 * 16 * 16 * 3 - 1)
     decoded = []
-    monkeypatch.setattr(augment, "decode", decoded.append)
+    monkeypatch.setattr(cropping, "decode", decoded.append)
     with pytest.raises(InputError, match=rf"--cache_images {where}: .* 23040 bytes.* 23039 bytes"):
         cached(images, where, size=16)
     assert not decoded

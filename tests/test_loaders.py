@@ -7,7 +7,7 @@ import torch
 from conftest import write_image
 from PIL import Image
 
-from utils import augment
+from utils import augment, cropping, random_draws
 from utils.bad_images import BadImages
 from utils.data import read_image_folder, read_split
 from utils.errors import InputError
@@ -57,15 +57,15 @@ def test_a_batch_is_the_views_of_its_images(image_tree):
     assert torch.equal(batch.label, torch.from_numpy(images.labels)[batch.index])
     for row in (0, 6):
         index = batch.index[row : row + 1].numpy()
-        draws = augment.uniforms(5, 4, index)
-        crops = tiny.two_crops(augment.decode(images.path(int(index[0]))), draws[0], 16)
+        draws = random_draws.uniforms(5, 4, index)
+        crops = tiny.two_crops(cropping.decode(images.path(int(index[0]))), draws[0], 16)
         query = augment.strong_view(crops[:1], draws[:, 0])
         target = augment.weak_view(crops[1:], draws[:, 1])
         torch.testing.assert_close(batch.query_view[row], query[0])
         torch.testing.assert_close(batch.target_view[row], target[0])
 
 
-SMALL = [augment.CropGroup(3, 8, (0.05, 0.2)), augment.CropGroup(1, 12, (0.1, 0.3))]
+SMALL = [cropping.CropGroup(3, 8, (0.05, 0.2)), cropping.CropGroup(1, 12, (0.1, 0.3))]
 
 
 @pytest.mark.parametrize("cut_on_device", [False, True])
@@ -87,11 +87,11 @@ def test_small_crops_are_strong_views_of_boxes_of_their_own(image_tree, cut_on_d
     views = [view for group in batch.small_views for view in group]
     groups = [group for group in SMALL for _ in range(group.count)]
     for row, index in enumerate(batch.index.tolist()):
-        image = augment.decode(images.path(index))
-        draws = augment.uniforms(5, 2, np.array([index]), views=6)[0]
+        image = cropping.decode(images.path(index))
+        draws = random_draws.uniforms(5, 2, np.array([index]), views=6)[0]
         for view, group, numbers in zip(views, groups, draws[2:], strict=True):
-            box = augment.crop_box(numbers, *image.shape[1:], scale=group.scale)
-            crop = augment.resized_crop(image, box, group.size)
+            box = cropping.crop_box(numbers, *image.shape[1:], scale=group.scale)
+            crop = cropping.resized_crop(image, box, group.size)
             expected = augment.strong_view(crop[None], numbers[None])[0]
             torch.testing.assert_close(view[row], expected, **near)
 
@@ -109,8 +109,8 @@ def test_symmetric_batches_hold_each_image_twice(image_tree, weak_strong):
         assert torch.equal(batch.query_view[1::2], plain.target_view)
         assert torch.equal(batch.target_view[1::2], plain.query_view)
     for row, index in enumerate(plain.index.tolist()):
-        draws = augment.uniforms(0, 1, np.array([index]))
-        crops = tiny.two_crops(augment.decode(images.path(index)), draws[0], 16)
+        draws = random_draws.uniforms(0, 1, np.array([index]))
+        crops = tiny.two_crops(cropping.decode(images.path(index)), draws[0], 16)
         render = augment.weak_view if weak_strong else augment.strong_view
         second = augment.strong_view(crops[1:], draws[:, 1])[0], render(crops[:1], draws[:, 0])[0]
         torch.testing.assert_close(batch.query_view[2 * row + 1], second[0])
@@ -127,8 +127,8 @@ def test_a_single_view_is_the_first_of_two(image_tree, kind):
         assert torch.equal(batch.query_view, two.query_view)
     else:
         index = batch.index[:1].numpy()
-        draws = augment.uniforms(0, 1, index)
-        crops = tiny.two_crops(augment.decode(images.path(int(index[0]))), draws[0], 16)
+        draws = random_draws.uniforms(0, 1, index)
+        crops = tiny.two_crops(cropping.decode(images.path(int(index[0]))), draws[0], 16)
         torch.testing.assert_close(
             batch.query_view[0], augment.weak_view(crops[:1], draws[:, 0])[0]
         )
@@ -179,7 +179,7 @@ def test_evaluation_visits_every_image_in_order(image_tree):
     assert len(batches) == 3
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(12))
     assert torch.cat([batch.label for batch in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    crop = augment.center_crop(augment.decode(images.path(11)), 16)
+    crop = cropping.center_crop(cropping.decode(images.path(11)), 16)
     torch.testing.assert_close(batches[-1].images[-1], augment.normalize(crop[None])[0])
 
 

@@ -18,8 +18,9 @@ from semi_supervised.pseudo_label import PseudoLabelHead
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
-from utils import engine, memory_bank
+from utils import loss_watch, memory_bank
 from utils.encoders import SoleBackbone
+from utils.errors import RunError
 from utils.loaders import Batch
 from utils.meters import Means
 from utils.streams import HostCopy, upload
@@ -113,11 +114,11 @@ def test_a_bad_loss_of_a_gpu_is_found_before_anything_is_kept(tmp_path, monkeypa
     """As on a GPU, where the loss is looked at a step later: error, log and checkpoints."""
     import test_engine
 
-    monkeypatch.setattr(engine, "_is_read_later", lambda loss: True)
+    monkeypatch.setattr(loss_watch, "_is_read_later", lambda loss: True)
     for last_step, found_in in ((3, "step 4"), (4, "the save after the epoch")):
         folder = tmp_path / found_in.replace(" ", "_")
         run = test_engine.make_run(folder, save_freq=1)
-        with pytest.raises(engine.RunError, match=f"epoch 2, step {last_step}") as error, run:
+        with pytest.raises(RunError, match=f"epoch 2, step {last_step}") as error, run:
             for batch in run.batches(test_engine.Loader({(2, last_step): float("nan")})):
                 run.step(*run.model(batch))
         assert "ckpt_epoch_1.pth" in str(error.value)

@@ -1,6 +1,5 @@
 """plot_training.py: what is a group, what its band is, which panels there are, what it refuses."""
 
-import builtins
 import importlib
 
 import logs
@@ -196,15 +195,8 @@ def test_what_it_refuses(call_script, tmp_path, monkeypatch, run, output, reason
     assert code == 2 and reason in err and err.count("\n") == 1
 
 
-def test_without_matplotlib(call_script, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_without_matplotlib(call_script, tmp_path, without_package):
+    without_package("matplotlib")
     code, _, err = call_script(SCRIPT, logs.write(tmp_path / "run", logs.records()))
     assert code == 2 and "matplotlib is missing: pip install matplotlib" in err
     assert err.count("\n") == 1

@@ -9,20 +9,19 @@ import pytest
 import torch
 import torchvision
 
-from utils import setup
+from utils import evaluation, setup
 from utils.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
-KNN = importlib.import_module("eval.eval_knn")
 
 
 @pytest.fixture
 def args(monkeypatch, image_tree):
     """Parse the flags of the training script."""
 
-    def parse(*flags, module=TRAIN):
+    def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags), str(image_tree)])
-        return module.parse_args()
+        return TRAIN.parse_args()
 
     return parse
 
@@ -77,9 +76,9 @@ def test_every_loader_does_about_broken_images_what_the_flags_say(args):
     train, val = setup.read_training_data(given)
     bad_images = setup.build_loader(given, train).bad_images
     assert (bad_images.skip, bad_images.most) == (True, 7)
-    alone, other = setup.eval_loaders(given, train, val)
+    alone, other = evaluation.eval_loaders(given, train, val)
     assert alone.bad_images is other.bad_images and alone.bad_images.most == 7
-    (shared,) = setup.eval_loaders(given, val, bad_images=bad_images)
+    (shared,) = evaluation.eval_loaders(given, val, bad_images=bad_images)
     assert shared.bad_images is bad_images
     plain = setup.build_loader(args(*TINY, "--num_workers", 0), train).bad_images
     assert (plain.skip, plain.most, plain.names) == (False, 100, [])
@@ -88,25 +87,6 @@ def test_every_loader_does_about_broken_images_what_the_flags_say(args):
 def test_a_batch_of_one_is_refused(args):
     with pytest.raises(InputError, match="--batch_size 1"):
         setup.check_bank(args(*TINY, "--batch_size", 1))
-
-
-def test_evaluated_backbones(args, tmp_path):
-    torch.manual_seed(0)
-    state = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save(state, tmp_path / "plain.pth")
-    flags = ("--arch", "resnet18", "--image_size", 32)
-    backbone, checkpoint = setup.evaluated_backbone(
-        args(*flags, "--weights", tmp_path / "plain.pth", module=KNN)
-    )
-    assert torch.equal(backbone.module.conv1.weight, state["conv1.weight"]) and checkpoint
-    one, other = (
-        setup.evaluated_backbone(args(*flags, "--weights", "random", "--seed", seed, module=KNN))
-        for seed in (1, 2)
-    )
-    assert not torch.equal(one[0].module.conv1.weight, other[0].module.conv1.weight)
-    pixels, nothing = setup.evaluated_backbone(args(*flags, "--weights", "pixels", module=KNN))
-    assert pixels.module(torch.zeros(2, 3, 32, 32)).shape == (2, pixels.feature_dim)
-    assert nothing == {}
 
 
 def test_a_run_says_what_it_was_started_with(call_script, image_tree, tmp_path):

@@ -254,21 +254,9 @@ def test_checkpoints_of_a_real_run_after_and_within_an_epoch(
 
 def test_features_of_any_encoder(show, image_tree, tmp_path):
     """A torchvision state dict, against torchvision's own model one image at a time."""
-    torch.manual_seed(3)
-    model = torchvision.models.resnet18(weights=None)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    model, transform = oracles.torchvision_resnet18(tmp_path / "plain.pth")
     flags = ("--from_features", "--arch", "resnet18", "--image_size", 28, "-j", 0, "-k", 5)
     record, picture = show(tmp_path / "plain.pth", image_tree, *flags, "--index", "3,17,29")
-    transform = torchvision.transforms.Compose(
-        [
-            torchvision.transforms.Resize(32),
-            torchvision.transforms.CenterCrop(28),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    model.fc = torch.nn.Identity()
-    model.eval()
     folder = torchvision.datasets.ImageFolder(image_tree / "train", transform)
     with torch.no_grad():
         features = torch.cat([model(image[None]) for image, _ in folder])

@@ -8,7 +8,7 @@ from conftest import write_image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import augment, streams
+from utils import augment, random_draws, streams
 from utils.data import read_image_folder
 from utils.loaders import TwoViewLoader
 from utils.streams import ahead, upload
@@ -118,7 +118,7 @@ def pinned(monkeypatch):
 
 def test_the_views_never_wait_for_a_gpu(pinned):
     """Fake tensors have no values, so what needs one (item, nonzero, a mask as index) raises."""
-    draws = augment.uniforms(0, 1, torch.arange(64))
+    draws = random_draws.uniforms(0, 1, torch.arange(64))
     with FakeTensorMode(), NeverWaits() as mode:
         crops = torch.empty(64, 3, 24, 24, dtype=torch.uint8, device="cuda")
         for view in (
@@ -185,7 +185,7 @@ def test_the_current_stream_waits_for_what_it_is_handed():
 
 @CUDA
 def test_no_operation_makes_the_host_wait():
-    draws = augment.uniforms(0, 1, torch.arange(64))
+    draws = random_draws.uniforms(0, 1, torch.arange(64))
     crops = torch.zeros(64, 3, 24, 24, dtype=torch.uint8, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -20,7 +20,7 @@ SCRIPT = "self_supervised/train_msf_2q.py"
 READER = """
 import os, signal, sys, time
 from pathlib import Path
-from utils import options
+from utils import running
 from utils.data import read_image_folder
 from torch.utils.data import _utils
 from utils.loaders import TwoViewLoader
@@ -38,7 +38,7 @@ def main():
     exec(sys.argv[2])
     print(sum(1 for _ in epoch), flush=True)
 
-options.run_script(main)
+running.run_script(main)
 """
 
 

@@ -4,10 +4,11 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import augment
+from utils import cropping
 from utils.encoders import QueryTargetEncoders
 from utils.loaders import Batch
 
@@ -57,9 +58,20 @@ def _noise(views: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.randn(views, size, 3, 2, 2, generator=generator, dtype=torch.float64) / 3
 
 
+def photo(height: int, width: int, *, seed: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8: a smooth colored field, some edges, a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 40
+    waves = rng.uniform(0.2, 2.0, (3, 2)), rng.uniform(0, 6, 3)
+    field = [np.sin(a * x + b * y + p) for (a, b), p in zip(*waves, strict=True)]
+    pixels = 128 + 90 * np.stack(field, -1) + rng.normal(0, 6, (height, width, 1))
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = (200, 30, 60)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
 def two_crops(image: Tensor, draws, size: int, **original) -> Tensor:
     """The two crops of an image (3, H, W) uint8 by draws (2, NUM_DRAWS): (2, 3, size, size)."""
-    crops = augment.random_crops(image, draws, [augment.CropGroup(2, size)], **original)
+    crops = cropping.random_crops(image, draws, [cropping.CropGroup(2, size)], **original)
     return crops.view(2, 3, size, size)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torchvision.datasets import folder
 
-from utils import archives, augment
+from utils import archives, cropping
 from utils.errors import InputError
 
 IMAGENET_CLASSES = 1000
@@ -53,7 +53,7 @@ class ImageSet:
 
         Raises what decoding a damaged or missing file raises, which can be about anything.
         """
-        return augment.decode(self.path(index))
+        return cropping.decode(self.path(index))
 
     def original_size(self, index: int) -> tuple[int, int] | None:
         """Height and width of image `index` before it was resized; None: it was not."""

@@ -1,7 +1,7 @@
 """Random crops of pictures that are held in memory, cut on the training device for a whole batch.
 
 A crop is two matrix products: a row of weights for each of its rows and columns, the triangle that
-bilinear resizing with antialiasing takes. Boxes and draws are those of `augment`.
+bilinear resizing with antialiasing takes. Boxes and draws are those of `cropping`.
 """
 
 import math
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import augment
-from utils.augment import CROP_ATTEMPTS, CropGroup, Draw
+from utils import cropping, random_draws
+from utils.cropping import CropGroup
 from utils.data import PixelSet
+from utils.random_draws import CROP_ATTEMPTS, Draw
 from utils.reading import CropBatch, EpochSampler, Wanted, read_places
 from utils.streams import upload
 
@@ -28,7 +29,7 @@ def crop_boxes(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """`augment.crop_box` of many views: (..., 4) int64, top, left, height, width.
+    """`cropping.crop_box` of many views: (..., 4) int64, top, left, height, width.
 
     draws: (..., NUM_DRAWS) in [0, 1). sizes: (..., 2) int64, the images' heights and widths.
     """
@@ -56,7 +57,7 @@ def cut_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     """Boxes of each image, resized to (B, V, 3, size, size) uint8 on the images' device.
 
     images: (B, 3, H, W) uint8. boxes: (B, V, 4) int64, top, left, height, width, inside the image.
-    What `augment.resized_crop` gives, but for rare pixels next to a rounding, which are one gray
+    What `cropping.resized_crop` gives, but for rare pixels next to a rounding, which are one gray
     level off (with TF32 more are). Does not wait for a GPU.
     """
     count, views = boxes.shape[:2]
@@ -130,7 +131,7 @@ class DeviceCrops:
         for wanted in self._sampler:
             index, broken = self._readable(wanted)
             views = sum(group.count for group in self._groups)
-            draws = augment.uniforms(self._seed, wanted.epoch, index, views=views)
+            draws = random_draws.uniforms(self._seed, wanted.epoch, index, views=views)
             sizes = self._images.original_sizes(index)[:, None]  # (B, 1, 2)
             rows = torch.from_numpy(self._images.rows[index])
             pictures = self._pixels.index_select(0, upload(rows, self._pixels.device))
@@ -139,7 +140,7 @@ class DeviceCrops:
             for group in self._groups:
                 own = draws[:, first : first + group.count]
                 boxes = crop_boxes(own, sizes, scale=group.scale)
-                boxes = augment.scaled_boxes(boxes, sizes, self._pixels.shape[-2:])
+                boxes = cropping.scaled_boxes(boxes, sizes, self._pixels.shape[-2:])
                 crops.append(cut_crops(pictures, boxes, group.size).flatten(1))
                 first += group.count
             yield CropBatch(torch.cat(crops, dim=1), torch.from_numpy(index), label, broken)

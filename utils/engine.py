@@ -9,7 +9,6 @@ of the method. A script iterates over it:
             run.step(loss, stats)
 """
 
-import math
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +28,12 @@ from utils.board import Board
 from utils.errors import InputError, Interrupted, RunError
 from utils.knn import format_comparison
 from utils.loaders import Batch, TwoViewLoader
+from utils.loss_watch import LossWatch
 from utils.memory_bank import PreviousEmbeddings
 from utils.meters import Log, Means
 from utils.run_folder import BOARD, RunFolder, apart
 from utils.stop_signals import Stopped, StopSignals, ignore
-from utils.streams import HostCopy
 from utils.workers import worker_failure
-
-
-class _LastStep(NamedTuple):
-    """What an error says of a step: its loss, epoch, step, learning rate, image numbers (B,)."""
-
-    loss: HostCopy
-    epoch: int
-    step: int
-    rate: float
-    index: Tensor
-
-
-def _is_read_later(loss: Tensor) -> bool:
-    """Whether a loss is on a device that works on while the host goes ahead."""
-    return loss.device.type == "cuda"
 
 
 class Run:
@@ -111,13 +95,13 @@ class Run:
         self._shown = ""  # beside the progress bar
         self._board = Board(self.folder / BOARD, wanted=tensorboard)
         self._batch: Batch | None = None
-        self._last_step: _LastStep | None = None  # a step whose loss has not been looked at yet
         self._loader: TwoViewLoader | None = None
         self._bad_images: list[str] = []  # of a run that is resumed
         self._signals = StopSignals(noted=lambda: self._files.ask_for_requeue())
         self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
         self._files = RunFolder(self.folder, say=Log.say)
         self.log = Log(self._files.log, silent=not distributed.is_main())
+        self._losses = LossWatch(self.log)
         self._last_saved: Path | None = None
         self._epoch_ended = False  # all that is left of `epoch` is to evaluate
         self._begin(resume, anyway=resume_anyway)
@@ -203,16 +187,11 @@ class Run:
     def step(self, loss: Tensor, stats: dict[str, Tensor]) -> None:
         """Backward pass and update; RunError before either if the loss is not finite.
 
-        A GPU is not waited for: there the loss of a step is looked at when the next one comes, or
-        before anything is saved or reported, whichever is first. So what a bad step did is never
-        kept.
+        On a GPU it is seen a little later, see `LossWatch`, but before anything is kept.
         """
-        self._look_at_last_loss()
+        place = {"epoch": self.epoch, "step": self.epoch_step}
         rate = self.optimizer.param_groups[0]["lr"]
-        place = (self.epoch, self.epoch_step)
-        self._last_step = _LastStep(HostCopy(loss.detach()), *place, rate, self._batch.index)
-        if not _is_read_later(loss):
-            self._look_at_last_loss()
+        self._losses.watch(loss, place, rate=rate, index=self._batch.index)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -222,6 +201,9 @@ class Run:
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
         self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
+        self._say_figures(figures)
+
+    def _say_figures(self, figures: dict[str, float]) -> None:
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
 
@@ -233,22 +215,9 @@ class Run:
         seconds = time.monotonic() - self._start
         self.log.say(f"\n{self._files.epoch_path(self.epochs)} after {seconds:.0f} s")
 
-    def _look_at_last_loss(self) -> None:
-        """RunError if the loss of the last step is not finite; waits for it."""
-        last, self._last_step = self._last_step, None
-        if last is None or math.isfinite(loss := last.loss.get().item()):
-            return
-        images = last.index.tolist()
-        place = {"epoch": last.epoch, "step": last.step}
-        self.log.write(place | {"error": f"loss {loss}", "lr": last.rate, "images": images})
-        raise RunError(
-            f"the loss is {loss} in epoch {last.epoch}, step {last.step}, learning rate "
-            f"{last.rate:.4g}, images {images}; try a lower --learning_rate (with --resume_anyway)"
-        )
-
     def _report(self, batch_size: int) -> None:
         """One line in the log and on the console for the steps since the last one."""
-        self._look_at_last_loss()
+        self._losses.check()
         self._check_same_everywhere()
         self._share_bad_images()
         figures = self._means.read()
@@ -260,9 +229,7 @@ class Run:
         warning = health.warning(figures) if can_collapse else None
         record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
         self.log.write(record | ({"warning": warning} if warning else {}))
-        scalars = {name: v for name, v in figures.items() if not isinstance(v, list)}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
+        self._say_figures({name: v for name, v in figures.items() if not isinstance(v, list)})
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
@@ -360,7 +327,7 @@ class Run:
 
     def _state(self) -> dict:
         """All that decides how the run goes on, as of now; the main process' is complete."""
-        self._look_at_last_loss()
+        self._losses.check()
         rng_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             rng_state["cuda"] = torch.cuda.get_rng_state()

@@ -33,20 +33,10 @@ def extract_features(
     """
     _share_statistics(backbone)
     own = distributed.own_share(num_images)
-    features, labels = None, torch.full((len(own),), -1)
-    visits = torch.zeros(len(own), dtype=torch.int64)
     was_training = backbone.training
     backbone.eval()
     try:
-        for batch in loader:
-            part = backbone(batch.images).float().cpu()
-            if features is None:
-                features = torch.empty(len(own), part.shape[1])
-            rows = batch.index - own.start
-            assert rows.min() >= 0 and rows.max() < len(own), "images of another process"
-            features[rows] = part
-            labels[rows] = batch.label
-            visits[rows] += 1
+        features, labels, visits = _own_rows(backbone, loader, own)
     finally:
         backbone.train(was_training)
     expected = torch.tensor([number not in left_out for number in range(num_images)])
@@ -63,6 +53,27 @@ def extract_features(
     if not (everywhere or distributed.is_main()):
         return None
     return _rows_of(features, expected), labels[expected]
+
+
+def _own_rows(
+    backbone: nn.Module, loader: Iterable, own: range
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Features (n, F), None without a batch, labels (n,) and visits (n,) of this process' images.
+
+    Labels are -1 and features arbitrary where there was no visit.
+    """
+    features, labels = None, torch.full((len(own),), -1)
+    visits = torch.zeros(len(own), dtype=torch.int64)
+    for batch in loader:
+        part = backbone(batch.images).float().cpu()
+        if features is None:
+            features = torch.empty(len(own), part.shape[1])
+        rows = batch.index - own.start
+        assert rows.min() >= 0 and rows.max() < len(own), "images of another process"
+        features[rows] = part
+        labels[rows] = batch.label
+        visits[rows] += 1
+    return features, labels, visits
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Loaders of one view of an image: a random one to train with labels, the central to evaluate."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import augment, distributed
+from utils import augment, cropping, distributed, random_draws
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.errors import InputError
@@ -32,33 +33,25 @@ class EvalBatch(NamedTuple):
     label: Tensor
 
 
+@dataclass(eq=False)
 class _OneCrop(Dataset):
     """The worker part of `LabeledLoader`: one random crop; keys are a `Wanted`."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        image_size: int,
-        seed: int,
-        scale: tuple[float, float],
-        tolerated: int,
-    ) -> None:
-        self.images = images
-        self.image_size = image_size
-        self.seed = seed
-        self.scale = scale
-        self.tolerated = tolerated
+    images: ImageSet
+    image_size: int
+    seed: int
+    scale: tuple[float, float]
+    tolerated: int
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, batch: Wanted) -> CropBatch:
         def random_crop(number: int, image: Tensor) -> Tensor:
-            draws = augment.uniforms(self.seed, batch.epoch, np.array([number]), views=1)[0, 0]
+            draws = random_draws.uniforms(self.seed, batch.epoch, np.array([number]), views=1)[0, 0]
             original = self.images.original_size(number)
-            box = augment.random_box(image, draws, original, scale=self.scale)
-            return augment.resized_crop(image, box, self.image_size)
+            box = cropping.random_box(image, draws, original, scale=self.scale)
+            return cropping.resized_crop(image, box, self.image_size)
 
         return read(
             self.images, batch.numbers, random_crop, tolerated=self.tolerated, own=batch.own
@@ -134,25 +127,25 @@ class LabeledLoader:
                     f"{readable} can be read"
                 )
             crops = crops.view(-1, 3, self.image_size, self.image_size)  # also where there is none
-            draws = augment.uniforms(self.seed, epoch, index, views=1)[:, 0]
+            draws = random_draws.uniforms(self.seed, epoch, index, views=1)[:, 0]
             images = augment.weak_view(upload(crops, self.device), draws)
             yield EvalBatch(images, index, label)
 
 
+@dataclass(eq=False)
 class _CenterCrops(Dataset):
     """The worker part of evaluation: one central crop of each image."""
 
-    def __init__(self, images: ImageSet, *, image_size: int, tolerated: int) -> None:
-        self.images = images
-        self.image_size = image_size
-        self.tolerated = tolerated
+    images: ImageSet
+    image_size: int
+    tolerated: int
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, numbers: list[int]) -> CropBatch:
         def center_crop(_: int, image: Tensor) -> Tensor:
-            return augment.center_crop(image, self.image_size)
+            return cropping.center_crop(image, self.image_size)
 
         return read(self.images, numbers, center_crop, tolerated=self.tolerated)
 

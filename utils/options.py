@@ -1,28 +1,27 @@
-"""Command-line flags that scripts share, each with its default, and the frame around a main().
+"""Command-line flags that scripts share, each with its default.
 
 Published flags keep their names and defaults; new ones use underscores.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
-import re
-import shlex
-import sys
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from utils import archives, demo_data, distributed
-from utils.augment import BLUR_PROBABILITY, CropGroup
-from utils.errors import InputError, Interrupted, RunError
-from utils.stop_signals import StopSignals, ignore
-from utils.workers import worker_failure
+from utils.arguments import (
+    crop_groups,
+    device,
+    int_list,
+    not_negative,
+    number,
+    positive,
+    positive_or_all,
+    seed,
+)
+from utils.augment import BLUR_PROBABILITY
 
 # The demo data's settings that the training scripts share: a small network, and a small bank where
 # there is one.
@@ -48,107 +47,11 @@ DEMO = DEMO_TRAINING | {
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = str(ROOT / "output" / "demo_2q" / f"ckpt_epoch_{DEMO['epochs']}.pth")
 DEMO_FOLDER = ROOT / "data" / "demo"
-_MAIN_SPEAKS_FIRST = 15  # seconds
 
 # What --precision may be, and the dtype that the encoders compute in instead of float32.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 # What --bank_precision may be.
 BANK_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `script: error: message` and exit with code 2.
-
-        Of several processes, which all get the same flags, one prints.
-        """
-        first = os.environ.get("RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
-
-
-def number(kind: type, *, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """An argparse type: int or float from `low` to `high`; the message names flag and value."""
-
-    def parse(text: str) -> Any:
-        """The number, or an error that says what is wrong with it."""
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__}") from None
-        if not low <= value <= high or value == float("inf"):
-            limits = f"{low} or more" if high == float("inf") else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({limits})")
-        return value
-
-    return parse
-
-
-def int_list(text: str) -> list[int]:
-    """An argparse type: "90,120" -> [90, 120]."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no list of integers like 90,120") from None
-
-
-def rate_list(text: str) -> list[float]:
-    """An argparse type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
-    try:
-        rates = [float(part) for part in text.split(",")]
-    except ValueError:
-        rates = []
-    if not rates or not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"{text} is no list of learning rates like 0.01,0.03")
-    if len(set(rates)) < len(rates):
-        raise argparse.ArgumentTypeError(f"{text} names a learning rate twice")
-    return rates
-
-
-def device(text: str) -> torch.device:
-    """An argparse type: a device that is there."""
-    try:
-        chosen = torch.device(text)
-        if chosen.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
-    return chosen
-
-
-def positive_or_all(text: str) -> int | str:
-    """An argparse type: a positive integer or "all"."""
-    return text if text == "all" else positive(text)
-
-
-def crop_groups(text: str) -> list[CropGroup]:
-    """An argparse type: "2x224:0.2-1,6x96:0.05-0.2" -> groups of crops; the first has two."""
-    groups = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+):([\d.]+)-([\d.]+)", part.strip())
-        try:
-            count, size, low, high = (float(value) for value in match.groups())
-        except (AttributeError, ValueError):
-            raise argparse.ArgumentTypeError(
-                f"{part} is no group of crops like 6x96:0.05-0.2 (count x size : share of the area)"
-            ) from None
-        if not (count and size and 0 < low <= high <= 1):
-            raise argparse.ArgumentTypeError(
-                f"{part}: counts and sizes from 1, shares 0 < a <= b <= 1"
-            )
-        groups.append(CropGroup(int(count), int(size), (low, high)))
-    if groups[0].count != 2:
-        raise argparse.ArgumentTypeError(
-            f"{text}: the first group is the query's and the target's crop"
-        )
-    return groups
-
-
-positive = number(int, low=1)
-seed = number(int, low=0, high=2**63 - 1)
-not_negative = number(float, low=0)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +128,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     )
     group.add_argument("--small_stem", action="store_true", help="default: as the checkpoint says")
     if evaluates:
+        group.add_argument("-b", "--batch_size", "--batch-size", type=positive, default=256)
         group.add_argument("--seed", type=seed, default=0)
         add_device_option(group)
 
@@ -506,140 +410,7 @@ def _demo_folder(parser: argparse.ArgumentParser) -> Path:
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
-    """The file that a script writes; see `check_output`."""
+    """The file that a script writes; see `result_files.check_output`."""
     group = parser.add_argument_group("file")
     group.add_argument("--output", type=Path, required=True, help=help)
     group.add_argument("--force", action="store_true", help="replace the file if there is one")
-
-
-def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
-    """InputError unless --output can be written: its ending, its folder, nothing to be lost.
-
-    Not even --force replaces the checkpoint that --weights names.
-    """
-    path, what = args.output, f"--output {args.output}"
-    if path.suffix.lower() not in endings:
-        raise InputError(f"{what}: ends in none of {', '.join(endings)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{what}: no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"{what}: is a folder")
-    if not path.exists():
-        return
-    if args.weights and os.path.exists(args.weights) and path.samefile(args.weights):
-        raise InputError(f"{what}: is the file of --weights itself")
-    if not args.force:
-        raise InputError(f"{what}: there is such a file already (--force replaces it)")
-
-
-def make_folder(folder: Path, *, flag: str) -> None:
-    """Make a folder to write to; InputError that names the flag if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}") from error
-
-
-def write_json(folder: Path, name: str, record: dict[str, Any], *, flag: str = "--save") -> Path:
-    """Write a result to folder/name and return its path; InputError that names the flag if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}") from error
-    return folder / name
-
-
-def read_json(path: Path) -> dict:
-    """A result file, {} where there is none; InputError if it cannot be read."""
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no result file ({error})") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{path}: no result file (it holds no object)")
-    return record
-
-
-def command() -> str:
-    """The command this process was started with, as one would type it."""
-    return shlex.join(["python", *sys.argv])
-
-
-def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run main(): what a user can mend is one line and exit code 2, a broken run exit code 1.
-
-    A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
-    """
-    code, name = 0, os.path.basename(sys.argv[0])
-    signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
-    signals.install()
-    try:
-        with signals.heeded_at_once():  # outside of training nothing is to be saved
-            main()
-            distributed.wait_for_all()
-    except (InputError, RunError) as error:
-        _say_error(name, str(error), signals)
-        code = 2 if isinstance(error, InputError) else 1
-    except Interrupted as stop:
-        ignore()
-        if distributed.is_main():
-            print(f"{name}: {stop}", file=sys.stderr)
-        code = stop.exit_code
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        advice = "\ntry a smaller --batch_size, --mem_bank_size or --arch"
-        if reason := worker_failure(error) or distributed.failure(error):
-            advice = ""
-        elif "alloc" not in str(error) and "memory" not in str(error):
-            if not distributed.is_launched():
-                raise
-            reason, advice = traceback.format_exc(), ""
-        else:
-            reason = str(error).splitlines()[0] if str(error) else "no memory left"
-        _say_error(name, f"{reason}{advice}", signals)
-        code = 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except OSError as error:  # a full or failing disk, a closed pipe
-        _say_error(name, f"{error.filename or 'output'}: {error.strerror or error}", signals)
-        code = 1
-    except Exception:
-        if not distributed.is_launched():
-            raise
-        traceback.print_exc()
-        code = 1
-    if distributed.is_launched():
-        _leave(code)
-    sys.exit(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End one of several processes at once.
-
-    An orderly end would close connections, which with nccl waits for the others, and with gloo now
-    and then aborts (torch 2.14) when threads are left.
-    """
-    for worker in multiprocessing.active_children():
-        worker.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _say_error(name: str, error: str, signals: StopSignals) -> None:
-    """Print an error: what all of several processes meet, as a mistake in a flag, once.
-
-    When the main process ends, torchrun ends the others, those that wait here among them.
-    """
-    prefix = distributed.prefix()
-    if not distributed.is_main() and not error.startswith(prefix):
-        until = time.monotonic() + _MAIN_SPEAKS_FIRST
-        while time.monotonic() < until:
-            if signals.received:
-                return
-            time.sleep(0.1)
-        error = prefix + error
-    print(f"{name}: error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What a run or a figure came from: command, versions, machine."""
 
 import platform
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def command() -> str:
+    """The command this process was started with, as one would type it."""
+    return shlex.join(["python", *sys.argv])
+
+
 def of_start(device: torch.device) -> dict:
     """What a run says of the process it starts in, of builtins; see `RunFolder.describe`.
 
@@ -36,7 +42,7 @@ def of_start(device: torch.device) -> dict:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "script": str(script.relative_to(options.ROOT) if inside else script),
-        "command": options.command(),
+        "command": command(),
         "versions": versions(),
         "processes": distributed.world_size(),
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from utils import augment
+from utils import cropping
 
 SAME, OTHER = "#0072B2", "#D55E00"  # Okabe-Ito blue and vermilion
 _INK, _GRAY, _PAPER = "black", "#555555", "white"
@@ -120,7 +120,7 @@ def thumbnail(path: str, side: int) -> Image.Image:
 
     Read as in training. Errors of PIL and of the operating system pass through.
     """
-    image = Image.fromarray(augment.decode(path).permute(1, 2, 0).numpy())
+    image = Image.fromarray(cropping.decode(path).permute(1, 2, 0).numpy())
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from utils import archives, batch_norm, board, checkpoint, distributed, options, origin
-from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import (
     Backbone,
@@ -28,11 +27,11 @@ from utils.encoders import (
 )
 from utils.engine import Run
 from utils.errors import InputError
-from utils.feature_cache import image_digest
+from utils.evaluation import build_bad_images, eval_loaders
 from utils.image_cache import cache_images
 from utils.knn import evaluate_knn, ks_for
 from utils.label_noise import noisy_labels, read_label_file
-from utils.loaders import EvalLoader, TwoViewLoader
+from utils.loaders import TwoViewLoader
 from utils.memory_bank import MemoryBank
 from utils.schedule import learning_rate
 from utils.splits import class_balanced_split, read_split_file
@@ -89,11 +88,6 @@ def read_training_data(
         raise InputError(f"--knn_freq {args.knn_freq}: {reason}")
     print(f"no k-NN figures: {reason}", flush=True)
     return train, None
-
-
-def build_bad_images(args: argparse.Namespace) -> BadImages:
-    """What the flags say is to be done about broken images."""
-    return BadImages(skip=args.bad_images == "skip", most=args.max_bad_images)
 
 
 def build_loader(
@@ -241,11 +235,7 @@ def build_run(
     """
     if args.tensorboard:
         board.check_installed()
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
-        torch.manual_seed(args.seed + distributed.rank())
+    _set_randomness(args)
     evaluate, untrained = None, {}
     if val is not None:
         backbone = model.encoders.query_encoder.backbone
@@ -279,6 +269,15 @@ def build_run(
     )
 
 
+def _set_randomness(args: argparse.Namespace) -> None:
+    """What --deterministic asks for, and random numbers of its own for each process."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
+        torch.manual_seed(args.seed + distributed.rank())
+
+
 def _build_evaluation(
     args: argparse.Namespace, backbone: nn.Module, loader: TwoViewLoader, val: ImageSet
 ) -> tuple[Callable[[], dict | None], dict[str, dict]]:
@@ -293,38 +292,6 @@ def _build_evaluation(
         untrained = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
     found = {name: figures for name, figures in untrained.items() if figures}  # the main process'
     return partial(knn, backbone), found
-
-
-def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
-    """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
-
-    What the flags leave open (arch, image size, stem) is taken from the checkpoint where it says
-    so, and written into args. "random": untrained, seeded by --seed. "pixels": flattened images.
-    """
-    if not args.weights:
-        raise InputError("--weights: name the checkpoint to evaluate")
-    named = args.weights in ("random", "pixels")
-    state = {} if named else checkpoint.load(args.weights, flag="--weights")
-    trained = checkpoint.settings(state)
-    args.arch = args.arch or trained.get("arch") or "resnet50"
-    args.image_size = args.image_size or trained.get("image_size") or 224
-    args.small_stem = args.small_stem or bool(trained.get("small_stem"))
-    if args.weights == "pixels":
-        return Backbone(nn.Flatten(), 3 * args.image_size**2, ""), {}
-    torch.manual_seed(args.seed)
-    backbone = build_backbone(args.arch, small_stem=args.small_stem)
-    check_image_size(backbone, args.arch, args.image_size)
-    if not named:
-        what = f"--weights {args.weights} (--arch {args.arch})"
-        encoder = "target" if args.use_target else "query"
-        checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
-    return backbone, state
-
-
-def encoder_name(args: argparse.Namespace, state: dict) -> str:
-    """Which encoder is read from a checkpoint, or was exported to it: "query" or "target"."""
-    named = "target" if args.use_target else "query"
-    return checkpoint.metadata(state).get("encoder", named)
 
 
 def labeled_index(
@@ -347,71 +314,6 @@ def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | Non
     if args.label_noise is not None:
         return noisy_labels(images, args.label_noise, seed=args.noise_seed)
     return None
-
-
-def eval_loaders(
-    args: argparse.Namespace, *image_sets: ImageSet, bad_images: BadImages | None = None
-) -> list[EvalLoader]:
-    """Evaluation loaders with the flags' batch size, image size, workers and device.
-
-    bad_images: shared by them, and with other loaders; default: a new one by the flags.
-    """
-    bad_images = bad_images or build_bad_images(args)
-    return [
-        EvalLoader(
-            images,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            num_workers=args.num_workers,
-            device=args.device,
-            bad_images=bad_images,
-        )
-        for images in image_sets
-    ]
-
-
-def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> dict[str, str]:
-    """All that an encoder's features of these splits ("train", "val") depend on, by name.
-
-    args and state: after `evaluated_backbone`. Raises InputError for an image that is gone, unless
-    such images are skipped.
-    """
-    missing_ok = args.bad_images == "skip"
-    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
-    return {
-        "checkpoint": checkpoint.sha256(args.weights) if state else origin,
-        "encoder": "target" if args.use_target else "query",
-        "arch": args.arch,
-        "stem": "small" if args.small_stem else "as built",
-        "image size": str(args.image_size),
-        "view": EvalLoader.VIEW,
-    } | {
-        f"{split} images": image_digest(images, missing_ok=missing_ok)
-        for split, images in splits.items()
-    }
-
-
-def result_record(
-    args: argparse.Namespace, state: dict, *, counts: dict[str, int], bad_images: BadImages
-) -> dict:
-    """What every result file says of its origin: checkpoint, sha256, network, counts, command.
-
-    counts: of what was used; bad_images: the files that were not, as they cannot be read.
-    """
-    from_file = bool(state)
-    return {
-        "checkpoint": args.weights,
-        "sha256": checkpoint.sha256(args.weights) if from_file else None,
-        "epoch": state.get("epoch"),
-        "encoder": encoder_name(args, state),
-        "arch": args.arch,
-        "image_size": args.image_size,
-        "seed": args.seed,
-        "counts": counts,
-        "bad_images": bad_images.names,
-        "command": options.command(),
-        "torch": torch.__version__,
-    }
 
 
 def _check_speed(args: argparse.Namespace) -> None:

@@ -72,20 +72,25 @@ def line_chart(
         f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">',
         f"<title>{escape(title)}</title>",
         *_grid(x_ticks, y_ticks, at),
-        f'<text class="tick" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}" '
-        f'text-anchor="middle">{escape(x_label)}</text>',
+        *_axis_names(x_label, unit),
     ]
-    if unit:
-        middle = (_TOP + HEIGHT - _BOTTOM) / 2
-        parts.append(
-            f'<text class="tick" transform="translate(13 {middle}) rotate(-90)" '
-            f'text-anchor="middle">{escape(unit)}</text>'
-        )
     for place, line in enumerate(lines):
         parts += _curve(line, at, STYLES[place % len(STYLES)])
     if len(lines) > 1:
         parts += [part for place, line in enumerate(lines) for part in _entry(line, place)]
     return "\n".join([*parts, "</svg>"])
+
+
+def _axis_names(x_label: str, unit: str) -> list[str]:
+    """What is written below the x axis, and along the y axis if that has a unit."""
+    across, up = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + HEIGHT - _BOTTOM) / 2
+    places = {f'x="{across}" y="{HEIGHT - 6}"': x_label}
+    if unit:
+        places[f'transform="translate(13 {up}) rotate(-90)"'] = unit
+    return [
+        f'<text class="tick" {place} text-anchor="middle">{escape(name)}</text>'
+        for place, name in places.items()
+    ]
 
 
 def _grid(x_ticks: list[float], y_ticks: list[float], at) -> list[str]:

@@ -5,6 +5,7 @@ bit, and any step of any epoch can be produced on its own.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils import augment, distributed
-from utils.augment import CropGroup
+from utils import augment, cropping, distributed, random_draws
 from utils.bad_images import BadImages
+from utils.cropping import CropGroup
 from utils.data import ImageSet
 from utils.device_crops import DeviceCrops
 from utils.errors import InputError
@@ -39,16 +40,14 @@ class Batch(NamedTuple):
     small_views: tuple[Tensor, ...] = ()
 
 
+@dataclass(eq=False)
 class _RandomCrops(Dataset):
     """The worker part: decodes an image once and cuts its crops; keys are a `Wanted`."""
 
-    def __init__(
-        self, images: ImageSet, *, groups: Sequence[CropGroup], seed: int, tolerated: int
-    ) -> None:
-        self.images = images
-        self.groups = groups
-        self.seed = seed
-        self.tolerated = tolerated
+    images: ImageSet
+    groups: Sequence[CropGroup]
+    seed: int
+    tolerated: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,7 +56,7 @@ class _RandomCrops(Dataset):
         views = sum(group.count for group in self.groups)
 
         def draws_of(numbers: list[int]) -> np.ndarray:
-            return augment.uniforms(self.seed, batch.epoch, np.array(numbers), views=views)
+            return random_draws.uniforms(self.seed, batch.epoch, np.array(numbers), views=views)
 
         own_numbers = [batch.numbers[place] for place in batch.own]
         draws = dict(zip(own_numbers, draws_of(own_numbers), strict=True))  # faster together
@@ -65,7 +64,7 @@ class _RandomCrops(Dataset):
         def crops(number: int, image: Tensor) -> Tensor:
             own = draws[number] if number in draws else draws_of([number])[0]  # a replacement
             original = self.images.original_size(number)
-            return augment.random_crops(image, own, self.groups, original=original)
+            return cropping.random_crops(image, own, self.groups, original=original)
 
         return read(self.images, batch.numbers, crops, tolerated=self.tolerated, own=batch.own)
 
@@ -155,8 +154,8 @@ class TwoViewLoader:
                     f"{len(index)} can be read"
                 )
             views = sum(group.count for group in self._groups)
-            draws = augment.uniforms(self.seed, epoch, index, views=views)
-            large, *small = augment.split_crops(upload(crops, self.device), self._groups)
+            draws = random_draws.uniforms(self.seed, epoch, index, views=views)
+            large, *small = cropping.split_crops(upload(crops, self.device), self._groups)
             yield self._batch(large, small, draws, index, upload(label, self.device))
 
     def _batch(

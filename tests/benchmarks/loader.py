@@ -36,20 +36,14 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CropGroup,
-    decode,
-    random_crops,
-    strong_view,
-    uniforms,
-)
+from utils.augment import IMAGENET_MEAN, IMAGENET_STD, strong_view
 from utils.bad_images import BadImages
+from utils.cropping import CropGroup, decode, random_crops
 from utils.data import ImageSet, PixelSet, read_image_folder
 from utils.device_crops import DeviceCrops
 from utils.image_cache import cache_images
 from utils.loaders import TwoViewLoader
+from utils.random_draws import uniforms
 from utils.reading import EpochSampler
 
 SIZE = 224
@@ -79,6 +73,7 @@ class PublishedBlur:
 
 
 def published_view() -> T.Compose:
+    """The strong view of the published code, of torchvision's parts."""
     return T.Compose(
         [
             T.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
@@ -197,6 +192,7 @@ def print_speeds(title: str, speeds: dict[str, list[float]]) -> None:
 
 
 def measure_large(folder: Path, count: int, rounds: int) -> None:
+    """Images of photo size, `count` of them drawn into the folder."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{number}.jpg" for number in range(count)]
     for path in paths:
@@ -212,6 +208,7 @@ def measure_large(folder: Path, count: int, rounds: int) -> None:
 
 
 def measure_small(folder: Path, side: int, suffix: str, count: int, rounds: int) -> None:
+    """Images of side x side pixels, `count` of them written into the folder as `suffix`."""
     rng = np.random.default_rng(0)
     for number in range(count):
         picture = draw_picture(rng, 120, 120).resize((side, side), Image.Resampling.BOX)
@@ -273,6 +270,7 @@ def measure_overlap(folder: Path) -> None:
 
 
 def main() -> None:
+    """Measure, and print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--small_images", type=int, default=1024)

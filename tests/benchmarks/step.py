@@ -170,6 +170,7 @@ def line(name: str, times: list[float], whole: float) -> str:
 
 
 def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

@@ -1,0 +1,95 @@
+"""The frame around a script's main(): signals, errors in one line, exit codes."""
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from utils import distributed
+from utils.errors import InputError, Interrupted, RunError
+from utils.stop_signals import StopSignals, ignore
+from utils.workers import worker_failure
+
+_MAIN_SPEAKS_FIRST = 15  # seconds
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run main(): what a user can mend is one line and exit code 2, a broken run exit code 1.
+
+    A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
+    """
+    code, name = 0, os.path.basename(sys.argv[0])
+    signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
+    signals.install()
+    try:
+        with signals.heeded_at_once():  # outside of training nothing is to be saved
+            main()
+            distributed.wait_for_all()
+    except Interrupted as stop:
+        ignore()
+        if distributed.is_main():
+            print(f"{name}: {stop}", file=sys.stderr)
+        code = stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:  # a mistake of ours
+            if not distributed.is_launched():
+                raise
+            reason = traceback.format_exc()
+        _say_error(name, reason, signals)
+        code = 2 if isinstance(error, InputError) else 1
+    if distributed.is_launched():
+        _leave(code)
+    sys.exit(code)
+
+
+def _reason(error: Exception) -> str | None:
+    """What to say of an error that is the input's, the run's or the machine's; None for others."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    if isinstance(error, OSError):  # a full or failing disk, a closed pipe
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return None
+    if reason := worker_failure(error) or distributed.failure(error):
+        return reason
+    text = str(error)
+    if not isinstance(error, MemoryError) and "alloc" not in text and "memory" not in text:
+        return None
+    first_line = text.splitlines()[0] if text else "no memory left"
+    return f"{first_line}\ntry a smaller --batch_size, --mem_bank_size or --arch"
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes at once.
+
+    An orderly end would close connections, which with nccl waits for the others, and with gloo now
+    and then aborts (torch 2.14) when threads are left.
+    """
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _say_error(name: str, error: str, signals: StopSignals) -> None:
+    """Print an error: what all of several processes meet, as a mistake in a flag, once.
+
+    When the main process ends, torchrun ends the others, those that wait here among them.
+    """
+    prefix = distributed.prefix()
+    if not distributed.is_main() and not error.startswith(prefix):
+        until = time.monotonic() + _MAIN_SPEAKS_FIRST
+        while time.monotonic() < until:
+            if signals.received:
+                return
+            time.sleep(0.1)
+        error = prefix + error
+    print(f"{name}: error: {error}", file=sys.stderr)

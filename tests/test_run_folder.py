@@ -135,6 +135,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
         "import sys; from utils.errors import InputError; from utils.run_folder import RunFolder\n"
         "try: RunFolder(sys.argv[1])\n"
         "except InputError as error: print(error, flush=True)\n"
+        "else: print('not refused', flush=True)\n"
         "sys.stdin.readline(); RunFolder(sys.argv[1]); print('opened')\n"
     )
     folder = RunFolder(tmp_path)

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/search.py [--method 2q] [--rounds 3] [--bank 128000] [--batch 256]
     python tests/benchmarks/search.py --method supervised [--topk 10] [--classes 1000]
+    python tests/benchmarks/search.py --device cuda [--tf32]
 
 One thread; the two sides alternate in one process; medians. Memory is what the process grows by at
 its peak above bank and queries (Linux), each side measured once in a process of its own.
@@ -58,7 +59,7 @@ def published(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
 def ours(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
     """The project's functions, as CMSF2Q.forward calls them."""
     q = data["q"].detach().requires_grad_()
-    everywhere = torch.ones(len(data["bank"]), dtype=torch.bool)
+    everywhere = torch.ones(len(data["bank"]), dtype=torch.bool, device=data["bank"].device)
     near = nearest(data["t"], data["bank"], k=k)
     related = nearest(data["u"], data["previous"], k=candidates, allowed=everywhere)
     far = nearest_among(data["t"], data["bank"], candidates=related, k=k, fill=near)
@@ -117,6 +118,24 @@ def child(args: argparse.Namespace) -> None:
     print(status_megabytes("VmHWM") - before)
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def megabytes(name: str, data: dict[str, Tensor], args: argparse.Namespace) -> float:
+    """By how much one step of a side raises the peak: of the GPU, or of a process of its own."""
+    if args.device.type == "cpu":
+        command = [sys.executable, *sys.argv, "--only", name]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    METHODS[args.method][name](data, args.topk, args.topkp)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def main() -> None:
     """Time both sides and print medians, spread and ratio."""
     parser = argparse.ArgumentParser()
@@ -126,25 +145,30 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--topk", type=int, default=5)
     parser.add_argument("--topkp", type=int, default=10)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--tf32", action="store_true", help="on a GPU: for both sides")
     parser.add_argument("--only", choices=("published", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.only:
         child(args)
         return
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     data, sides = make_data(args), METHODS[args.method]
+    data = {name: value.to(args.device) for name, value in data.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses = {name: side(data, args.topk, args.topkp) for name, side in sides.items()}
     assert torch.isclose(losses["ours"], losses["published"], atol=1e-6), losses
     for _ in range(args.rounds):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = now(args.device)
             side(data, args.topk, args.topkp)
-            seconds[name].append(time.perf_counter() - start)
-    print(f"{args.method}, B {args.batch}, K {args.bank}, D {args.dim}, float32, one thread")
+            seconds[name].append(now(args.device) - start)
+    kind = "TF32" if args.tf32 else "float32"
+    where = "one thread" if args.device.type == "cpu" else args.device
+    print(f"{args.method}, B {args.batch}, K {args.bank}, D {args.dim}, {kind}, {where}")
     for name, times in seconds.items():
-        command = [sys.executable, *sys.argv, "--only", name]
-        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        memory = megabytes(name, data, args)
         low, middle, high = min(times), statistics.median(times), max(times)
         print(f"{name:10} median {middle:.3f} s ({low:.3f} to {high:.3f}), {memory:.0f} MB on top")
     medians = {name: statistics.median(times) for name, times in seconds.items()}

@@ -88,7 +88,7 @@ def test_panels_of_one_and_of_several_groups(tmp_path):
     both = SCRIPT.build_groups([str(tmp_path / "1"), str(logs.write(tmp_path / "2", semi))])
     purity = [f"purity of neighbors: {which}" for which in ("constrained", "plain")]
     knn = [f"k-NN accuracy: {k}-NN" for k in (1, 20)]
-    pseudo = [f"pseudo-labels: {which}" for which in ("coverage", "accuracy where confident")]
+    pseudo = [f"pseudo-labels: {which}" for which in ("coverage", "their accuracy")]
     assert titles(both) == ["loss", *purity, *knn, *pseudo, *rest]
 
 

@@ -70,6 +70,11 @@ def test_rank_histograms_early_to_late(tmp_path):
     two = run_log.read(logs.write(tmp_path, [*lines[:2], logs.record(3, 4, constrained_ranks=[])]))
     assert two.rank_histograms() == {1.0: [1, 99], 2.0: [2, 98]}
     assert run_log.read(logs.write(tmp_path, logs.records())).rank_histograms() == {}
+    # While nothing is constrained there is none, and bins that all leave empty are not drawn.
+    shares = [[None] * 5, [50.0, 50.0, 0.0, 0.0, 0.0], [0.0, 20.0, 80.0, 0.0, 0.0]]
+    lines = [logs.record(e, 4, constrained_ranks=own) for e, own in enumerate(shares, 1)]
+    three = run_log.read(logs.write(tmp_path, lines))
+    assert three.rank_histograms() == {2.0: [50, 50, 0], 3.0: [0, 20, 80]}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ PANELS = (
     Panel(
         "pseudo-labels",
         "percent",
-        {"confident": "coverage", "accuracy_confident": "accuracy where confident"},
+        {"confident": "coverage", "accuracy_confident": "their accuracy"},
     ),
     Panel("effective rank", "dimensions", {"effective_rank": "effective rank"}),
     Panel("spread", "0 to 1", {"spread": "spread"}),
@@ -136,11 +136,15 @@ class RunLog:
         return {places[i]: found[places[i]] for i in chosen} if places else {}
 
     def _histograms(self) -> dict[float, list[float]]:
-        return {
+        """Those with a figure, by epoch, without the bins behind the last that any has."""
+        found = {
             record["epoch"] - 1 + record["step"] / self.steps: [_number(x) for x in record[RANKS]]
             for record in self.records
-            if isinstance(record.get(RANKS), list) and record[RANKS]
+            if isinstance(record.get(RANKS), list)
         }
+        found = {epoch: shares for epoch, shares in found.items() if np.isfinite(shares).any()}
+        used = [np.flatnonzero(shares)[-1] + 1 for shares in found.values() if np.any(shares)]
+        return {epoch: shares[: max(used, default=0)] for epoch, shares in found.items()}
 
 
 def read(path: str | Path) -> RunLog:

@@ -9,7 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 250  # of the coordinates
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
 # Okabe and Ito's colors that are strong on white, each with dashes of its own.
 STYLES = (("#0072B2", ""), ("#D55E00", "7 4"), ("#00795A", "2 3"), ("#A0457A", "9 3 2 3"))
 _FEW = 20  # points up to which each is marked

@@ -158,7 +158,8 @@ def main() -> None:
     data = {name: value.to(args.device) for name, value in data.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses = {name: side(data, args.topk, args.topkp) for name, side in sides.items()}
-    assert torch.isclose(losses["ours"], losses["published"], atol=1e-6), losses
+    allowed = 1e-3 if args.tf32 else 1e-6
+    assert torch.isclose(losses["ours"], losses["published"], atol=allowed), losses
     for _ in range(args.rounds):
         for name, side in sides.items():
             start = now(args.device)

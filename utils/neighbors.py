@@ -48,8 +48,8 @@ def nearest(queries: Tensor, rows: Tensor, *, k: int, allowed: Tensor | None = N
     compared in the dtype of the queries, at least in float32. allowed: bool, (K,) or (B, K), rows
     that may be found at all; None allows every row. Returns (B, min(k, K)) neighbors; where fewer
     rows are allowed, the rest are not valid. The bank is searched slice by slice: B x K
-    similarities need not exist at once. On a CPU that multiplies in bfloat16, several times as fast as in
-    float32, that chooses candidates; what is found is the same.
+    similarities need not exist at once. On a CPU that multiplies in bfloat16, several times as fast
+    as in float32, that chooses candidates; what is found is the same.
     """
     queries, k = _at_least_float32(queries), min(k, rows.shape[0])
     if not _is_worth_choosing(queries, rows, k):

@@ -257,19 +257,21 @@ def mean_shift_loss_all(
     """Mean squared distance of each query to all rows of its label (CMSF top-all).
 
     query: (B, D), unit norm, carries the gradient. rows: (K, D), unit norm. labels: (B,) and
-    row_labels: (K,) int64 in 0 to num_classes - 1; every label of the batch must be in the bank.
-    Returns a scalar in 0 to 4. Since all rows have unit norm, the mean of 2 - 2 q.z over a class
-    is 2 - 2 q.(mean of z): the bank is summed by class once, whatever B is.
+    row_labels: (K,) int64 in 0 to num_classes - 1, or -1 for a row of no class; every label of the
+    batch must be in the bank, otherwise the result is nan. Returns a scalar in 0 to 4. Since all
+    rows have unit norm, the mean of 2 - 2 q.z over a class is 2 - 2 q.(mean of z): the bank is
+    summed by class once, whatever B is.
     """
     with torch.no_grad():
-        sums = query.new_zeros(num_classes, rows.shape[1])
+        row_labels = row_labels.where(row_labels >= 0, num_classes)  # summed too, but not used
+        sums = query.new_zeros(num_classes + 1, rows.shape[1])
         for part, labels_of_part in zip(
             rows.split(_SUMMED), row_labels.split(_SUMMED), strict=True
         ):
             sums.index_add_(0, labels_of_part, part.to(sums.dtype))
         # Not bincount: on a GPU it waits to learn the largest label.
         ones = torch.ones_like(row_labels, dtype=sums.dtype)
-        counts = sums.new_zeros(num_classes).index_add_(0, row_labels, ones)
+        counts = sums.new_zeros(num_classes + 1).index_add_(0, row_labels, ones)
         means = sums[labels] / counts[labels].unsqueeze(1)  # (B, D)
     return (2 - 2 * (query * means).sum(dim=1)).mean()
 

@@ -221,6 +221,7 @@ class Run:
 
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
+        self._look_at_last_loss()
         self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")

@@ -209,6 +209,15 @@ def test_demo_with_two_processes(tmp_path):
     assert accuracy >= 81.4 - 3 * 2.4
 
 
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """Random states and events are those of the current one, where none is said."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:1")]
+    assert [distributed.start(device) for device in devices] == devices
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_everything_is_the_identity_for_one_process():
     rows = torch.arange(6).view(3, 2)
     assert distributed.gather(rows)[0] is rows and distributed.own_rows(rows)[0] is rows

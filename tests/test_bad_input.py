@@ -50,7 +50,7 @@ def assert_refused(result, *words):
         (("--multi_crop", "1x16:0.2-1"), ("--multi_crop", "1x16:0.2-1")),
         (("--multi_crop", "2x16:0.2-1,0x8:0.1-0.2"), ("--multi_crop", "0x8:0.1-0.2")),
         (("--multi_crop", "2x16:0.2-1,4x8:0.3-0.2"), ("--multi_crop", "4x8:0.3-0.2")),
-        (("--multi_crop", "2x16:0.2-1,4x4:0.1-0.2"), ("--image_size 4", "--arch conv4")),
+        (("--multi_crop", "2x16:0.2-1,4x4:0.1-0.2"), ("--multi_crop", "side 4", "--arch conv4")),
         (("--no_such_flag",), ("--no_such_flag",)),
     ],
 )
@@ -207,7 +207,7 @@ def test_resuming_as_another_experiment(call_script, image_tree, tmp_path, chang
     else:
         assert_refused(result, f"--resume {out}/ckpt_epoch_1.pth", words, "--resume_anyway")
         there = sorted(path.name for path in out.glob("[!.]*"))
-        assert there == ["ckpt_epoch_1.pth", "log.jsonl"]
+        assert there == ["ckpt_epoch_1.pth", "log.jsonl", "run.json"]
 
 
 def test_no_traceback_from_a_real_process(run_script, image_tree, tmp_path):

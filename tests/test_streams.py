@@ -248,3 +248,31 @@ def test_a_copy_to_the_host_ends_on_the_stream_of_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
     streams.HostCopy(OnGpu())
     assert recorded == [("stream of", device)]
+
+
+def test_what_is_handed_over_waits_for_its_making_and_keeps_its_memory(monkeypatch):
+    events = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def record_stream(self, stream):
+            events.append((self.called, stream))
+
+    def tensor(name):
+        made = torch.zeros(1).as_subclass(OnGpu)
+        made.called = name
+        return made
+
+    class Current:
+        def wait_event(self, event):
+            events.append(("wait", event))
+
+    current = Current()
+    monkeypatch.setattr(streams, "_side_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    side = streams.SideStream(torch.device("cuda", 0))
+    item = (tensor("view"), torch.zeros(2), (tensor("small"), tensor("smaller")))
+    side.hand_over(item, "made")
+    assert events[0] == ("wait", "made")
+    assert events[1:] == [(name, current) for name in ("view", "small", "smaller")]

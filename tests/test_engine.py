@@ -173,6 +173,29 @@ def test_nothing_is_noted_of_a_step_whose_loss_is_bad(tmp_path, monkeypatch):
     assert not [line for line in log(tmp_path) if "accuracy" in line]
 
 
+@pytest.mark.parametrize(
+    ("step", "flags"),
+    [
+        (2, {"save_minutes": 1e-9}),
+        (2, {"print_freq": 2}),
+        (4, {"knn_freq": 1, "evaluate": lambda: pytest.fail("evaluated what is broken")}),
+    ],
+    ids=["saving", "reporting", "evaluating"],
+)
+def test_a_bad_loss_is_found_at_its_step_before(tmp_path, monkeypatch, step, flags):
+    """As on a GPU, where otherwise the next step would find it: its own is the last one."""
+    monkeypatch.setattr(engine, "_is_read_later", lambda loss: True)
+    run, steps = make_run(tmp_path, **{"print_freq": 100, **flags}), []
+    with pytest.raises(RunError, match=f"the loss is nan in epoch 1, step {step}"), run:
+        for batch in run.batches(Loader({(1, step): float("nan")})):
+            steps.append(run.epoch_step)
+            run.step(*run.model(batch))
+    assert steps[-1] == step
+    lines = log(tmp_path)
+    assert lines[-1]["error"] == "loss nan"
+    assert not [line for line in lines[:-1] if line["step"] == step]
+
+
 def test_debug_makes_two_short_epochs(tmp_path):
     class Long(Loader):
         def __len__(self):

@@ -229,6 +229,14 @@ def test_everything_is_the_identity_for_one_process():
     assert distributed.parallel(module) is module
 
 
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_all_true_asks_the_others_too(monkeypatch, own, others):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "add_up", lambda tensor: tensor.add_(int(not others)))
+    assert bool(distributed.all_true(torch.tensor(own))) == (own and others)
+
+
 def test_a_checksum_sees_every_change():
     values = torch.randn(1000)
     before = distributed._checksum(values)

@@ -24,6 +24,11 @@ class PseudoLabelHead(nn.Module):
         hidden = {"linear": [], "mlp": [2 * dim], "mlp_3l": [2 * dim, 2 * dim]}[kind]
         self.layers = mlp([dim, *hidden, num_classes])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings it takes."""
+        return self.layers[0].weight.dtype
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """(B, D) -> logits (B, C)."""
         return self.layers(embeddings)

@@ -163,7 +163,8 @@ class PseudoCMSF(nn.Module):
     def labeled_embeddings(self, images: EvalLoader) -> tuple[Tensor, Tensor]:
         """Embeddings (n, D) and labels (n,) to train the head on: the cache, or of the images."""
         if self.cache is not None:
-            return self.cache.in_use("features", "label")
+            features, labels = self.cache.in_use("features", "label")
+            return features.to(self.head.dtype), labels
         features, labels = extract_features(
             self.encoders.target_encoder,
             images,

@@ -50,7 +50,7 @@ def assert_refused(result, *words):
         (("--multi_crop", "1x16:0.2-1"), ("--multi_crop", "1x16:0.2-1")),
         (("--multi_crop", "2x16:0.2-1,0x8:0.1-0.2"), ("--multi_crop", "0x8:0.1-0.2")),
         (("--multi_crop", "2x16:0.2-1,4x8:0.3-0.2"), ("--multi_crop", "4x8:0.3-0.2")),
-        (("--multi_crop", "2x16:0.2-1,4x4:0.1-0.2"), ("--image_size 4", "--arch conv4")),
+        (("--multi_crop", "2x16:0.2-1,4x4:0.1-0.2"), ("--multi_crop", "side 4", "--arch conv4")),
         (("--no_such_flag",), ("--no_such_flag",)),
     ],
 )

@@ -122,7 +122,8 @@ def assert_same_batches(one, two, *, exactly=False):
     assert len(one) == len(two) > 0
     for here, there in zip(one, two, strict=True):
         assert torch.equal(here.index, there.index) and torch.equal(here.label, there.label)
-        for view, other in zip(here[:2], there[:2], strict=True):
+        views, others = ((*b[:2], *b.small_views) for b in (here, there))
+        for view, other in zip(views, others, strict=True):
             if exactly:
                 assert torch.equal(view, other)
             else:  # a gray level is 0.018 after the normalization, up to 1.4 of it after the color
@@ -145,6 +146,12 @@ def test_ram_and_device_agree(image_tree, resized):
     images = read_image_folder(image_tree / "train")
     ram, device = loaders(images, size=resized)
     assert_same_batches(ram.epoch(1), device.epoch(1))
+
+
+def test_device_loader_yields_the_small_crops_of_the_workers(square_images):
+    groups = [augment.CropGroup(2, 12, (0.05, 0.3)), augment.CropGroup(1, 8, (0.1, 0.2))]
+    one, two = loaders(read_image_folder(square_images), small=groups)
+    assert_same_batches(one.epoch(2), two.epoch(2))
 
 
 def test_device_loader_of_several_processes(square_images, monkeypatch):

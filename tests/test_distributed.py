@@ -209,6 +209,15 @@ def test_demo_with_two_processes(tmp_path):
     assert accuracy >= 81.4 - 3 * 2.4
 
 
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """Random states and events are those of the current one, where none is said."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:1")]
+    assert [distributed.start(device) for device in devices] == devices
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_everything_is_the_identity_for_one_process():
     rows = torch.arange(6).view(3, 2)
     assert distributed.gather(rows)[0] is rows and distributed.own_rows(rows)[0] is rows
@@ -218,6 +227,14 @@ def test_everything_is_the_identity_for_one_process():
     assert distributed.gather_objects("x") == ["x"] and distributed.prefix() == ""
     module = torch.nn.Linear(2, 2)
     assert distributed.parallel(module) is module
+
+
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_all_true_asks_the_others_too(monkeypatch, own, others):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "add_up", lambda tensor: tensor.add_(int(not others)))
+    assert bool(distributed.all_true(torch.tensor(own))) == (own and others)
 
 
 def test_a_checksum_sees_every_change():

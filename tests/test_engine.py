@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, engine
 from utils.bad_images import BadImages
 from utils.engine import Run
 from utils.errors import InputError, Interrupted, RunError
@@ -159,6 +159,41 @@ def test_the_bar_shows_what_was_last_logged(tmp_path, monkeypatch, capsys):
     assert figures[0] in shown[3] and figures[1] in shown[4] and figures[2] in shown[7]
     (first_of_second, *_) = [part for part in shown[4].split("\r") if "epoch 2/2" in part]
     assert figures[1] in first_of_second
+
+
+def test_nothing_is_noted_of_a_step_whose_loss_is_bad(tmp_path, monkeypatch):
+    """As on a GPU, where the loss is looked at later: no figure made of what the step broke."""
+    monkeypatch.setattr(engine, "_is_read_later", lambda loss: True)
+    run = make_run(tmp_path)
+    with pytest.raises(RunError, match="epoch 1, step 4"), run:
+        for batch in run.batches(Loader({(1, 4): float("nan")})):
+            run.step(*run.model(batch))
+            if run.epoch_step == run.epoch_steps:
+                run.note({"accuracy": 1.0})
+    assert not [line for line in log(tmp_path) if "accuracy" in line]
+
+
+@pytest.mark.parametrize(
+    ("step", "flags"),
+    [
+        (2, {"save_minutes": 1e-9}),
+        (2, {"print_freq": 2}),
+        (4, {"knn_freq": 1, "evaluate": lambda: pytest.fail("evaluated what is broken")}),
+    ],
+    ids=["saving", "reporting", "evaluating"],
+)
+def test_a_bad_loss_is_found_at_its_step_before(tmp_path, monkeypatch, step, flags):
+    """As on a GPU, where otherwise the next step would find it: its own is the last one."""
+    monkeypatch.setattr(engine, "_is_read_later", lambda loss: True)
+    run, steps = make_run(tmp_path, **{"print_freq": 100, **flags}), []
+    with pytest.raises(RunError, match=f"the loss is nan in epoch 1, step {step}"), run:
+        for batch in run.batches(Loader({(1, step): float("nan")})):
+            steps.append(run.epoch_step)
+            run.step(*run.model(batch))
+    assert steps[-1] == step
+    lines = log(tmp_path)
+    assert lines[-1]["error"] == "loss nan"
+    assert not [line for line in lines[:-1] if line["step"] == step]
 
 
 def test_debug_makes_two_short_epochs(tmp_path):

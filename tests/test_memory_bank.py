@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils import memory_bank
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
 
 
@@ -80,6 +81,83 @@ def test_a_batch_that_is_not_to_be_kept_changes_nothing():
     assert all(torch.equal(buffer, before[name]) for name, buffer in bank.named_buffers())
     bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(True))
     assert bank.written == 7 and not torch.equal(bank.features, before["features"])
+
+
+class SaysItIsOnAGpu(torch.Tensor):
+    """A tensor of the host that takes the ways of one on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_way_of_a_gpu_keeps_or_leaves_a_batch(kept):
+    """There nobody knows whether a batch is kept: each row is written, anew or as it was."""
+    bank, expected = (MemoryBank(5, 2, with_previous=True) for _ in range(2))
+    for start in (0, 4):  # of the second batch some rows lie over the oldest
+        bank.enqueue(
+            **columns(start, 4, 2),
+            only_if=torch.tensor(kept or not start).as_subclass(SaysItIsOnAGpu),
+        )
+        if kept or not start:
+            expected.enqueue(**columns(start, 4, 2))
+    for name, buffer in bank.named_buffers():
+        assert torch.equal(buffer, getattr(expected, name)), name
+
+
+class LateCopy:
+    """A `HostCopy` that holds what it copied once it is asked for, nan before."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.as_subclass(torch.Tensor).clone()
+
+    def get(self):
+        return self.tensor
+
+
+@pytest.fixture
+def coming(monkeypatch):
+    """A store of 5 images of which 2 are on their way from a GPU."""
+    monkeypatch.setattr(memory_bank, "HostCopy", LateCopy)
+    store = PreviousEmbeddings(5, 2)
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    store.remember(torch.tensor([3, 1]), rows.as_subclass(SaysItIsOnAGpu))
+    assert not store.seen.any()  # a step does not wait for them
+    return store
+
+
+ARRIVED = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
+
+
+def test_what_is_on_its_way_is_saved(coming):
+    state = coming.state_dict()
+    assert torch.equal(state["embeddings"], ARRIVED)
+    assert state["seen"].tolist() == [False, True, False, True, False]
+
+
+def test_what_is_on_its_way_is_there_for_files_of_its_own(coming):
+    """`run_folder` reads the rows themselves once the state has been made without them."""
+    coming.saved_apart = True
+    assert not coming.state_dict()
+    assert torch.equal(coming.embeddings, ARRIVED) and int(coming.seen.sum()) == 2
+
+
+def test_what_is_on_its_way_is_the_next_previous_embedding(coming):
+    previous, seen = coming.swap(torch.tensor([1, 2]), torch.ones(2, 2))
+    assert torch.equal(previous, ARRIVED[1:3]) and seen.tolist() == [True, False]
+    assert torch.equal(coming.embeddings[3], ARRIVED[3])
+
+
+def test_of_two_batches_on_their_way_none_is_lost(coming):
+    rows = torch.tensor([[5.0, 6.0]])
+    coming.remember(torch.tensor([0]), rows.as_subclass(SaysItIsOnAGpu))
+    embeddings, seen = coming.on_main()
+    assert torch.equal(embeddings[1:], ARRIVED[1:]) and torch.equal(embeddings[:1], rows)
+    assert seen.tolist() == [True, True, False, True, False]
+
+
+def test_what_was_on_its_way_does_not_survive_loading(coming):
+    coming.load_state_dict(PreviousEmbeddings(5, 2).state_dict())
+    assert not coming.state_dict()["seen"].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -87,6 +87,25 @@ def test_loss_to_all_rows_of_a_label():
     torch.testing.assert_close(queries.grad[1], -2 / 3 * mean)
 
 
+def test_rows_without_a_label_are_those_of_no_class():
+    """On a GPU the rows that a bad first batch would have filled are such; the run ends by a loss.
+
+    As an index -1 would end the process there, and leave the GPU to it unusable.
+    """
+    queries, rows = unit(2, 7), unit(9, 7, seed=1)
+    labels, row_labels = torch.tensor([0, 1]), torch.tensor([0, 1, -1, 0, 1, -1, 1, 1, -1])
+    known = row_labels >= 0
+    with_them, without = (
+        mean_shift_loss_all(queries, r, labels=labels, row_labels=own, num_classes=2)
+        for r, own in ((rows, row_labels), (rows[known], row_labels[known]))
+    )
+    torch.testing.assert_close(with_them, without)
+    nothing = torch.full_like(row_labels, -1)
+    assert mean_shift_loss_all(
+        queries, rows, labels=labels, row_labels=nothing, num_classes=2
+    ).isnan()
+
+
 def test_fewer_rows_than_neighbors():
     found = nearest(unit(2, 4), unit(3, 4, seed=1), k=5)
     assert found.rows.shape == (2, 3)

@@ -1,5 +1,6 @@
 """Work ahead on a side stream: the order of events, and that no operation waits for a GPU."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -193,3 +194,85 @@ def test_no_operation_makes_the_host_wait():
         streams.upload(torch.arange(3), torch.device("cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Of a GPU that is not the current one, and of many epochs, by stand-ins.
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream; `made` counts them."""
+
+    made: list = []
+
+    def __init__(self, device):
+        self.device, self.waited_for = device, []
+        self.made.append(self)
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+def test_all_epochs_share_one_side_stream(monkeypatch):
+    """Memory that one stream has used serves no other: one an epoch would hold it many times."""
+    monkeypatch.setattr(Stream, "made", [])
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("current", device))
+    monkeypatch.setattr(streams, "_side_stream", lru_cache(streams._side_stream.__wrapped__))
+    devices = [torch.device("cuda", number) for number in (0, 1)]
+    for _ in range(3):
+        for device in devices:
+            streams.SideStream(device)
+    assert [stream.device for stream in Stream.made] == devices
+    for stream in Stream.made:
+        assert stream.waited_for == [("current", stream.device)] * 3
+
+
+def test_a_copy_to_the_host_ends_on_the_stream_of_its_own_gpu(monkeypatch):
+    """Not on that of the current GPU, whose event would be over before the copy is."""
+    recorded, device = [], torch.device("cuda", 1)
+
+    class Event:
+        def record(self, stream="of the current GPU"):
+            recorded.append(stream)
+
+    class There:
+        def copy_(self, tensor, non_blocking):
+            assert non_blocking
+
+    class OnGpu:
+        shape, dtype = (2,), torch.float32
+
+    OnGpu.device = device
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: There())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    streams.HostCopy(OnGpu())
+    assert recorded == [("stream of", device)]
+
+
+def test_what_is_handed_over_waits_for_its_making_and_keeps_its_memory(monkeypatch):
+    events = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def record_stream(self, stream):
+            events.append((self.called, stream))
+
+    def tensor(name):
+        made = torch.zeros(1).as_subclass(OnGpu)
+        made.called = name
+        return made
+
+    class Current:
+        def wait_event(self, event):
+            events.append(("wait", event))
+
+    current = Current()
+    monkeypatch.setattr(streams, "_side_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    side = streams.SideStream(torch.device("cuda", 0))
+    item = (tensor("view"), torch.zeros(2), (tensor("small"), tensor("smaller")))
+    side.hand_over(item, "made")
+    assert events[0] == ("wait", "made")
+    assert events[1:] == [(name, current) for name in ("view", "small", "smaller")]

@@ -36,6 +36,8 @@ def start(device: torch.device) -> torch.device:
     InputError for a process without a GPU of its own.
     """
     if not is_launched():
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what is said of no GPU, random states too, is of this
         return device
     if device.type == "cuda":
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

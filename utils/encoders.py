@@ -89,8 +89,13 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
     return Backbone(module, feature_dim, classifier)
 
 
-def check_image_size(backbone: Backbone, arch: str, image_size: int) -> None:
-    """Pass one black image through the backbone; InputError if it cannot take this size."""
+def check_image_size(
+    backbone: Backbone, arch: str, image_size: int, *, flag: str = "--image_size"
+) -> None:
+    """Pass one black image through the backbone; InputError if it cannot take this size.
+
+    flag: what the error names.
+    """
     was_training = backbone.module.training
     try:
         with torch.no_grad():
@@ -99,9 +104,7 @@ def check_image_size(backbone: Backbone, arch: str, image_size: int) -> None:
             raise RuntimeError(f"features of shape {tuple(features.shape)}")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--image_size {image_size}: --arch {arch} cannot take it ({reason})"
-        ) from error
+        raise InputError(f"{flag} {image_size}: --arch {arch} cannot take it ({reason})") from error
     finally:
         backbone.module.train(was_training)
 

@@ -200,6 +200,7 @@ class Run:
 
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
+        self._look_at_last_loss()
         self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
         self._say_figures(figures)
 
@@ -334,7 +335,10 @@ class Run:
         with apart(self._stores.values(), are_apart=not self._epoch_ended):
             weights = self.model.state_dict()
         for name, value in weights.items():
-            if value.is_floating_point() and not (value.is_meta or value.sum().isfinite()):
+            if not value.is_floating_point() or value.is_meta:
+                continue
+            wide = torch.promote_types(value.dtype, torch.float32)  # a sum can be beyond float16
+            if not value.sum(dtype=wide).isfinite():
                 raise RunError(f"not saved: {name} is not finite; try a lower --learning_rate")
         return {
             "format": checkpoint.FORMAT,

@@ -44,14 +44,14 @@ class Neighbors(NamedTuple):
 def nearest(queries: Tensor, rows: Tensor, *, k: int, allowed: Tensor | None = None) -> Neighbors:
     """Find the k rows nearest to each query, exactly.
 
-    queries: (B, D), unit norm. rows: (K, D), unit norm, also in half precision: they are compared
-    in the dtype of the queries. allowed: bool, (K,) or (B, K), rows that
-    may be found at all; None allows every row. Returns (B, min(k, K)) neighbors; where fewer rows
-    are allowed, the rest are not valid. The bank is searched slice by slice: B x K similarities
-    need not exist at once. On a CPU that multiplies in bfloat16, several times as fast as in
-    float32, that chooses candidates; what is found is the same.
+    queries: (B, D), unit norm. rows: (K, D), unit norm. Both also in half precision: they are
+    compared in the dtype of the queries, at least in float32. allowed: bool, (K,) or (B, K), rows
+    that may be found at all; None allows every row. Returns (B, min(k, K)) neighbors; where fewer
+    rows are allowed, the rest are not valid. The bank is searched slice by slice: B x K
+    similarities need not exist at once. On a CPU that multiplies in bfloat16, several times as fast
+    as in float32, that chooses candidates; what is found is the same.
     """
-    k = min(k, rows.shape[0])
+    queries, k = _at_least_float32(queries), min(k, rows.shape[0])
     if not _is_worth_choosing(queries, rows, k):
         return _nearest_of_all(queries, rows, k, allowed)
     found, certain = _nearest_of_chosen(queries, rows, k, allowed)
@@ -61,6 +61,11 @@ def nearest(queries: Tensor, rows: Tensor, *, k: int, allowed: Tensor | None = N
         rest = _nearest_of_all(queries[open_], rows, k, allowed)
         found.rows[open_], found.valid[open_] = rest.rows, rest.valid
     return found
+
+
+def _at_least_float32(queries: Tensor) -> Tensor:
+    """Rows of a bank in half precision as queries: products of 16 bits would make ties of them."""
+    return queries.to(torch.promote_types(queries.dtype, torch.float32))
 
 
 def _top_by_slices(
@@ -252,19 +257,21 @@ def mean_shift_loss_all(
     """Mean squared distance of each query to all rows of its label (CMSF top-all).
 
     query: (B, D), unit norm, carries the gradient. rows: (K, D), unit norm. labels: (B,) and
-    row_labels: (K,) int64 in 0 to num_classes - 1; every label of the batch must be in the bank.
-    Returns a scalar in 0 to 4. Since all rows have unit norm, the mean of 2 - 2 q.z over a class
-    is 2 - 2 q.(mean of z): the bank is summed by class once, whatever B is.
+    row_labels: (K,) int64 in 0 to num_classes - 1, or -1 for a row of no class; every label of the
+    batch must be in the bank, otherwise the result is nan. Returns a scalar in 0 to 4. Since all
+    rows have unit norm, the mean of 2 - 2 q.z over a class is 2 - 2 q.(mean of z): the bank is
+    summed by class once, whatever B is.
     """
     with torch.no_grad():
-        sums = query.new_zeros(num_classes, rows.shape[1])
+        row_labels = row_labels.where(row_labels >= 0, num_classes)  # summed too, but not used
+        sums = query.new_zeros(num_classes + 1, rows.shape[1])
         for part, labels_of_part in zip(
             rows.split(_SUMMED), row_labels.split(_SUMMED), strict=True
         ):
             sums.index_add_(0, labels_of_part, part.to(sums.dtype))
         # Not bincount: on a GPU it waits to learn the largest label.
         ones = torch.ones_like(row_labels, dtype=sums.dtype)
-        counts = sums.new_zeros(num_classes).index_add_(0, row_labels, ones)
+        counts = sums.new_zeros(num_classes + 1).index_add_(0, row_labels, ones)
         means = sums[labels] / counts[labels].unsqueeze(1)  # (B, D)
     return (2 - 2 * (query * means).sum(dim=1)).mean()
 
@@ -292,6 +299,7 @@ def plain_ranks(queries: Tensor, rows: Tensor, neighbors: Neighbors) -> Tensor:
     as a neighbor do not count before it. As in `nearest`, B x K similarities need not exist at
     once.
     """
+    queries = _at_least_float32(queries)
     # By the same product as below, as another kernel would round otherwise.
     wanted, place = neighbors.rows.unique(return_inverse=True)
     own = (queries @ rows[wanted].to(queries.dtype).T).gather(1, place)  # (B, k)

@@ -202,8 +202,9 @@ def _seeded_backbone(args: argparse.Namespace) -> Backbone:
     torch.backends.cudnn.allow_tf32 = args.tf32
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch, small_stem=args.small_stem)
-    for size in {args.image_size, *(g.size for g in getattr(args, "multi_crop", None) or [])}:
-        check_image_size(backbone, args.arch, size)
+    for group in getattr(args, "multi_crop", None) or []:
+        check_image_size(backbone, args.arch, group.size, flag="--multi_crop: crops of side")
+    check_image_size(backbone, args.arch, args.image_size)
     return backbone
 
 

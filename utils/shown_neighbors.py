@@ -76,7 +76,9 @@ def bank_of(state: dict, *, what: str) -> MemoryBank:
         with_previous="previous" in columns,
         with_true_label="true_label" in columns,
     )
-    bank.to(columns["features"].dtype).load_state_dict(columns)
+    # Of half precision in float32: similarities are shown to more digits than 16 bits have.
+    dtype = torch.promote_types(columns["features"].dtype, torch.float32)
+    bank.to(dtype).load_state_dict(columns)
     if not bank.filled:
         raise InputError(f"{what}: its memory bank is empty")
     return bank

@@ -4,6 +4,7 @@ On a CPU all of it is as if it were not there.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +36,7 @@ class HostCopy:
             self._there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._there.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(tensor.device))  # where the copy is queued
 
     def get(self) -> Tensor:
         """The tensor on the host; waits for it, and for nothing that the GPU has to do after it."""
@@ -44,12 +45,18 @@ class HostCopy:
         return self._there.cpu()
 
 
+@lru_cache
+def _side_stream(device: torch.device) -> Any:
+    """One for a device: memory that was used on a stream is kept for it, and serves no other."""
+    return torch.cuda.Stream(device)
+
+
 class SideStream:
     """A stream of a GPU beside the current one, which makes things that the current one uses."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _side_stream(device)
         # What has been put on the GPU before is there for the side stream too.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 

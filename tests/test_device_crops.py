@@ -149,7 +149,7 @@ def test_ram_and_device_agree(image_tree, resized):
 
 
 def test_device_loader_yields_the_small_crops_of_the_workers(square_images):
-    groups = [augment.CropGroup(2, 12, (0.05, 0.3)), augment.CropGroup(1, 8, (0.1, 0.2))]
+    groups = [cropping.CropGroup(2, 12, (0.05, 0.3)), cropping.CropGroup(1, 8, (0.1, 0.2))]
     one, two = loaders(read_image_folder(square_images), small=groups)
     assert_same_batches(one.epoch(2), two.epoch(2))
 

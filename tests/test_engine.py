@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, distributed, engine
+from utils import checkpoint, distributed, loss_watch
 from utils.bad_images import BadImages
 from utils.engine import Run
 from utils.errors import InputError, Interrupted, RunError
@@ -163,7 +163,7 @@ def test_the_bar_shows_what_was_last_logged(tmp_path, monkeypatch, capsys):
 
 def test_nothing_is_noted_of_a_step_whose_loss_is_bad(tmp_path, monkeypatch):
     """As on a GPU, where the loss is looked at later: no figure made of what the step broke."""
-    monkeypatch.setattr(engine, "_is_read_later", lambda loss: True)
+    monkeypatch.setattr(loss_watch, "_is_read_later", lambda loss: True)
     run = make_run(tmp_path)
     with pytest.raises(RunError, match="epoch 1, step 4"), run:
         for batch in run.batches(Loader({(1, 4): float("nan")})):
@@ -184,7 +184,7 @@ def test_nothing_is_noted_of_a_step_whose_loss_is_bad(tmp_path, monkeypatch):
 )
 def test_a_bad_loss_is_found_at_its_step_before(tmp_path, monkeypatch, step, flags):
     """As on a GPU, where otherwise the next step would find it: its own is the last one."""
-    monkeypatch.setattr(engine, "_is_read_later", lambda loss: True)
+    monkeypatch.setattr(loss_watch, "_is_read_later", lambda loss: True)
     run, steps = make_run(tmp_path, **{"print_freq": 100, **flags}), []
     with pytest.raises(RunError, match=f"the loss is nan in epoch 1, step {step}"), run:
         for batch in run.batches(Loader({(1, step): float("nan")})):

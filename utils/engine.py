@@ -200,7 +200,7 @@ class Run:
 
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
-        self._look_at_last_loss()
+        self._losses.check()
         self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
         self._say_figures(figures)
 

@@ -1,5 +1,6 @@
 """export_backbone.py: what it writes gives equal output here, in torchvision and in timm."""
 
+import argparse
 import importlib
 import json
 import os
@@ -80,7 +81,8 @@ def published(tmp_path_factory):
 
 def expected_weights(path, arch, encoder):
     """What the file holds of one encoder's backbone, taken out by hand."""
-    state = torch.load(path, weights_only=False)["state_dict"]
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(path, weights_only=True)["state_dict"]
     if arch == "densenet121":
         prefix = f"encoders.{encoder}_encoder.backbone."
     else:

@@ -44,6 +44,12 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def workers_are_watched(monkeypatch):
+    """A script that ends in this process leaves torch's watch over workers, set up once."""
+    monkeypatch.setattr(running, "forget_workers", lambda: None)
+
+
 def write_image(path: Path, *, seed: int, size: tuple[int, int] = (24, 20)) -> None:
     """A small JPEG or PNG of smooth random color."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
-from utils import running
+from utils import running, workers
 from utils.errors import InputError, RunError
 
 
@@ -54,3 +55,21 @@ def test_a_signal_ends_a_script_in_one_line(monkeypatch, capsys, name):
     assert stop.value.code == 75
     assert capsys.readouterr().err == f"script.py: stopped by {name}\n"
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_after_an_error_no_other_child_of_the_process_raises(monkeypatch):
+    """As torch does for a killed worker each time that a child ends."""
+
+    def fail(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(running, "forget_workers", workers.forget_workers)
+    monkeypatch.setattr(sys, "argv", ["dir/script.py"])
+    before = signal.signal(signal.SIGCHLD, fail)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            running.run_script(fail)
+        subprocess.run(["true"], check=True)  # its end is a SIGCHLD
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert stop.value.code == 1

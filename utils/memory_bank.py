@@ -130,13 +130,16 @@ class PreviousEmbeddings(nn.Module):
         self._coming: tuple[Tensor, HostCopy] | None = None  # the batch that `settle` puts in place
 
     @torch.no_grad()
-    def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def swap(
+        self, index: Tensor, embeddings: Tensor, *, only_if: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the previous embeddings of a batch and put its present ones in their place.
 
         index: (B,) int64, 0 to N - 1. embeddings: (B, D), unit norm, any device; both of the whole
-        batch, the same in every process. Of an image that comes twice the last row stays. Returns
-        previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the device of
-        `embeddings`. Raises IndexError for an index out of range: -1 must not alias the last image.
+        batch, the same in every process. Of an image that comes twice the last row stays. only_if:
+        see `remember`. Returns previous (B, D) (zeros for an image not seen before) and seen (B,)
+        bool, on the device of `embeddings`. Raises IndexError for an index out of range: -1 must
+        not alias the last image.
         """
         index = index.cpu()
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
@@ -152,15 +155,19 @@ class PreviousEmbeddings(nn.Module):
         # All but one of the terms are zero.
         previous = distributed.add_up(upload(previous, device))
         seen = distributed.add_up(upload(seen, device)).bool()
-        self.remember(index, embeddings)
+        self.remember(index, embeddings, only_if=only_if)
         return previous, seen
 
-    def remember(self, index: Tensor, embeddings: Tensor) -> None:
+    @torch.no_grad()
+    def remember(self, index: Tensor, embeddings: Tensor, *, only_if: Tensor | None = None) -> None:
         """Keep the present embeddings of a batch; arguments as those of `swap`.
 
-        A batch that is not finite, at which the run stops, is not kept.
+        A batch that is not finite, at which the run stops, is not kept. only_if: () bool where the
+        embeddings are; nor is one for which it is False.
         """
         self.settle()
+        if only_if is not None:
+            embeddings = embeddings.where(only_if, torch.nan)
         self._coming = index, HostCopy(embeddings.detach())
         if embeddings.device.type != "cuda":
             self.settle()

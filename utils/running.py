@@ -11,7 +11,7 @@ from typing import NoReturn
 from utils import distributed
 from utils.errors import InputError, Interrupted, RunError
 from utils.stop_signals import StopSignals, ignore
-from utils.workers import worker_failure
+from utils.workers import forget_workers, worker_failure
 
 _MAIN_SPEAKS_FIRST = 15  # seconds
 
@@ -37,6 +37,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
+        forget_workers()
         reason = _reason(error)
         if reason is None:  # a mistake of ours
             if not distributed.is_launched():

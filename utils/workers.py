@@ -72,6 +72,15 @@ def start_failure(error: OSError) -> str:
     return f"worker processes cannot run ({error.strerror or error}): {cause}"
 
 
+def forget_workers() -> None:
+    """From here on no worker's end is an error: the process itself is ending.
+
+    torch would raise once more, at any place, when another worker ends after one was killed.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def check_room(num_workers: int) -> None:
     """Make and drop what torch needs to start workers; OSError where there is no room for it.
 

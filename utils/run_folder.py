@@ -12,10 +12,10 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -51,7 +51,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"--checkpoint_path {self.path}: {error.strerror}") from error
         if distributed.is_main():
-            self._lock = _lock(self.path / ".lock")
+            self._give_back = weakref.finalize(self, os.close, _lock(self.path / ".lock"))
             (self.path / REQUEUE).unlink(missing_ok=True)
             checkpoint.remove_temporaries(self.path)
             checkpoint.remove_temporaries(self.path / PARTS)
@@ -59,7 +59,7 @@ class RunFolder:
     def close(self) -> None:
         """Leave the folder to others; the end of the process does it too."""
         if distributed.is_main():
-            self._lock.close()
+            self._give_back()
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of the run, the one farthest on first."""
@@ -288,19 +288,20 @@ def apart(stores: Iterable[PreviousEmbeddings], *, are_apart: bool = True) -> It
             store.saved_apart = False
 
 
-def _lock(path: Path) -> BinaryIO:
-    """Hold a folder for the life of this process; InputError if another process does.
+def _lock(path: Path) -> int:
+    """Hold a folder until the file descriptor returned is closed; InputError if another does.
 
     A record lock: the system gives it back however the process ends, and workers do not inherit it.
     """
-    file = path.open("wb")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        os.close(descriptor)
         raise InputError(f"--checkpoint_path {path.parent}: a run is going on there") from None
     except OSError:
         pass  # a file system without locks
-    return file
+    return descriptor
 
 
 def _progress(path: Path) -> tuple[float, float]:

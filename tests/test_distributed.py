@@ -34,7 +34,7 @@ def start(script: Path, *flags: object, processes: int) -> subprocess.Popen:
 def run(script: Path, *flags: object, processes: int) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
     process = start(script, *flags, processes=processes)
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=600)
     return process.returncode, out, errors
 
 
@@ -49,10 +49,10 @@ def runs(image_tree, tmp_path_factory):
 
     def get(regime: str, bn: str, processes: int) -> Path:
         folder = root / str(processes)
-        if not folder.exists():  # all at once: to start processes takes longer than the runs
-            norms = "sync,shuffle,local" if processes == 2 else "sync"
-            flags = (",".join(REGIMES), image_tree, folder, norms)
-            code, _, errors = run(WORKER, *flags, processes=processes)
+        if not (folder / bn / regime).exists():
+            # As many as go together: to start processes takes longer than the runs.
+            regimes, norms = (",".join(REGIMES), bn) if bn == "sync" else (regime, "shuffle,local")
+            code, _, errors = run(WORKER, regimes, image_tree, folder, norms, processes=processes)
             assert code == 0, errors
         return folder / bn / regime
 

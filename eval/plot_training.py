@@ -204,9 +204,9 @@ def draw(groups: list[Group], output: Path) -> int:
     rows = -(-count // COLUMNS)
     figure = Figure(figsize=(4.6 * COLUMNS, 3.4 * rows + 0.8), layout="constrained", dpi=110)
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
-    for ax, panel in zip(axes, panels, strict=False):
+    for ax, panel in zip(axes[: len(panels)], panels, strict=True):
         draw_panel(ax, panel, groups)
-    for ax, group in zip(axes[len(panels) :], ranks, strict=False):
+    for ax, group in zip(axes[len(panels) : count], ranks, strict=True):
         of = f", {group.name}" if len(groups) > 1 else ""
         draw_ranks(ax, group, f"ranks of constrained neighbors{of}")
     for ax in axes[count:]:

@@ -11,6 +11,7 @@ those of --results, and linear/linear.json and finetune/linear.json there.
 
 import argparse
 import base64
+import itertools
 import json
 import sys
 import time
@@ -60,7 +61,7 @@ def status(run: RunLog, *, now: float) -> str:
         return f"up to {place} (without run.json nothing tells how many epochs it is to have)"
     age = max(0, now - run.path.stat().st_mtime)
     times = [record["seconds"] for record in run.records if "seconds" in record]
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)] or [600]
+    gaps = [b - a for a, b in itertools.pairwise(times)] or [600]
     ago = f"the last line was written {duration(age)} before this page"
     if age > PATIENCE * max(60, *gaps):
         return f"perhaps broken off, or still going on: {place}; {ago}"

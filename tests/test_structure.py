@@ -17,6 +17,7 @@ UTILS = sorted(path for path in (ROOT / "utils").glob("*.py") if path.stem != "_
 # What each part of utils may import of the others; an order without circles.
 MAY_IMPORT = {
     "errors": set(),
+    "checked": {"errors"},
     "neighbors": set(),
     "distributed": {"errors"},
     "memory_bank": {"distributed", "streams"},

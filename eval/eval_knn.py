@@ -31,7 +31,7 @@ from utils import (
     setup,
 )
 from utils.bad_images import BadImages
-from utils.data import ImageSet, check_same_classes, read_split
+from utils.data import ImageSet, check_classes, read_split
 from utils.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
@@ -122,7 +122,7 @@ def main() -> None:
     args = parse_args()
     start = time.monotonic()
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
-    check_same_classes(train, val)
+    check_classes(train, val)
     train = train.take(setup.labeled_index(args, train, file=args.train_file, flag="--train_file"))
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = evaluation.evaluated_backbone(args)
@@ -152,7 +152,13 @@ def main() -> None:
     if args.save:
         counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
-        record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
+        record |= evaluation.result_record(
+            args,
+            state,
+            counts=counts,
+            bad_images=bad_images,
+            images={"train": train, "val": val},
+        )
         record["seconds"] = round(time.monotonic() - start, 1)
         print(result_files.write_json(args.save, "knn.json", record))
 

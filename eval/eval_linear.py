@@ -38,7 +38,7 @@ from utils import (
     setup,
 )
 from utils.bad_images import BadImages
-from utils.data import ImageSet, check_same_classes, read_split
+from utils.data import ImageSet, check_classes, read_split
 from utils.encoders import Backbone
 from utils.errors import InputError, RunError
 from utils.labeled_features import FromFeatures, FromImages
@@ -140,12 +140,10 @@ def check_flags(args: argparse.Namespace) -> None:
 def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     """The labeled training images and the val images; InputError if one cannot learn from them."""
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
-    check_same_classes(train, val)
+    check_classes(train, val)
     if not args.evaluate:
         index = setup.labeled_index(args, train, file=args.train_file, flag="--train_file")
         train = train.take(index)
-    if len(train.classes) < 2:
-        raise InputError(f"data {args.data}: {len(train.classes)} classes, a classifier needs two")
     if len(train) < 2:
         where = f"--train_file {args.train_file}" if args.train_file else f"data {args.data}"
         raise InputError(f"{where}: {len(train)} training images, at least two are needed")
@@ -447,7 +445,10 @@ def main() -> None:
         summary = linear.summarize(args.lr, history)
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
     record = {"epochs": len(history), "protocol": what_was_done}
-    record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
+    images = {"train": train, "val": val}
+    record |= evaluation.result_record(
+        args, state, counts=counts, bad_images=bad_images, images=images
+    )
     record["seconds"] = round(time.monotonic() - start, 1)
     report(args, summary, record)
 

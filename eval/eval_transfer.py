@@ -35,7 +35,7 @@ from utils import (
     transfer_data,
 )
 from utils.bad_images import BadImages
-from utils.data import check_same_classes, read_split
+from utils.data import check_classes, read_split
 from utils.errors import InputError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
@@ -129,11 +129,14 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, st
             except transfer_data.Unavailable as error:
                 missing[name] = str(error)
                 print(f"{name}: left out: {error}", flush=True)
+            else:
+                sizes = found[name]._asdict().items()
+                parts = ", ".join(f"{len(part)} {split}" for split, part in sizes)
+                classes = len(found[name].test.classes)
+                print(f"{name}: {parts} images in {classes} classes", flush=True)
     if args.data:
         train, test = (read_split(args.data, s, dataset=args.dataset) for s in ("train", "val"))
-        check_same_classes(train, test)
-        if len(train.classes) < 2:
-            raise InputError(f"data {args.data}: {len(train.classes)} classes, two are needed")
+        check_classes(train, test)
         found[FOLDER] = transfer_data.hold_out(train, test, seed=args.split_seed)
     if not found:
         name, reason = next(iter(missing.items()))
@@ -230,7 +233,10 @@ def main() -> None:
         rows[name] = row
         if args.save:
             counts = {"sets": len(rows)}
-            record = evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
+            folder = found[FOLDER]._asdict() if FOLDER in found else {}
+            record = evaluation.result_record(
+                args, state, counts=counts, bad_images=bad_images, images=folder
+            )
             path = result_files.write_json(
                 args.save, "transfer.json", result(args, rows, missing) | record
             )

@@ -113,7 +113,13 @@ def main() -> None:
     if args.normalize:
         normalize(features, dim=1, out=features)
     counts = {"images": len(features), "classes": len(images.classes)}
-    record = evaluation.result_record(args, state, counts=counts, bad_images=loader.bad_images)
+    record = evaluation.result_record(
+        args,
+        state,
+        counts=counts,
+        bad_images=loader.bad_images,
+        images={args.split or "images": images},
+    )
     record |= {
         "small_stem": args.small_stem,
         "layer": "projector" if args.projected else "backbone",

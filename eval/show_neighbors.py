@@ -201,7 +201,9 @@ def main() -> None:
         "side": args.side,
     }
     counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
-    record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
+    record |= evaluation.result_record(
+        args, state, counts=counts, bad_images=bad_images, images={"train": images}
+    )
     name = args.output.with_suffix(".json").name
     path = result_files.write_json(args.output.parent, name, record, flag="--output")
     print(f"{args.output}\n{path}")

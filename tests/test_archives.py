@@ -21,6 +21,7 @@ TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 SUPERVISED = importlib.import_module("supervised.train_sup_msf")
 KNN = importlib.import_module("eval.eval_knn")
 LINEAR = importlib.import_module("eval.eval_linear")
+SHOW = importlib.import_module("eval.show_neighbors")
 CLASSES = ["airplane", "bird", "car"]
 
 
@@ -209,6 +210,9 @@ def test_training_and_evaluation_on_cifar(call_script, tmp_path, unchecked, wher
     )
     assert code == 0 and again.splitlines()[:6] == stdout.splitlines()[:6]
     code, _, stderr = call_script(LINEAR, *evaluation, "--epochs", 1, tmp_path)
+    assert code == 0, stderr
+    picture = ("--count", 2, "-k", 3, "--output", tmp_path / "run" / "neighbors.png")
+    code, _, stderr = call_script(SHOW, *evaluation[:-2], *picture, tmp_path)
     assert code == 0, stderr
 
 

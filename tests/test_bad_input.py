@@ -81,7 +81,8 @@ def test_data_path(call_script, tmp_path, name):
 
 def test_val_classes_must_be_those_of_train(call_script, tmp_path):
     for split, name in (("train", "cats"), ("val", "dogs")):
-        write_image(tmp_path / split / name / "1.jpg", seed=1)
+        for animal in (name, "owls"):
+            write_image(tmp_path / split / animal / "1.jpg", seed=1)
     for module in (TRAIN, KNN):
         result = call_script(importlib.import_module(module), "--weights", "x", tmp_path)
         assert_refused(result, "train/ and val/ differ", "cats, dogs")

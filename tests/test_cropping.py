@@ -1,5 +1,7 @@
 """Decoding and crops against torchvision's functions, and their distributions."""
 
+import struct
+
 import numpy as np
 import pytest
 import tiny
@@ -33,7 +35,7 @@ def test_decode_keeps_rgb_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("mode, suffix", [
     ("L", "jpg"), ("L", "png"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("P", "png"), ("P", "gif"),
-    ("RGBA", "png"), ("LA", "png"), ("1", "png"), ("RGB", "webp"), ("YCbCr", "jpg"),
+    ("1", "png"), ("RGB", "webp"), ("YCbCr", "jpg"),
 ])  # fmt: skip
 def test_decode_makes_rgb_of_other_modes(tmp_path, mode, suffix):
     path = tmp_path / f"a.{suffix}"
@@ -44,10 +46,82 @@ def test_decode_makes_rgb_of_other_modes(tmp_path, mode, suffix):
     assert expected.std() > 10
 
 
-def test_decode_ignores_transparency_of_palettes(tmp_path):
-    image = Image.fromarray(tiny.photo(20, 30)).convert("P")
-    image.save(tmp_path / "a.png", transparency=3)
-    assert np.array_equal(decode(tmp_path / "a.png").permute(1, 2, 0), image.convert("RGB"))
+@pytest.mark.parametrize("mode, suffix", [
+    ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("P", "gif"), ("RGBA", "webp"), ("L", "png"),
+    ("RGB", "png"),
+])  # fmt: skip
+def test_what_is_transparent_shows_white(tmp_path, mode, suffix):
+    """A black drawing: white where nothing is drawn, gray where it is half transparent."""
+    path = tmp_path / f"a.{suffix}"
+    alpha = np.zeros((16, 24), dtype=np.uint8)
+    alpha[4:12, 4:12] = 255
+    if mode in ("RGBA", "LA"):
+        alpha[4:12, 12:20] = 128
+    black = Image.new("RGBA", (24, 16), (0, 0, 0, 0))
+    black.putalpha(Image.fromarray(alpha))
+    if mode in ("RGBA", "LA"):
+        black.convert(mode).save(path, lossless=True)
+    else:  # one color or level stands for transparency
+        drawing = Image.fromarray(np.where(alpha == 255, 0, 200).astype(np.uint8)).convert(mode)
+        drawing.save(path, transparency=drawing.getpixel((0, 0)))
+    levels = decode(path)
+    expected = 255 - alpha.astype(int)
+    assert np.abs(levels.numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("dtype, tags, low, high", [
+    (np.float32, {}, 0, 1),
+    (np.float32, {281: 80.0, 280: 20.0}, 20, 80),
+    (np.float32, {341: 4.0, 340: -4.0}, -4, 4),
+    (np.int32, {281: 255}, 0, 255),
+    (np.int32, {341: 3000, 340: -1000}, -1000, 3000),
+    (np.uint16, {281: 4095}, 0, 4095),
+    (np.int16, {}, -(2**15), 2**15 - 1),
+])  # fmt: skip
+def test_gray_levels_are_scaled_by_their_range(tmp_path, dtype, tags, low, high):
+    levels = np.linspace(low, high, 16 * 20).astype(dtype).reshape(16, 20)
+    write_tiff(tmp_path / "a.tif", levels, tags)
+    expected = (levels.astype(np.float64) - low) / (high - low) * 255
+    assert np.abs(decode(tmp_path / "a.tif").numpy() - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("levels, tags, words", [
+    (np.array([[0.0, 200.0]], np.float32), {}, "its gray levels are 0 to 200, beyond 0 to 1"),
+    (np.array([[0.0, np.nan]], np.float32), {}, "its gray levels are nan to nan"),
+    (np.array([[0, 255]], np.int32), {}, "its 32-bit gray levels have no range"),
+    (np.array([[0, 256]], np.int32), {281: 255}, "its gray levels are 0 to 256, beyond 0 to 255"),
+    (np.array([[0, 1]], np.uint16), {281: 0}, "its tags tell gray levels from 0 to 0"),
+])  # fmt: skip
+def test_gray_levels_of_an_unknown_range_are_refused(tmp_path, levels, tags, words):
+    write_tiff(tmp_path / "a.tif", levels, tags)
+    with pytest.raises(ValueError, match=words):
+        decode(tmp_path / "a.tif")
+
+
+def write_tiff(path, levels, tags):
+    """A gray TIFF of any kind of numbers, byte by byte: Pillow writes no signed 16 bits."""
+    height, width = levels.shape
+    kind = {"u": 1, "i": 2, "f": 3}[levels.dtype.kind]
+    whole = {256: width, 257: height, 258: 8 * levels.itemsize, 259: 1, 262: 1, 273: 0, 277: 1}
+    whole |= {278: height, 279: levels.nbytes, 339: kind} | tags
+    data = levels.tobytes()
+    whole[273] = 8
+    entries = b""
+    for number, value in sorted(whole.items()):
+        code, form = (11, "f") if isinstance(value, float) else (9, "i")  # FLOAT and SLONG
+        code = code if number in tags else 4  # LONG
+        entries += struct.pack(f"<HHI{form}", number, code, 1, value)
+    end = 8 + len(data)
+    header = struct.pack("<2sHI", b"II", 42, end)
+    path.write_bytes(header + data + struct.pack("<H", len(whole)) + entries + bytes(4))
+
+
+def test_the_orientation_of_exif_is_ignored(tmp_path):
+    image = Image.fromarray(tiny.photo(20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    image.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(decode(tmp_path / "a.png").permute(1, 2, 0), image)
 
 
 @pytest.mark.parametrize("kind", ["png", "little tiff", "big tiff", "pgm"])

@@ -5,7 +5,13 @@ import pytest
 from conftest import write_image
 
 from utils import cropping
-from utils.data import ImageSet, check_same_classes, read_image_folder, read_split
+from utils.data import (
+    ImageSet,
+    check_classes,
+    read_any_folder,
+    read_image_folder,
+    read_split,
+)
 from utils.errors import InputError
 
 
@@ -78,8 +84,75 @@ def test_imagenet100_is_numpys_seeded_choice(tmp_path):
 
 
 def test_splits_must_have_the_same_classes(tmp_path):
-    train = ImageSet(tmp_path / "train", ["a/1.jpg"], [0], ["a"])
-    val = ImageSet(tmp_path / "val", ["b/1.jpg"], [0], ["b"])
-    check_same_classes(train, train)
-    with pytest.raises(InputError, match="differ in 2 classes, first a, b"):
-        check_same_classes(train, val)
+    train = ImageSet(tmp_path / "train", ["a/1.jpg", "c/1.jpg"], [0, 1], ["a", "c"])
+    val = ImageSet(tmp_path / "val", ["b/1.jpg", "c/1.jpg"], [0, 1], ["b", "c"])
+    check_classes(train, train)
+    with pytest.raises(InputError, match="differ in 2 classes, first a, b$"):
+        check_classes(train, val)
+
+
+def test_the_same_name_in_two_unicode_forms_is_said_to_be_that(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    train, val = (
+        ImageSet(tmp_path / split, ["a/1.jpg", f"{name}/1.jpg"], [0, 1], ["a", name])
+        for split, name in (("train", composed), ("val", decomposed))
+    )
+    with pytest.raises(InputError, match=f"in two Unicode normal forms .*: {composed}"):
+        check_classes(train, val)
+
+
+def test_class_folders_one_level_too_deep_are_found_out(tmp_path, capsys):
+    for name in "abc":
+        write_image(tmp_path / "train" / "imagenet" / name / "1.jpg", seed=1)
+        write_image(tmp_path / "val" / "imagenet" / name / "1.jpg", seed=1)
+    train, val = (read_split(tmp_path, split) for split in ("train", "val"))
+    where = tmp_path / "train" / "imagenet"
+    assert f"WARNING: one class only, imagenet, with 3 folders in it: did you mean {where}?" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(InputError, match="one class only, imagenet, .* an evaluation needs two"):
+        check_classes(train, val)
+
+
+def test_one_class_and_no_class_are_no_evaluation(tmp_path):
+    one = ImageSet(tmp_path / "train", ["a/1.jpg"], [0], ["a"])
+    flat = ImageSet(tmp_path / "train", ["1.jpg"], [-1], [])
+    for images, words in ((one, "one class only, a;"), (flat, "no class folders in train/")):
+        with pytest.raises(InputError, match=words):
+            check_classes(images, images)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("", r"no folder train/ in it; did you mean .*/imagenet\?"),
+        ("imagenet/train", "no folder train/ in it; did you mean .*/imagenet, the folder that"),
+        ("imagenet/train/a/b", "no folder train/ in it$"),
+    ],
+)
+def test_what_may_be_meant_by_another_folder_is_said(tmp_path, data, words):
+    write_image(tmp_path / "imagenet" / "train" / "a" / "1.jpg", seed=1)
+    (tmp_path / "imagenet" / "train" / "a" / "b").mkdir()
+    with pytest.raises(InputError, match=words):
+        read_split(tmp_path / data, "train")
+
+
+@pytest.mark.parametrize("train", ["", "train"])
+def test_images_beside_folders_without_any_are_a_flat_set(tmp_path, train, capsys):
+    folder = tmp_path / train
+    for name in ("1.jpg", "2.jpg"):
+        write_image(folder / name, seed=1)
+    (folder / "run").mkdir()
+    (folder / "run" / "log.jsonl").touch()
+    images = read_split(tmp_path, "train")
+    assert (len(images), images.classes) == (2, [])
+    assert "2 images without classes; left out: " in capsys.readouterr().out
+    assert images.left_out.record()["folders"] == {"count": 1, "first": ["run"]}
+
+
+def test_what_a_folder_without_images_holds_is_said(tmp_path):
+    for name in ("1.dcm", "2.dcm"):
+        (tmp_path / name).touch()
+    for read in (read_image_folder, read_any_folder):
+        with pytest.raises(InputError, match=r"images in it \(but 2 .dcm \(1.dcm, 2.dcm\)\)"):
+            read(tmp_path)

@@ -37,6 +37,7 @@ def test_checkpoint_of_ours_gives_the_figures_of_training(
         assert record["k"][k] == pytest.approx(figures)
     assert record["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert record["counts"] == {"train": 30, "val": 12, "classes": 3}
+    assert record["left_out"] == {"train": {}, "val": {}}
     assert (record["arch"], record["image_size"], record["epoch"]) == ("conv4", 16, 1)
     assert "-k 3" in record["command"]
     for row in record["k"].values():

@@ -311,7 +311,7 @@ def test_one_image_a_class_needs_a_given_strength(call_script, tmp_path):
 def test_one_class_is_refused(call_script, tmp_path):
     for split in ("train", "val"):
         write_image(tmp_path / split / "a" / "0.png", seed=0)
-    assert_refused(call_script(TRANSFER, *UNTRAINED, tmp_path), "1 classes")
+    assert_refused(call_script(TRANSFER, *UNTRAINED, tmp_path), "one class only, a")
 
 
 def test_it_runs_from_its_own_folder(run_script, image_tree):

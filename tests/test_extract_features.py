@@ -252,4 +252,5 @@ def test_as_a_process(run_script, image_tree, tmp_path):
     flags = ("--weights", weights, "--output", out, "-j", 0, "--projected")
     done = run_script("eval/extract_features.py", *flags, image_tree / "val", cwd=ROOT / "eval")
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout == f"{out}: 12 images, 32 embeddings each\n"
+    said = f"data {image_tree / 'val'}: 12 images in 3 classes\n"
+    assert done.stdout == f"{said}{out}: 12 images, 32 embeddings each\n"

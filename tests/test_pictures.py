@@ -5,7 +5,7 @@ import pytest
 from conftest import write_image
 from PIL import Image, ImageChops, ImageColor
 
-from utils import pictures
+from utils import cropping, pictures
 from utils.pictures import Panel, Row, Tile, neighbor_sheet
 
 LONG = "a class name of many words that no thumbnail is wide enough for"
@@ -142,19 +142,20 @@ def test_a_thumbnail_is_the_central_square(tmp_path):
     image = Image.new("RGB", (90, 30), "red")
     image.paste(plain("blue", 30), (30, 0))
     image.save(tmp_path / "wide.png")
-    square = pictures.thumbnail(str(tmp_path / "wide.png"), 64)
+    square = pictures.thumbnail(cropping.decode(tmp_path / "wide.png"), 64)
     assert square.size == (64, 64)
     assert colors(square.crop((8, 0, 56, 64))) == {(0, 0, 255)}
     assert all(blue > 150 for _, _, blue in colors(square))
     write_image(tmp_path / "same.png", seed=1, size=(20, 20))
-    same = pictures.thumbnail(str(tmp_path / "same.png"), 20)
+    same = pictures.thumbnail(cropping.decode(tmp_path / "same.png"), 20)
     with Image.open(tmp_path / "same.png") as original:
         assert ImageChops.difference(same, original).getbbox() is None
 
 
 def test_16_bit_images_are_read_as_in_training(tmp_path):
     Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16)).save(tmp_path / "gray.png")
-    assert colors(pictures.thumbnail(str(tmp_path / "gray.png"), 8)) == {(128, 128, 128)}
+    image = cropping.decode(tmp_path / "gray.png")
+    assert colors(pictures.thumbnail(image, 8)) == {(128, 128, 128)}
 
 
 def test_a_file_that_cannot_be_read_is_a_crossed_tile():

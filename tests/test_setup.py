@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import shutil
 import sys
 from datetime import UTC, datetime
 
 import pytest
+import tiny
 import torch
 import torchvision
+from conftest import write_image
 
 from utils import evaluation, setup
 from utils.errors import InputError
@@ -105,3 +108,28 @@ def test_a_run_says_what_it_was_started_with(call_script, image_tree, tmp_path):
     assert (start["processes"], start["device"]) == (1, "cpu")
     age = datetime.now(UTC) - datetime.fromisoformat(start["started"])
     assert 0 <= age.total_seconds() < 60
+
+
+def test_what_is_left_out_is_said_at_the_start_and_kept(call_script, image_tree, tmp_path):
+    tree = shutil.copytree(image_tree, tmp_path / "tree")
+    (tree / "train" / "a" / "notes.txt").touch()
+    (tree / "val" / ".cache").mkdir()
+    script = importlib.import_module("self_supervised.train_msf")
+    flags = (*tiny.FLAGS, "--epochs", 1, "--checkpoint_path", tmp_path / "run")
+    code, stdout, stderr = call_script(script, *flags, tree)
+    assert code == 0, stderr
+    text = ": 30 images in 3 classes; left out: 1 .txt (a/notes.txt)"
+    assert stdout.startswith(f"data {tree / 'train'}{text}\n")
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["left_out"] == {
+        "train": {".txt": {"count": 1, "first": ["a/notes.txt"]}},
+        "val": {"hidden": {"count": 1, "first": [".cache"]}},
+    }
+
+
+def test_one_class_teaches_nothing_by_labels(call_script, tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "train" / "a" / f"{number}.jpg", seed=number)
+    script = importlib.import_module("supervised.train_sup_msf")
+    code, _, stderr = call_script(script, *tiny.FLAGS, tmp_path)
+    assert code == 2 and "one class only, a; labels need two" in stderr

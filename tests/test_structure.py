@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "batch_norm": {"distributed"},
     "encoders": {"distributed", "errors"},
     "archives": {"errors"},
-    "data": {"archives", "cropping", "errors"},
+    "listing": {"errors"},
+    "data": {"archives", "cropping", "errors", "listing"},
     "bad_images": {"errors"},
     "workers": set(),
     "reading": {"bad_images", "data", "distributed", "errors", "workers"},
@@ -60,7 +61,7 @@ MAY_IMPORT = {
     "transfer": {"distributed", "errors", "logistic", "splits"},
     "label_noise": {"data", "errors", "loaders", "splits", "streams"},
     "knn": {"distributed", "errors", "features", "loaders"},
-    "pictures": {"cropping"},
+    "pictures": set(),
     "shown_neighbors": {
         *("bad_images", "data", "errors", "memory_bank", "neighbors", "pictures"),
     },

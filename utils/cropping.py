@@ -1,7 +1,7 @@
 """The part of a view that workers make: an image decoded once, and crops of it as uint8."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple
 
@@ -13,24 +13,75 @@ from torch import Tensor
 
 from utils.random_draws import CROP_ATTEMPTS, Draw
 
+_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+# TIFF tags, by their numbers.
+_BITS_TAG, _FORMAT_TAG = 258, 339
+_LOWEST_TAGS, _HIGHEST_TAGS = (340, 280), (341, 281)
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose gray levels in mode I are of 16 bits
 _LONGEST = 64  # times the shorter side: what `center_crop` resizes at most
 
 
 def decode(path: str | PathLike) -> Tensor:
     """The image file as RGB, (3, H, W) uint8; the first frame if it is animated.
 
-    The memory lies as (H, W, 3), which is the layout that resizing is fast in. The EXIF
-    orientation is ignored, as torchvision's ImageFolder does. Errors of PIL and of the operating
-    system pass through: the caller knows what to say about the file.
+    The memory lies as (H, W, 3), which is the layout that resizing is fast in. What is transparent
+    shows white. Gray levels of more than 8 bits and of floats are scaled as `_gray_levels` says.
+    The EXIF orientation is ignored, as torchvision's ImageFolder does. Errors of PIL and of the
+    operating system pass through, and ValueError for gray levels of an unknown range: the caller
+    knows what to say about the file.
     """
     with Image.open(path) as image:
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            # 16-bit gray: PIL's own conversion clips at 255. The high byte, as for 16-bit color.
-            gray = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
-            image = Image.fromarray(gray.astype(np.uint8))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = Image.fromarray(_gray_levels(image))
+        if image.mode in _TRANSPARENT or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode != "RGB":
             image = image.convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _gray_levels(image: Image.Image) -> np.ndarray:
+    """A gray picture of integers of more than 8 bits or of floats, (H, W) uint8.
+
+    The range that becomes 0 to 255 is the one that the file states (the TIFF tags Max- and
+    MinSampleValue, SMax- and SMinSampleValue), or else that of the integers if they have up to 16
+    bits, and 0 to 1 for floats. ValueError where that is not it: 32-bit integers whose range no tag
+    tells, levels outside of it, or not finite. (Pillow's own conversion clips at 0 and 255.)
+    """
+    levels = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    low, high = (
+        next((_first(tags[number]) for number in numbers if number in tags), None)
+        for numbers in (_LOWEST_TAGS, _HIGHEST_TAGS)
+    )
+    if high is None:
+        low, high = _range_of_kind(image, tags)
+    low = low or 0
+    if not high > low:
+        raise ValueError(f"its tags tell gray levels from {low} to {high}")
+    if not np.isfinite(levels).all() or levels.min() < low or levels.max() > high:
+        found = f"{levels.min():g} to {levels.max():g}"
+        raise ValueError(f"its gray levels are {found}, beyond {low:g} to {high:g}")
+    if (low, high) == (0, 2**16 - 1):
+        return (levels >> 8).astype(np.uint8)  # the high byte, as for 16-bit color
+    return np.rint((levels.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+
+
+def _first(value: Sequence[float] | float) -> float:
+    return value[0] if isinstance(value, Sequence) else value
+
+
+def _range_of_kind(image: Image.Image, tags: Mapping) -> tuple[float, float]:
+    """Lowest and highest gray level of the kind of numbers that a file holds."""
+    if image.mode == "F":
+        return 0, 1
+    bits = 16 if image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS else 32
+    bits = _first(tags.get(_BITS_TAG, bits))
+    if bits > 16:
+        raise ValueError(f"its {bits}-bit gray levels have no range (no tag MaxSampleValue)")
+    signed = _first(tags.get(_FORMAT_TAG, 1)) == 2
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def crop_box(

@@ -6,15 +6,17 @@ Also sets of images in memory. The views and batches made of them are in `loader
 import copy
 import hashlib
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torchvision.datasets import folder
 
-from utils import archives, cropping
+from utils import archives, cropping, listing
 from utils.errors import InputError
+from utils.listing import LeftOut
 
 IMAGENET_CLASSES = 1000
 _DIGESTED_AT_ONCE = 1024  # images
@@ -25,17 +27,31 @@ class ImageSet:
 
     paths: relative to root, in the order of torchvision's ImageFolder. labels: (N,) int64, -1
     for an image without one, so throughout where there are no classes. classes: the sorted class
-    names, empty where there are none.
+    names, empty where there are none. left_out: what lies among the files and is not in the set.
     """
 
     def __init__(
-        self, root: Path, paths: list[str], labels: Sequence[int], classes: list[str]
+        self,
+        root: Path,
+        paths: list[str],
+        labels: Sequence[int],
+        classes: list[str],
+        *,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.root = root
         # One array of bytes instead of a million Python objects: workers share its pages.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels, dtype=np.int64)
         self.classes = classes
+        self.left_out = left_out or LeftOut()
+
+    def __str__(self) -> str:
+        """How many images of how many classes there are, and what is left out."""
+        count = len(self.classes)
+        classes = f"in {count} class{'es' * (count > 1)}" if count else "without classes"
+        others = f"; left out: {self.left_out}" if str(self.left_out) else ""
+        return f"data {self.root}: {len(self)} images {classes}{others}"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,6 +169,7 @@ class CachedSet(PixelSet):
     ) -> None:
         self.root, self.classes = images.root, images.classes
         self._paths, self.labels = images._paths, images.labels
+        self.left_out = images.left_out
         self._images, self._broken, self._originals = images, broken, originals
         self.pixels, self.rows = pixels, np.arange(len(images))
 
@@ -194,58 +211,58 @@ class CachedSet(PixelSet):
 def read_image_folder(root: Path) -> ImageSet:
     """List the images of `root/<class>/**`, or of a flat folder `root/*` without classes.
 
-    Raises InputError for a missing folder, one without images, and a class without images.
+    What is an image, and what is hidden: see `listing`. Images beside class folders are no part of
+    the set but of its `left_out`; beside folders without any image they are a flat folder. Raises
+    InputError for a missing folder, one without images, and a class without images.
     """
-    if not root.is_dir():
-        raise InputError(f"data {root}: no such folder")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        flat = _images_directly_in(root)
-        if not flat:
-            raise InputError(f"data {root}: neither class folders nor images in it")
-        return ImageSet(root, flat, [-1] * len(flat), [])
-    paths, labels = _images_of(classes, root)
-    empty = sorted(set(range(len(classes))) - set(labels))
-    if empty:
-        first = ", ".join(classes[label] for label in empty[:5])
+    found = listing.Folder(root)
+    by_class = found.images_by_folder()
+    if not any(by_class.values()) and (found.images or not found.folders):
+        return _flat_set(found)
+    if empty := [name for name, paths in by_class.items() if not paths]:
+        first = ", ".join(empty[:5])
         raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
-    return ImageSet(root, paths, labels, classes)
+    for name in found.images:
+        found.left_out.count("images beside the class folders", name)
+    paths = [path for paths in by_class.values() for path in paths]
+    labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class.values()])
+    return ImageSet(root, paths, labels, list(by_class), left_out=found.left_out)
+
+
+def _flat_set(found: listing.Folder) -> ImageSet:
+    """The images directly in a folder, without labels; its folders are left out."""
+    if not found.images:
+        raise InputError(f"data {found.root}: neither class folders nor images in it{_only(found)}")
+    found.check_links()
+    for name in found.folders:
+        found.left_out.count("folders", name)
+    labels = [-1] * len(found.images)
+    return ImageSet(found.root, found.images, labels, [], left_out=found.left_out)
+
+
+def _only(found: listing.Folder) -> str:
+    """What a folder without images holds instead."""
+    return f" (but {found.left_out})" if str(found.left_out) else ""
 
 
 def read_any_folder(root: Path) -> ImageSet:
     """List all images below a folder: those directly in it, then those of its folders.
 
     The classes are the folders directly in it that hold images, at any depth; without a class is
-    what lies beside them. Raises InputError for a missing folder and one without images.
+    what lies beside them. Prints how many there are, and what is none. Raises InputError for a
+    missing folder and one without images.
     """
-    if not root.is_dir():
-        raise InputError(f"data {root}: no such folder")
-    flat = _images_directly_in(root)
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    paths, found = _images_of(folders, root)
-    if not flat and not paths:
-        raise InputError(f"data {root}: no images in it")
-    used = sorted(set(found))
-    labels = np.searchsorted(used, found).tolist()
-    classes = [folders[number] for number in used]
-    return ImageSet(root, flat + paths, [-1] * len(flat) + labels, classes)
-
-
-def _images_directly_in(root: Path) -> list[str]:
-    """The names of a folder's image files, sorted."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
-    return [name for name in names if name.lower().endswith(folder.IMG_EXTENSIONS)]
-
-
-def _images_of(classes: list[str], root: Path) -> tuple[list[str], list[int]]:
-    """Paths below root of the images of these folders in it, and the numbers of the folders."""
-    if not classes:
-        return [], []
-    numbers = {name: number for number, name in enumerate(classes)}
-    samples = folder.make_dataset(
-        str(root), numbers, extensions=folder.IMG_EXTENSIONS, allow_empty=True
-    )
-    return [os.path.relpath(path, root) for path, _ in samples], [label for _, label in samples]
+    found = listing.Folder(root)
+    by_class = found.images_by_folder()
+    classes = [name for name, paths in by_class.items() if paths]
+    if not found.images and not classes:
+        raise InputError(f"data {root}: no images in it{_only(found)}")
+    paths = [path for name in classes for path in by_class[name]]
+    counts = [len(found.images), *(len(by_class[name]) for name in classes)]
+    labels = np.repeat(np.arange(-1, len(classes)), counts)
+    images = ImageSet(root, found.images + paths, labels, classes, left_out=found.left_out)
+    print(images, flush=True)
+    return images
 
 
 def read_split(
@@ -255,20 +272,23 @@ def read_split(
 
     dataset: "imagenet" for any folder tree; "imagenet100" for the first 100 classes of numpy's
     seeded (1234) permutation of ImageNet's 1000, which must all be there; or one of
-    `archives.NAMES`, unlabeled: with its images without labels (label -1), if there are any. A flat
-    folder of images without a "train" folder is a training set without labels. Raises InputError.
+    `archives.NAMES`, unlabeled: with its images without labels (label -1), if there are any. A
+    folder with images directly in it and without a "train" folder is a training set without labels.
+    Prints how many images in how many classes there are, and what is left out. Raises InputError.
     """
+    images = _read_split(data, split, dataset=dataset, unlabeled=unlabeled)
+    warning = f"; WARNING: {_one_class(images)}" if len(images.classes) == 1 else ""
+    print(f"{images}{warning}", flush=True)
+    return images
+
+
+def _read_split(data: Path, split: str, *, dataset: str, unlabeled: bool) -> ImageSet:
     if dataset in archives.NAMES:
         pixels, labels, names, classes = archives.read(data, dataset, split, unlabeled=unlabeled)
         return PixelSet(data / split, names, labels, classes, pixels)
-    if not data.is_dir():
-        raise InputError(f"data {data}: no such folder")
     root = data / split
     if not root.is_dir():
-        if split == "train" and _is_flat(data):
-            root = data
-        else:
-            raise InputError(f"data {data}: no folder {split}/ in it")
+        return _without_split_folder(data, split)
     images = read_image_folder(root)
     if dataset == "imagenet100":
         if len(images.classes) != IMAGENET_CLASSES:
@@ -281,19 +301,48 @@ def read_split(
     return images
 
 
-def _is_flat(data: Path) -> bool:
-    """Whether a folder holds images and no folders."""
-    entries = list(os.scandir(data))
-    return any(entry.name.lower().endswith(folder.IMG_EXTENSIONS) for entry in entries) and not any(
-        entry.is_dir() for entry in entries
+def _without_split_folder(data: Path, split: str) -> ImageSet:
+    """A flat folder as training images; InputError, with what may be meant, for any other."""
+    found = listing.Folder(data)
+    if split == "train" and found.images:
+        return _flat_set(found)
+    nearby = [name for name in found.folders if (data / name / split).is_dir()]
+    hint = ""
+    if len(nearby) == 1:
+        hint = f"; did you mean {data / nearby[0]}?"
+    elif data.resolve().name in ("train", "val"):
+        hint = f"; did you mean {data.resolve().parent}, the folder that holds train/ and val/?"
+    raise InputError(f"data {data}: no folder {split}/ in it{hint}")
+
+
+def _one_class(images: ImageSet) -> str:
+    """What is said of a set of a single class: perhaps its folders lie one level too deep."""
+    (name,) = images.classes
+    parts = (images.name(number).split("/") for number in range(len(images)))
+    inside = {below[1] for below in parts if len(below) > 2}
+    if not inside:
+        return f"one class only, {name}"
+    where = images.root / name
+    return (
+        f"one class only, {name}, with {len(inside)} folders in it: did you mean {where}? The "
+        f"folders of the classes belong directly into {images.root}"
     )
 
 
-def check_same_classes(train: ImageSet, val: ImageSet) -> None:
-    """InputError unless both splits have the same class names, since labels are their positions."""
-    differing = sorted(set(train.classes) ^ set(val.classes))
-    if differing:
+def check_classes(train: ImageSet, val: ImageSet) -> None:
+    """InputError unless both splits have the same classes, two or more.
+
+    Labels are positions among their names. Of a single class any network is right.
+    """
+    data = train.root.parent
+    if differing := sorted(set(train.classes) ^ set(val.classes)):
+        forms = Counter(unicodedata.normalize("NFC", name) for name in differing)
+        twins = ", ".join([name for name, count in forms.items() if count > 1][:5])
+        hint = f"; in both, but in two Unicode normal forms (NFC and NFD): {twins}" if twins else ""
         raise InputError(
-            f"data {train.root.parent}: train/ and val/ differ in {len(differing)} classes, "
-            f"first {', '.join(differing[:5])}"
+            f"data {data}: train/ and val/ differ in {len(differing)} classes, first "
+            f"{', '.join(differing[:5])}{hint}"
         )
+    if len(train.classes) < 2:
+        found = _one_class(train) if train.classes else "no class folders in train/ and val/"
+        raise InputError(f"data {data}: {found}; an evaluation needs two classes")

@@ -94,11 +94,17 @@ def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> di
 
 
 def result_record(
-    args: argparse.Namespace, state: dict, *, counts: dict[str, int], bad_images: BadImages
+    args: argparse.Namespace,
+    state: dict,
+    *,
+    counts: dict[str, int],
+    bad_images: BadImages,
+    images: dict[str, ImageSet],
 ) -> dict:
     """What every result file says of its origin: checkpoint, sha256, network, counts, command.
 
-    counts: of what was used; bad_images: the files that were not, as they cannot be read.
+    counts: of what was used; bad_images: the files that were not, as they cannot be read. images:
+    by split; "left_out" tells what lies among their files and is no image.
     """
     from_file = bool(state)
     return {
@@ -110,6 +116,7 @@ def result_record(
         "image_size": args.image_size,
         "seed": args.seed,
         "counts": counts,
+        "left_out": {split: found.left_out.record() for split, found in images.items()},
         "bad_images": bad_images.names,
         "command": origin.command(),
         "torch": torch.__version__,

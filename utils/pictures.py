@@ -13,8 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-from utils import cropping
+from torch import Tensor
 
 SAME, OTHER = "#0072B2", "#D55E00"  # Okabe-Ito blue and vermilion
 _INK, _GRAY, _PAPER = "black", "#555555", "white"
@@ -115,13 +114,10 @@ def badge_side(side: int) -> int:
     return max(14, side // 5)
 
 
-def thumbnail(path: str, side: int) -> Image.Image:
-    """The central square of an image file, side x side pixels, RGB.
-
-    Read as in training. Errors of PIL and of the operating system pass through.
-    """
-    image = Image.fromarray(cropping.decode(path).permute(1, 2, 0).numpy())
-    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+def thumbnail(image: Tensor, side: int) -> Image.Image:
+    """The central square of an image (3, H, W) uint8, side x side pixels, RGB."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

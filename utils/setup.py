@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from utils import archives, batch_norm, board, checkpoint, distributed, options, origin
-from utils.data import ImageSet, check_same_classes, read_split
+from utils.data import ImageSet, check_classes, read_split
 from utils.encoders import (
     Backbone,
     QueryTargetEncoders,
@@ -72,16 +72,18 @@ def read_training_data(
     train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
     if labeled and not train.classes:
         raise InputError(f"data {args.data}: labels need class folders in train/")
+    if labeled and len(train.classes) == 1:
+        raise InputError(f"data {args.data}: one class only, {train.classes[0]}; labels need two")
     if args.knn_freq < 0:
         return train, None
-    if not train.classes:
-        reason = "the training images have no classes"
+    if len(train.classes) < 2:
+        reason = f"the training images have {'one class only' if train.classes else 'no classes'}"
     elif args.dataset not in archives.NAMES and not (args.data / "val").is_dir():
         reason = f"{args.data} has no folder val/"
     else:
         val = read_split(args.data, "val", dataset=args.dataset)
         if val.classes:
-            check_same_classes(train, val)
+            check_classes(train, val)
             return train, val
         reason = "the val images have no classes"
     if args.knn_freq > 0:
@@ -256,7 +258,7 @@ def build_run(
         ),
         settings={name: _builtin(value) for name, value in vars(args).items()},
         data=_digests(loader.images, labeled=labeled, given=given),
-        about=origin.of_start(args.device) | {"counts": _counts(loader.images, val, labeled)},
+        about=origin.of_start(args.device) | _about_images(loader.images, val, labeled),
         print_freq=args.print_freq,
         save_freq=args.save_freq,
         save_minutes=args.save_minutes,
@@ -344,14 +346,16 @@ def _digests(images: ImageSet, **chosen: np.ndarray | None) -> dict[str, str]:
     return digests
 
 
-def _counts(train: ImageSet, val: ImageSet | None, labeled: np.ndarray | None) -> dict[str, int]:
-    """How many images there are of each kind, and classes."""
+def _about_images(train: ImageSet, val: ImageSet | None, labeled: np.ndarray | None) -> dict:
+    """How many images and classes there are, and what lies among the files and is not used."""
     counts = {"train": len(train), "classes": len(train.classes)}
+    left_out = {"train": train.left_out.record()}
     if val is not None:
         counts["val"] = len(val)
+        left_out["val"] = val.left_out.record()
     if labeled is not None:
         counts["labeled"] = len(labeled)
-    return counts
+    return {"counts": counts, "left_out": left_out}
 
 
 def _builtin(value: Any) -> Any:

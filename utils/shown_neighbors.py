@@ -184,11 +184,10 @@ def draw(
     side: of a neighbor's thumbnail, pixels. A record holds file, label and class, and of each
     neighbor also bank row, similarity, rank and whether the class is the target's; "place" is the
     thumbnail's left and top edge and side. bad_images: what is done about a file that cannot be
-    read (default: InputError); left out, it is a gray tile. InputError that lists files gone.
+    read (default: InputError); left out, it is a gray tile.
     """
     bad_images = bad_images or BadImages()
     drawing = _Drawing(shown, images, side, bad_images)
-    drawing.check_files()
     made = [drawing.panel(number) for number in range(len(shown.targets))]
     panels, records = [panel for panel, _ in made], [record for _, record in made]
     sheet = pictures.neighbor_sheet(panels, title=title, notes=notes, side=side)
@@ -291,17 +290,6 @@ class _Drawing:
         self.bad_images = bad_images
         self._read: dict[tuple[int, int], pictures.Image.Image | None] = {}
 
-    def check_files(self) -> None:
-        """InputError that lists files that are gone, unless bad files are left out."""
-        numbers = set(self.shown.targets.tolist())
-        for line in self.shown.lines:
-            rows = line.found.rows[line.found.valid]
-            numbers |= set(self.shown.row_images[rows].tolist())
-        gone = [n for n in sorted(numbers) if not Path(self.images.path(n)).exists()]
-        if gone and not self.bad_images.skip:
-            names = ", ".join(self.images.name(number) for number in gone[:_NAMED])
-            raise InputError(f"data {self.images.root}: {len(gone)} files are gone: {names}")
-
     def panel(self, number: int) -> tuple[pictures.Panel, dict]:
         """The panel of target `number` and its record, without places."""
         image = int(self.shown.targets[number])
@@ -356,12 +344,12 @@ class _Drawing:
     def _thumbnail(self, image: int, side: int) -> pictures.Image.Image | None:
         """An image's thumbnail, None if it cannot be read and such files are left out."""
         if (image, side) not in self._read:
-            path = self.images.path(image)
             try:
-                self._read[image, side] = pictures.thumbnail(path, side)
+                self._read[image, side] = pictures.thumbnail(self.images.image(image), side)
             except MemoryError:
                 raise
             except Exception as error:  # a damaged file can raise about anything
+                path = self.images.path(image)
                 self.bad_images.add(path, reason_of(error, path))
                 self._read[image, side] = None
         return self._read[image, side]

@@ -182,6 +182,7 @@ class PseudoCMSF(nn.Module):
             num_images=len(images.images),
             left_out=images.left_out,
             everywhere=True,  # each process trains the head as the others do
+            path_of=images.images.path,
         )
         device = self.bank.features.device
         return nn.functional.normalize(features, dim=1).to(device), labels.to(device)

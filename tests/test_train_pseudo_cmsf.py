@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import signal
+from pathlib import Path
 
 import oracles
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
+from utils.data import ImageSet
 from utils.loaders import EvalBatch
 
 SCRIPT = importlib.import_module("semi_supervised.train_pseudo_cmsf")
@@ -166,7 +168,7 @@ def test_without_a_cache_embeddings_come_from_the_images():
     images = torch.randn(5, 3, 2, 2, dtype=torch.float64)
 
     class Images:
-        images = range(5)
+        images = ImageSet(Path("."), list("abcde"), [0] * 5, [])
         left_out = ()
 
         def __iter__(self):

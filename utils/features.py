@@ -98,13 +98,12 @@ def _check_finite(
     numbers = sorted(sum(distributed.gather_objects(not_finite), []))
     if not numbers:
         return
-    weights = backbone.state_dict().values()
-    reason = "weights are not finite: its training diverged (a lower learning rate?)"
-    if all(value.isfinite().all() for value in weights):
-        reason = "weights are finite, but what it makes of images is not: did its training diverge?"
+    finite = all(value.isfinite().all() for value in backbone.state_dict().values())
+    weights = "finite, but what it makes of images is not" if finite else "not finite"
     raise RunError(
         f"the features of {len(numbers)} of {num_images} images are not finite, first image "
-        f"{path_of(numbers[0])}; the network's {reason}"
+        f"{path_of(numbers[0])}; the network's weights are {weights}: did its training diverge "
+        "(try a lower learning rate)?"
     )
 
 

@@ -83,15 +83,22 @@ def train_head(
     head.eval().requires_grad_(False)
     for value in head.state_dict().values():  # kernels may round differently on each GPU
         distributed.from_main(value)
-    finite = torch.stack([value.isfinite().all() for value in head.state_dict().values()]).all()
-    figures = torch.cat([sums / len(labels), finite.unsqueeze(0)])
-    loss, accuracy, finite = distributed.from_main(figures).tolist()  # the only wait for a GPU
-    if not (finite and math.isfinite(loss)):
+    loss, accuracy = _figures(head, sums / len(labels))
+    if not math.isfinite(loss):
         raise RunError(
-            f"--pseudo_lbl_lr {learning_rate:g}: the classifier head has diverged (loss {loss:g} "
-            f"on {len(labels)} rows); try a lower one"
+            f"--pseudo_lbl_lr {learning_rate:g}: the classifier head has diverged (trained on "
+            f"{len(labels)} rows); try a lower one"
         )
     return {"head_loss": loss, "head_accuracy": 100 * accuracy, "head_rows": len(labels)}
+
+
+def _figures(head: PseudoLabelHead, means: Tensor) -> list[float]:
+    """The means (2,) of loss and hits as the main process has them; nan if the head is not finite.
+
+    The only wait for a GPU in a round.
+    """
+    finite = torch.stack([value.isfinite().all() for value in head.state_dict().values()]).all()
+    return distributed.from_main(means.where(finite, torch.nan)).tolist()
 
 
 def _train_epoch(

@@ -135,5 +135,5 @@ def test_a_head_that_diverges_is_named(epochs):
     head = PseudoLabelHead("linear", 6, 3)
     options = ROUND | {"batch_size": 30, "epochs": epochs}
     options |= {"learning_rate": 1e38, "weight_decay": 1e4}
-    with pytest.raises(RunError, match=r"--pseudo_lbl_lr 1e\+38.*diverged.*on 30 rows"):
+    with pytest.raises(RunError, match=r"--pseudo_lbl_lr 1e\+38.*diverged.* 30 rows"):
         train_head(head, rows, labels, seed=[0], **options)

@@ -3,7 +3,7 @@
 The file holds its key: checkpoint, encoder, network, view, and a digest of each split's labels and
 of every byte of its image files. Features are handed out only if the whole key is the same, so a
 stale file cannot be used, not even with image files that have the size and the time of others.
-For that all files are read once more, in 4% of the time that decoding and cropping them takes (13%
+For that all files are read once more, in 4% of the time that decoding and cropping them takes (11%
 for files of 2 kB: tests/benchmarks/feature_key.py), as fast as the disk gives them. They are read
 before the features are made: of a file that changes in between the key has the old bytes.
 """

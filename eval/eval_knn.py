@@ -129,7 +129,7 @@ def main() -> None:
     check_flags(args, state)
     key = None
     if distributed.is_main() and (args.load_cache or args.save_features):
-        key = evaluation.feature_key(args, state, train=train, val=val)
+        key = evaluation.feature_key(args, state, contents=True, train=train, val=val)
     bad_images = evaluation.build_bad_images(args)
     features = get_features(args, backbone.module, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():

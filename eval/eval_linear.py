@@ -109,7 +109,11 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="folder of --cached's features.pth; default: that of --save, else it is not kept",
     )
-    group.add_argument("--resume", type=Path, help="linear.pth to continue after")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        help="linear.pth to continue after, on images of the same names, sizes and times",
+    )
     group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")
     args = options.parse(parser, demo=DEMO)
     if args.demo and not args.fine_tune:
@@ -156,13 +160,13 @@ def build_data(
     train: ImageSet,
     val: ImageSet,
     *,
-    key: dict[str, str],
+    state: dict,
     bad_images: BadImages,
 ) -> FromImages | FromFeatures | None:
-    """Where features come from; key: of their cache. None: another process trains on them."""
+    """Where features come from; state: the checkpoint. None: another process trains on them."""
     loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
-        features = cached_features(args, encoder, *loaders, key=key)
+        features = cached_features(args, encoder, *loaders, state=state)
         return features and FromFeatures(
             features, batch_size=args.batch_size, seed=args.seed, device=args.device
         )
@@ -179,16 +183,18 @@ def build_data(
 
 
 def cached_features(
-    args: argparse.Namespace, encoder: nn.Module, *loaders: EvalLoader, key: dict[str, str]
+    args: argparse.Namespace, encoder: nn.Module, train: EvalLoader, val: EvalLoader, *, state: dict
 ) -> feature_cache.Features | None:
-    """The features of a cache that has this key; extracted, and kept there, where it has not.
+    """The features of a cache made of the same; extracted, and kept there, where it was not.
 
-    None but on the main process.
+    state: the checkpoint. None but on the main process.
     """
     folder = args.cache_dir or args.save
     path = folder and folder / feature_cache.NAME
-    bad_images = loaders[0].bad_images
-    features = None
+    bad_images, features = train.bad_images, None
+    if distributed.is_main() and path:
+        splits = {"train": train.images, "val": val.images}
+        key = evaluation.feature_key(args, state, contents=True, **splits)
     if distributed.is_main() and path and path.exists():
         try:
             features = feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
@@ -196,7 +202,7 @@ def cached_features(
             print(f"{error}: extracted anew", flush=True)
     if distributed.any_true(features is not None):
         return features
-    features = feature_cache.extract(encoder, *loaders)
+    features = feature_cache.extract(encoder, train, val)
     if distributed.is_main() and path:
         feature_cache.save(path, key, features, bad_images=bad_images.names)
     return features
@@ -205,7 +211,8 @@ def cached_features(
 def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict:
     """The linear.pth that --resume names; InputError unless it goes with the flags and the data.
 
-    key: of the features; the saved run must have the same parts. With --evaluate, --lr, --mlp and
+    key: of the features, by sizes and times of the image files; the saved run must have the same
+    parts. With --evaluate, --lr, --mlp and
     --fine-tune are as in the file, and written into args.
     """
     what = f"--resume {args.resume}"
@@ -279,7 +286,7 @@ def train_epoch(
         distributed.from_main(value)
     losses = losses.tolist()
     if not any(map(math.isfinite, losses)):
-        raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr")
+        raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr (or --wd)")
     return losses
 
 
@@ -314,7 +321,7 @@ def train_probe(
         history.append(linear.history_row(losses, figures))
         if due and distributed.is_main():
             parts = (
-                f"lr {rate}: loss {loss:.4f} top-1 {row['top1']:.2f}"
+                f"lr {rate}: loss {loss:.4f} top-1 {linear.percent(row['top1'])}"
                 for rate, loss, row in zip(rates, losses, figures, strict=True)
             )
             Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
@@ -383,7 +390,7 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
     print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
     print(linear.format_table(summary))
     if args.save:
-        best = max(summary, key=lambda rate: summary[rate]["top1"])
+        best = linear.best_rate(summary)
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
         print(result_files.write_json(args.save, "linear.json", record))
@@ -397,7 +404,7 @@ def main() -> None:
     train, val = read_images(args)
     backbone, state = evaluation.evaluated_backbone(args)
     splits = {} if args.evaluate else {"train": train, "val": val}
-    key = evaluation.feature_key(args, state, **splits)
+    key = evaluation.feature_key(args, state, contents=False, **splits)
     saved = load_run(args, key, train.classes) if args.resume else None
     if saved and args.fine_tune:
         checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
@@ -408,7 +415,7 @@ def main() -> None:
     bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved.get("bad_images", []))
-    data = build_data(args, backbone.module, train, val, key=key, bad_images=bad_images)
+    data = build_data(args, backbone.module, train, val, state=state, bad_images=bad_images)
     if args.cached and not args.evaluate:
         distributed.stop(together=True)  # the rest is quick
     if data is None:

@@ -155,7 +155,11 @@ def extract(backbone: nn.Module, name: str, loaders: list[EvalLoader]) -> transf
             continue
         bar = tqdm(loader, f"{name}: {split}", leave=False, disable=not distributed.shows_bars())
         features[split] = extract_features(
-            backbone, bar, num_images=len(loader.images), left_out=loader.left_out
+            backbone,
+            bar,
+            num_images=len(loader.images),
+            left_out=loader.left_out,
+            path_of=loader.images.path,
         )
     return features if distributed.is_main() else None
 

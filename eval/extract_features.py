@@ -81,7 +81,13 @@ def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 def extract(network: nn.Module, loader: EvalLoader) -> Tensor | None:
     """Rows (N, F) float32 of the images that can be read; None but on the main process."""
     bar = tqdm(loader, "features", leave=False, disable=not distributed.shows_bars())
-    found = extract_features(network, bar, num_images=len(loader.images), left_out=loader.left_out)
+    found = extract_features(
+        network,
+        bar,
+        num_images=len(loader.images),
+        left_out=loader.left_out,
+        path_of=loader.images.path,
+    )
     return found and found[0]
 
 

@@ -1,5 +1,6 @@
 """The classifier head that gives pseudo-labels, and its rounds of training (CMSF sec. 3.2)."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from utils import distributed
 from utils.encoders import mlp
+from utils.errors import RunError
+from utils.loaders import batch_ends
 from utils.streams import upload
 
 
@@ -58,8 +61,10 @@ def train_head(
 
     embeddings: (n, D), unit norm; labels: (n,) int64; both on the head's device. The learning rate
     falls to a tenth after each of `decay_epochs`. seed: integers that the order of the rows
-    follows from. A last batch of one row, of which batch norm can make nothing, is left out.
-    Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
+    follows from. Every epoch trains on all rows, in batches that end where `batch_ends` says; with
+    batch norm they must be of two rows or more. (The published code drops a last batch that is not
+    full.) Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
+    RunError if loss or head are not finite in the end.
     """
     optimizer = torch.optim.SGD(
         head.requires_grad_(True).parameters(),
@@ -72,13 +77,28 @@ def train_head(
     head.train()
     for _ in range(epochs):
         order = upload(torch.from_numpy(random.permutation(len(labels))), labels.device)
-        sums = _train_epoch(head, embeddings, labels, order.split(batch_size), optimizer)
+        batches = order.tensor_split(batch_ends(len(labels), batch_size))
+        sums = _train_epoch(head, embeddings, labels, batches, optimizer)
         schedule.step()
     head.eval().requires_grad_(False)
     for value in head.state_dict().values():  # kernels may round differently on each GPU
         distributed.from_main(value)
-    loss, accuracy = (sums / len(labels)).tolist()  # the only wait for a GPU
+    loss, accuracy = _figures(head, sums / len(labels))
+    if not math.isfinite(loss):
+        raise RunError(
+            f"--pseudo_lbl_lr {learning_rate:g}: the classifier head has diverged (trained on "
+            f"{len(labels)} rows); try a lower one"
+        )
     return {"head_loss": loss, "head_accuracy": 100 * accuracy, "head_rows": len(labels)}
+
+
+def _figures(head: PseudoLabelHead, means: Tensor) -> list[float]:
+    """The means (2,) of loss and hits as the main process has them; nan if the head is not finite.
+
+    The only wait for a GPU in a round.
+    """
+    finite = torch.stack([value.isfinite().all() for value in head.state_dict().values()]).all()
+    return distributed.from_main(means.where(finite, torch.nan)).tolist()
 
 
 def _train_epoch(
@@ -91,8 +111,6 @@ def _train_epoch(
     """One pass over batches of row numbers: (2,), the sums over rows of loss and of hits."""
     sums = torch.zeros(2, device=labels.device)
     for rows in batches:
-        if len(rows) == 1 < len(labels):
-            continue
         logits = head(embeddings[rows])
         loss = cross_entropy(logits, labels[rows])
         optimizer.zero_grad(set_to_none=True)

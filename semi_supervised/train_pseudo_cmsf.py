@@ -10,6 +10,11 @@
 A classifier head on the target embeddings, trained on those of the labeled images, predicts a label
 for each unlabeled one. A query is pulled to the rows of the bank with its label; without a
 confident label, to plain neighbors.
+
+The head has a round of training after the middle step of an epoch and after the last, whatever the
+batch size (the published code has the one in the middle below a batch size of 1024 only); an epoch
+of one step has the last alone. With `--cache_conf_unsup` the cache is emptied at the start of each
+epoch, as published, so that the head never trains on pseudo-labels of an earlier one.
 """
 
 import argparse
@@ -64,7 +69,8 @@ class PseudoCMSF(nn.Module):
     images whose label may be used. mem_bank_size: K. topk: k with a label; topk_plain: k without.
     conf_th: confidence from which a prediction counts, or None: every one does. cache_size: rows of
     the cache of labeled embeddings, or None: `train_head` takes them from the images.
-    cache_confident: unlabeled embeddings with a confident label enter the cache too.
+    cache_confident: unlabeled embeddings with a confident label enter the cache too; `start_epoch`
+    then empties it.
     """
 
     def __init__(
@@ -151,6 +157,11 @@ class PseudoCMSF(nn.Module):
         rows = upload(chosen, t.device)
         self.cache.enqueue(t[rows], index=index[chosen], label=label[rows], only_if=only_if)
 
+    def start_epoch(self) -> None:
+        """To be called before the first step of each epoch: pseudo-labels of the last one go."""
+        if self.cache_confident:
+            self.cache.clear()
+
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""
         rows, truth = self.bank.in_use("features", "true_label")
@@ -171,6 +182,7 @@ class PseudoCMSF(nn.Module):
             num_images=len(images.images),
             left_out=images.left_out,
             everywhere=True,  # each process trains the head as the others do
+            path_of=images.images.path,
         )
         device = self.bank.features.device
         return nn.functional.normalize(features, dim=1).to(device), labels.to(device)
@@ -224,6 +236,11 @@ def main() -> None:
     args = parse_args()
     if args.cache_conf_unsup and not (args.cache_sup and args.use_conf):
         raise InputError("--cache_conf_unsup: only with --cache_sup and --use_conf")
+    if args.pseudo_batch_size == 1 and args.mlp_xent != "linear":
+        raise InputError(
+            f"--pseudo_batch_size 1: --mlp_xent {args.mlp_xent} has batch norm, which "
+            "cannot train on one row"
+        )
     setup.check_bank(args)
     train, val = setup.read_training_data(args, labeled=True)
     index = setup.labeled_index(args, train, file=args.sup_split_file, flag="--sup_split_file")
@@ -251,6 +268,8 @@ def main() -> None:
             args, loader.images.take(index), bad_images=loader.bad_images
         )
         for batch in run.batches(loader):
+            if run.epoch_step == 1:
+                model.start_epoch()
             constrained = run.epoch >= args.constraint_start
             loss, stats = run.forward(batch, constrained=constrained)
             run.step(loss, stats)
@@ -263,7 +282,7 @@ def main() -> None:
 def train_round(
     model: PseudoCMSF, images: EvalLoader, args: argparse.Namespace, *, seed: list[int]
 ) -> dict[str, float]:
-    """Train the head on what is labeled so far; the figures of the round."""
+    """Train the head on what is labeled so far; the figures of the round, none below two rows."""
     embeddings, labels = model.labeled_embeddings(images)
     if len(labels) < 2:
         return {"head_rows": len(labels)}

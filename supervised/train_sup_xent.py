@@ -71,7 +71,11 @@ class CrossEntropy(nn.Module):
         """The classifier's own accuracy on images, in percent; on the main process alone."""
         whole = nn.Sequential(self.encoders.query_encoder.backbone, self.classifier)
         found = extract_features(
-            whole, images, num_images=len(images.images), left_out=images.left_out
+            whole,
+            images,
+            num_images=len(images.images),
+            left_out=images.left_out,
+            path_of=images.images.path,
         )
         if found is None:
             return {}

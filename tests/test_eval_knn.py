@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from oracles import torchvision_resnet18
 from test_bad_input import assert_refused
 
 from utils import feature_cache
+from utils.encoders import build_backbone
 
 KNN = importlib.import_module("eval.eval_knn")
 UNTRAINED = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "-j", 0)
@@ -127,6 +129,42 @@ def test_features_of_something_else_are_refused(call_script, image_tree, tmp_pat
     assert_refused(call_script(KNN, *load, image_tree), f"--load_cache {cache}", "not a readable")
     missing = (*UNTRAINED, "--load_cache", tmp_path / "none.pth", image_tree)
     assert_refused(call_script(KNN, *missing), "--load_cache", "no such file")
+
+
+def test_features_of_other_pixels_in_files_that_look_the_same(call_script, tmp_path):
+    """Two pictures change places, and every file keeps its size and time."""
+    for number, name in enumerate("ab"):
+        for split in ("train", "val"):
+            write_image(tmp_path / split / name / "0.bmp", seed=number)
+    files = [tmp_path / "train" / name / "0.bmp" for name in "ab"]
+    for path in files:
+        os.utime(path, ns=(10**9, 10**9))
+    flags = (*UNTRAINED, "--save", tmp_path, tmp_path)
+    assert call_script(KNN, *flags, "--save-features")[0] == 0
+    for path in files:
+        os.utime(path, ns=(10**9, 2 * 10**9))
+    load = ("--load-cache", tmp_path / "features.pth")
+    assert call_script(KNN, *flags, *load)[0] == 0  # times do not matter
+    pictures = [path.read_bytes() for path in files]
+    for path, picture in zip(files, reversed(pictures), strict=True):
+        path.write_bytes(picture)
+        os.utime(path, ns=(10**9, 2 * 10**9))
+    assert_refused(call_script(KNN, *flags, *load), "--load_cache", "another train images")
+
+
+def test_a_network_that_is_not_finite_ends_in_words(call_script, image_tree, tmp_path):
+    """Nothing is written; the first image and what to look at are named."""
+    state = build_backbone("conv4").module.state_dict()
+    last = [value for value in state.values() if value.is_floating_point()][-1]
+    last.view(-1)[0] = float("nan")
+    torch.save(state, tmp_path / "ckpt.pth")
+    flags = ("--weights", tmp_path / "ckpt.pth", "--arch", "conv4", "--image_size", 16, "-j", 0)
+    code, _, stderr = call_script(KNN, *flags, "--save", tmp_path, "--save-features", image_tree)
+    assert code == 1 and stderr.count("\n") == 1
+    first = image_tree / "train" / "a" / "0.jpg"
+    assert f"30 of 30 images are not finite, first image {first}" in stderr
+    assert "weights are not finite" in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
 
 
 def test_accuracies_are_appended(call_script, image_tree, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from utils.errors import RunError
 from utils.features import extract_features
 from utils.loaders import EvalBatch
 
@@ -50,3 +51,21 @@ def test_eval_mode_inside_and_mode_restored():
     module.eval()
     extract_features(module, batches([0, 1]), num_images=2)
     assert not module.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e25])
+def test_features_that_are_not_finite_are_named(value):
+    """1e25 is finite, but not the length of such a row: normalized it would be zero."""
+
+    class Broken(nn.Flatten):
+        def forward(self, images):
+            rows = super().forward(images)
+            rows[(rows[:, 0] == 1) | (rows[:, 0] == 3), 2] = value
+            return rows
+
+    with pytest.raises(RunError, match="2 of 4 images.*first image x/1.*weights are finite"):
+        extract_features(Broken(), batches([2, 3], [0, 1]), num_images=4, path_of="x/{}".format)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    network[1].bias.data[4] = torch.tensor(value) ** 9
+    with pytest.raises(RunError, match="4 of 4 images.*first image x/0.*weights are not finite"):
+        extract_features(network, batches([2, 3], [0, 1]), num_images=4, path_of="x/{}".format)

@@ -140,7 +140,16 @@ def test_a_rate_that_diverges_leaves_the_others_alone():
     assert not losses[1].isfinite()
     figures = linear.accuracy(probe, *features)
     assert figures[0] == linear.accuracy(alone, *features)[0]
-    assert figures[1] == {"top1": 0.0, "top5": 0.0}
+    assert figures[1] == {"top1": None, "top5": None}
+    (one,) = linear.accuracy(alone, *features)
+    summary = linear.summarize(rates, [linear.history_row(losses.tolist(), figures)] * 2)
+    assert summary["1e+300"] == dict.fromkeys(("top1", "top5", "best_top1", "best_epoch", "loss"))
+    assert linear.best_rate(dict(reversed(summary.items()))) == "0.1"
+    _, best, diverged = linear.format_table(summary).splitlines()
+    assert best.split()[1] == f"{one['top1']:.2f}" and diverged.split()[1:] == ["-"] * 3 + ["(-)"]
+    alone.heads[0].load_state_dict(probe.heads[1].state_dict())
+    with pytest.raises(RunError, match="--lr"):
+        linear.accuracy(alone, *features)
 
 
 def test_accuracy_against_sorting():

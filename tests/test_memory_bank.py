@@ -53,6 +53,19 @@ def test_oldest_rows_go_first():
     assert bank.label.tolist() == [5, 6, 7, 8, 4]
 
 
+def test_a_cleared_bank_finds_only_what_comes_after():
+    bank = MemoryBank(5, 2, with_previous=True)
+    bank.enqueue(**columns(0, 7, 2))
+    bank.clear()
+    assert bank.filled == 0 and not len(bank.newest(3))
+    bank.enqueue(**columns(7, 2, 2))
+    restored = MemoryBank(5, 2, with_previous=True)
+    restored.load_state_dict(bank.state_dict())
+    for one in (bank, restored):
+        (labels,) = one.in_use("label")
+        assert labels.tolist() == [14, 16]
+
+
 def test_columns_must_be_complete():
     bank = MemoryBank(4, 2)
     with pytest.raises(TypeError, match="label"):

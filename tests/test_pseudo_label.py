@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
+from utils.errors import RunError
 
 ROUND = {
     "epochs": 4,
@@ -90,8 +91,49 @@ def test_prediction_is_made_in_eval_mode():
     torch.testing.assert_close(all_confidences, expected)
 
 
-def test_a_last_batch_of_one_row_is_left_out():
-    head = PseudoLabelHead("mlp", 6, 3).double()
+def test_a_last_batch_of_one_row_joins_the_one_before():
+    """8 rows in batches of 7 are one batch: what one batch of 8 makes of them."""
     rows, labels = embeddings(count=8)
-    figures = train_head(head, rows, labels, seed=[0], **ROUND)
-    assert figures["head_rows"] == 8
+    for kind in ("linear", "mlp"):
+        heads = []
+        for batch_size in (7, 8):
+            torch.manual_seed(0)
+            heads.append(PseudoLabelHead(kind, 6, 3).double())
+            options = ROUND | {"batch_size": batch_size}
+            figures = train_head(heads[-1], rows, labels, seed=[0], **options)
+            assert figures["head_rows"] == 8 and figures["head_loss"] > 0
+        for one, two in zip(*(head.state_dict().values() for head in heads), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_batches_of_one_row_train_a_head_without_batch_norm():
+    """Each row a step of its own; figures over all of them."""
+    torch.manual_seed(0)
+    head = PseudoLabelHead("linear", 6, 3).double()
+    weight, bias = (value.detach().clone() for value in head.parameters())
+    rows, labels = embeddings(count=5)
+    options = ROUND | {"batch_size": 1, "epochs": 1, "momentum": 0, "weight_decay": 0}
+    figures = train_head(head, rows, labels, seed=[3], **options)
+    losses, right = [], 0
+    for row in np.random.default_rng([3]).permutation(5):
+        scores = (weight @ rows[row] + bias).exp()
+        share = scores / scores.sum()
+        losses.append(-share[labels[row]].log().item())
+        right += scores.argmax().item() == labels[row].item()
+        error = share - nn.functional.one_hot(labels[row], 3)
+        weight -= 0.5 * error[:, None] * rows[row]
+        bias -= 0.5 * error
+    torch.testing.assert_close(head.layers[0].weight, weight, rtol=0, atol=1e-12)
+    assert figures["head_loss"] == pytest.approx(sum(losses) / 5, rel=1e-6)
+    assert figures["head_accuracy"] == pytest.approx(100 * right / 5)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_head_that_diverges_is_named(epochs):
+    """After one epoch its loss is still that of the start; the weights alone tell."""
+    rows, labels = (value.float() if value.is_floating_point() else value for value in embeddings())
+    head = PseudoLabelHead("linear", 6, 3)
+    options = ROUND | {"batch_size": 30, "epochs": epochs}
+    options |= {"learning_rate": 1e38, "weight_decay": 1e4}
+    with pytest.raises(RunError, match=r"--pseudo_lbl_lr 1e\+38.*diverged.* 30 rows"):
+        train_head(head, rows, labels, seed=[0], **options)

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "loaders": {"one_view", "reading", "two_views"},
     "safetensors_file": {"errors"},
     "checkpoint": {"encoders", "errors", "safetensors_file"},
-    "features": {"distributed"},
+    "features": {"distributed", "errors"},
     "feature_cache": {
         *("bad_images", "checkpoint", "data", "distributed", "errors", "features", "loaders"),
     },

@@ -103,6 +103,16 @@ def test_script_runs_from_anywhere(run_script, image_tree, tmp_path, folder):
     assert (tmp_path / "ckpt_epoch_2.pth").exists()
 
 
+def test_knn_figures_of_a_network_that_diverged_end_the_run(call_script, image_tree, tmp_path):
+    """One step an epoch, and figures before the first save."""
+    flags = (*tiny.FLAGS, "--batch_size", 20, "--epochs", 2, "--save_freq", 2, "--knn_freq", 1)
+    flags = (*flags, "--learning_rate", 1e38, "--checkpoint_path", tmp_path, image_tree)
+    code, _, stderr = call_script(SCRIPT, *flags)
+    assert code == 1 and stderr.count("\n") == 1
+    assert f"images are not finite, first image {image_tree}/train/" in stderr
+    assert "a lower learning rate" in stderr and "last checkpoint: none yet" in stderr
+
+
 def test_bad_input(call_script, image_tree):
     for flags, words in (
         (("--topk", 0), ("--topk", "0")),

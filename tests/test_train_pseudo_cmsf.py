@@ -3,6 +3,8 @@
 import copy
 import importlib
 import json
+import signal
+from pathlib import Path
 
 import oracles
 import pytest
@@ -12,6 +14,7 @@ from torch.nn.functional import normalize
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
+from utils.data import ImageSet
 from utils.loaders import EvalBatch
 
 SCRIPT = importlib.import_module("semi_supervised.train_pseudo_cmsf")
@@ -165,7 +168,7 @@ def test_without_a_cache_embeddings_come_from_the_images():
     images = torch.randn(5, 3, 2, 2, dtype=torch.float64)
 
     class Images:
-        images = range(5)
+        images = ImageSet(Path("."), list("abcde"), [0] * 5, [])
         left_out = ()
 
         def __iter__(self):
@@ -207,6 +210,69 @@ def test_script_and_resume(call_script, image_tree, tmp_path, extra):
     assert len((whole / "labeled.txt").read_text().splitlines()) == 12
 
 
+@pytest.mark.parametrize("confident_too", [False, True])
+def test_rows_that_the_head_is_trained_on(
+    call_script, image_tree, tmp_path, monkeypatch, confident_too
+):
+    """With confident rows those of the present epoch alone; labeled rows stay for good.
+
+    Three steps an epoch, a round after the first and the last: the oracle keeps lists of what each
+    step wrote to the bank, where a row that counts has a label.
+    """
+    steps, rounds, guessed = [], [], []
+
+    def forward(model, batch, *, own=PseudoCMSF.forward, **options):
+        result = own(model, batch, **options)
+        newest = model.bank.newest(len(batch.index))
+        rows, labels = model.bank.features[newest].clone(), model.bank.label[newest].tolist()
+        steps.append([])
+        for row, label, image in zip(rows, labels, batch.index, strict=True):
+            if model.labeled[image] or (confident_too and label >= 0):
+                steps[-1].append((row, label))
+                guessed.append(not model.labeled[image])
+        return result
+
+    def train(head, rows, labels, **options):
+        rounds.append((len(steps), rows.clone(), labels.clone()))
+        return train_head(head, rows, labels, **options)
+
+    monkeypatch.setattr(PseudoCMSF, "forward", forward)
+    monkeypatch.setattr(SCRIPT, "train_head", train)
+    flags = (*FLAGS, "--cache_sup", *["--cache_conf_unsup"] * confident_too, "--conf_th", 0.34)
+    flags = (*flags, "--sup_mem_bank_size", 500, "--label_fraction", 0.4, "--epochs", 3)
+    flags = (*flags, "--knn_freq", -1, "--checkpoint_path", tmp_path, image_tree)
+    result = call_script(SCRIPT, *flags)
+    assert result[0] == 0, result
+    assert [step for step, *_ in rounds] == [1, 3, 4, 6, 7, 9]
+    for step, rows, labels in rounds:
+        first = 3 * ((step - 1) // 3) if confident_too else 0
+        expected = [row for written in steps[first:step] for row in written]
+        assert labels.tolist() == [label for _, label in expected]
+        assert torch.equal(rows, torch.stack([row for row, _ in expected]))
+    assert any(guessed) == confident_too
+
+
+def test_stopped_within_an_epoch_and_resumed(call_script, image_tree, tmp_path, monkeypatch):
+    """The cache that is emptied at the start of each epoch keeps what the epoch had put there."""
+    flags = (*FLAGS, "--cache_sup", "--cache_conf_unsup", "--label_fraction", 0.4, "--epochs", 2)
+    flags = (*flags, "--knn_freq", -1, image_tree, "--checkpoint_path")
+    assert call_script(SCRIPT, *flags, tmp_path / "whole")[0] == 0
+    calls = []
+
+    def forward(model, batch, *, own=PseudoCMSF.forward, **options):
+        calls.append(len(model.cache.in_use("features")[0]))
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return own(model, batch, **options)
+
+    monkeypatch.setattr(PseudoCMSF, "forward", forward)
+    assert call_script(SCRIPT, *flags, tmp_path / "broken")[0] == 75
+    assert call_script(SCRIPT, *flags, tmp_path / "broken", "--resume", "auto")[0] == 0
+    assert calls[0] == calls[3] == 0 and len(calls) == 6 and calls[5] > calls[4] > 0
+    names = (tmp_path / name / "ckpt_epoch_2.pth" for name in ("whole", "broken"))
+    tiny.assert_same_checkpoint(*names)
+
+
 def test_split_file_of_a_run_gives_the_same_run(call_script, image_tree, tmp_path):
     common = (*FLAGS, "--cache_sup", "--epochs", 1, "--knn_freq", -1, image_tree)
     drawn = ("--label_fraction", 0.2, "--split_seed", 3, "--checkpoint_path", tmp_path / "a")
@@ -227,6 +293,7 @@ def test_bad_input(call_script, image_tree, tmp_path):
         (("--conf_th", 2), ("--conf_th", "2")),
         (("--topk_plain", 21), ("--topk_plain 21", "--mem_bank_size 20")),
         (("--mlp_xent", "deep"), ("--mlp_xent", "deep")),
+        (("--mlp_xent", "mlp", "--pseudo_batch_size", 1), ("--pseudo_batch_size 1", "batch norm")),
     ):
         code, _, stderr = call_script(SCRIPT, *tiny.FLAGS, *flags, image_tree)
         assert code == 2 and stderr.count("\n") == 1

@@ -72,11 +72,14 @@ def eval_loaders(
     ]
 
 
-def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> dict[str, str]:
+def feature_key(
+    args: argparse.Namespace, state: dict, *, contents: bool, **splits: ImageSet
+) -> dict[str, str]:
     """All that an encoder's features of these splits ("train", "val") depend on, by name.
 
-    args and state: after `evaluated_backbone`. Raises InputError for an image that is gone, unless
-    such images are skipped.
+    args and state: after `evaluated_backbone`. contents: the bytes of all image files count, which
+    are read; otherwise their sizes and times, see `image_digest`. Raises InputError for an image
+    that is gone, unless such images are skipped.
     """
     missing_ok = args.bad_images == "skip"
     origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
@@ -88,7 +91,9 @@ def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> di
         "image size": str(args.image_size),
         "view": EvalLoader.VIEW,
     } | {
-        f"{split} images": image_digest(images, missing_ok=missing_ok)
+        f"{split} images": image_digest(
+            images, contents=contents, missing_ok=missing_ok, text=f"digest of {split}"
+        )
         for split, images in splits.items()
     }
 

@@ -1,11 +1,12 @@
 """Features of a whole data set, in the order of its images."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from utils import distributed
+from utils.errors import RunError
 
 _CHUNK = 65536  # rows moved at a time
 
@@ -18,6 +19,7 @@ def extract_features(
     num_images: int,
     left_out: Container[int] = (),
     everywhere: bool = False,
+    path_of: Callable[[int], str] = "number {}".format,
 ) -> tuple[Tensor, Tensor] | None:
     """Pass a data set through a backbone in eval mode.
 
@@ -25,7 +27,8 @@ def extract_features(
     device). Returns features (N, F) float32, not normalized, and labels (N,) int64, both on the
     CPU, row i from image i. Every row is written exactly once or RuntimeError is raised. left_out:
     `loaders.EvalLoader.left_out`, which is known after the pass: numbers of images that could not
-    be read; the rows of those are taken out. The backbone's mode is restored.
+    be read; the rows of those are taken out. The backbone's mode is restored. RunError for features
+    that are not finite; path_of: number of an image -> its file, to name the first.
 
     Of several processes each passes its own part of the images through, and all take the running
     statistics of the main one's backbone. The main one returns all rows, the others None unless
@@ -36,7 +39,7 @@ def extract_features(
     was_training = backbone.training
     backbone.eval()
     try:
-        features, labels, visits = _own_rows(backbone, loader, own)
+        features, labels, visits, not_finite = _own_rows(backbone, loader, own)
     finally:
         backbone.train(was_training)
     expected = torch.tensor([number not in left_out for number in range(num_images)])
@@ -44,6 +47,7 @@ def extract_features(
     sizes = distributed.gather_objects(None if features is None else features.shape[1])
     if wrong or not any(sizes):
         raise RuntimeError(f"{wrong} of {num_images} images not visited exactly once")
+    _check_finite(backbone, not_finite, num_images, path_of)
     if features is None:
         features = torch.empty(len(own), next(filter(None, sizes)))
     features, labels = (
@@ -57,11 +61,13 @@ def extract_features(
 
 def _own_rows(
     backbone: nn.Module, loader: Iterable, own: range
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, list[int]]:
     """Features (n, F), None without a batch, labels (n,) and visits (n,) of this process' images.
 
-    Labels are -1 and features arbitrary where there was no visit.
+    Labels are -1 and features arbitrary where there was no visit. And the numbers of the images
+    whose features are not finite.
     """
+    not_finite: list[int] = []
     features, labels = None, torch.full((len(own),), -1)
     visits = torch.zeros(len(own), dtype=torch.int64)
     for batch in loader:
@@ -73,7 +79,32 @@ def _own_rows(
         features[rows] = part
         labels[rows] = batch.label
         visits[rows] += 1
-    return features, labels, visits
+        not_finite += batch.index[~finite_rows(part)].tolist()
+    return features, labels, visits, not_finite
+
+
+def finite_rows(features: Tensor) -> Tensor:
+    """Which rows of features (N, F) can be used: (N,) bool, their length is finite in their dtype.
+
+    A longer one becomes zero when it is normalized, whatever was in it.
+    """
+    return features.norm(dim=1).isfinite()
+
+
+def _check_finite(
+    backbone: nn.Module, not_finite: list[int], num_images: int, path_of: Callable[[int], str]
+) -> None:
+    """RunError, in all processes, if images have features that are not finite; by their numbers."""
+    numbers = sorted(sum(distributed.gather_objects(not_finite), []))
+    if not numbers:
+        return
+    finite = all(value.isfinite().all() for value in backbone.state_dict().values())
+    weights = "finite, but what it makes of images is not" if finite else "not finite"
+    raise RunError(
+        f"the features of {len(numbers)} of {num_images} images are not finite, first image "
+        f"{path_of(numbers[0])}; the network's weights are {weights}: did its training diverge "
+        "(try a lower learning rate)?"
+    )
 
 
 @torch.no_grad()

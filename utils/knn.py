@@ -165,7 +165,13 @@ def evaluate_knn(
     be read has no figures. Of several processes only the main one has figures, the others None.
     """
     base, queries = (
-        extract_features(backbone, loader, num_images=len(loader.images), left_out=loader.left_out)
+        extract_features(
+            backbone,
+            loader,
+            num_images=len(loader.images),
+            left_out=loader.left_out,
+            path_of=loader.images.path,
+        )
         for loader in (train, val)
     )
     if not distributed.is_main():

@@ -79,6 +79,7 @@ class FromImages:
                 _bar(self._val, "val"),
                 num_images=len(self._val.images),
                 left_out=self._val.left_out,
+                path_of=self._val.images.path,
             )
         return self._val_features
 

@@ -158,18 +158,26 @@ def accuracy(
     """Accuracy of each learning rate's classifier, probe in eval mode: top1 and top5, percent.
 
     features: (N, F), labels: (N,) int64, on any device; they go to the probe's in chunks of rows.
-    top5 is None where there are no more than five classes.
+    top5 is None where there are no more than five classes, and both are None where a classifier's
+    logits are not finite. Raises RunError if no classifier's are.
     """
     device = probe.heads[0].weight.device
     probe.eval()
     hits = torch.zeros(2, len(probe.heads), dtype=torch.int64, device=device)
+    finite = torch.ones(len(probe.heads), dtype=torch.bool, device=device)
     for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
-        rank = true_class_rank(probe(x.to(device)), y.to(device))
+        logits = probe(x.to(device))
+        rank = true_class_rank(logits, y.to(device))
         hits += torch.stack([(rank < 1).sum(dim=0), (rank < TOP_CLASSES).sum(dim=0)])
-    top1, top5 = (100 * hits.double() / len(labels)).tolist()
-    if probe.heads[0].out_features <= TOP_CLASSES:
-        top5 = [None] * len(top1)
-    return [{"top1": one, "top5": five} for one, five in zip(top1, top5, strict=True)]
+        finite &= logits.isfinite().all(dim=2).all(dim=0)
+    if not finite.any():
+        raise RunError("the classifier's outputs are not finite; try a lower --lr (or --wd)")
+    top1, top5 = (100 * hits.cpu().double() / len(labels)).tolist()
+    has_top5 = probe.heads[0].out_features > TOP_CLASSES
+    return [
+        {"top1": one if good else None, "top5": five if good and has_top5 else None}
+        for one, five, good in zip(top1, top5, finite.tolist(), strict=True)
+    ]
 
 
 def history_row(
@@ -189,30 +197,48 @@ def summarize(
     """What a run found for each learning rate, by the rate as text.
 
     history: for each epoch from 1 lists over the rates: loss, top1, top5 (None where val was not
-    measured; in the last epoch it was). The figures are those of the last epoch; best_top1 is the
-    highest of all measured, best_epoch the first that reached it.
+    measured, or the classifier had diverged). The figures are those of the last epoch; best_top1 is
+    the highest of all measured, best_epoch the first that reached it; None without any.
     """
-    measured = [epoch for epoch, row in enumerate(history) if row["top1"][0] is not None]
-    return {
-        str(rate): {
-            "top1": history[-1]["top1"][i],
+    summary = {}
+    for i, rate in enumerate(rates):
+        top1 = [row["top1"][i] for row in history]
+        best = max((figure for figure in top1 if figure is not None), default=None)
+        summary[str(rate)] = {
+            "top1": top1[-1],
             "top5": history[-1]["top5"][i],
-            "best_top1": max(history[epoch]["top1"][i] for epoch in measured),
-            "best_epoch": 1 + max(measured, key=lambda epoch, i=i: history[epoch]["top1"][i]),
+            "best_top1": best,
+            "best_epoch": None if best is None else 1 + top1.index(best),
             "loss": history[-1]["loss"][i],
         }
-        for i, rate in enumerate(rates)
-    }
+    return summary
+
+
+def best_rate(summary: dict[str, dict[str, float | int | None]]) -> str:
+    """The learning rate of the highest top1, the first of equal ones; one at least has a top1."""
+    return max(
+        (rate for rate in summary if summary[rate]["top1"] is not None),
+        key=lambda rate: summary[rate]["top1"],
+    )
 
 
 def format_table(summary: dict[str, dict[str, float | int | None]]) -> str:
-    """A text table: a line for each learning rate, percent; columns for what the summary holds."""
-    first = next(iter(summary.values()))
-    with_top5, with_best = first["top5"] is not None, "best_top1" in first
+    """A text table: a line for each learning rate, percent; columns for what the summary holds.
+
+    A dash stands for what a classifier that diverged does not have.
+    """
+    rows = summary.values()
+    with_top5 = any(row["top5"] is not None for row in rows)
+    with_best = any("best_top1" in row for row in rows)
     lines = ["      lr   top-1" + "   top-5" * with_top5 + "   best top-1 (epoch)" * with_best]
     for rate, row in summary.items():
-        line = f"{rate:>8}{row['top1']:8.2f}"
-        line += f"{row['top5']:8.2f}" if with_top5 else ""
-        line += f"{row['best_top1']:13.2f} ({row['best_epoch']})" if with_best else ""
+        line = f"{rate:>8}{percent(row['top1']):>8}"
+        line += f"{percent(row['top5']):>8}" if with_top5 else ""
+        line += f"{percent(row['best_top1']):>13} ({row['best_epoch'] or '-'})" if with_best else ""
         lines.append(line)
     return "\n".join(lines)
+
+
+def percent(figure: float | None) -> str:
+    """A figure with two decimals; a dash where there is none."""
+    return "-" if figure is None else f"{figure:.2f}"

@@ -4,7 +4,15 @@ Each has its file; this one is where the rest of the code finds them.
 """
 
 from utils.one_view import EvalBatch, EvalLoader, LabeledLoader
-from utils.reading import epoch_batches
+from utils.reading import batch_ends, epoch_batches
 from utils.two_views import Batch, TwoViewLoader
 
-__all__ = ["Batch", "EvalBatch", "EvalLoader", "LabeledLoader", "TwoViewLoader", "epoch_batches"]
+__all__ = [
+    "Batch",
+    "EvalBatch",
+    "EvalLoader",
+    "LabeledLoader",
+    "TwoViewLoader",
+    "batch_ends",
+    "epoch_batches",
+]

@@ -92,6 +92,10 @@ class MemoryBank(nn.Module):
                 place.copy_(part if only_if is None else torch.where(only_if, part, place))
         self.written += batch
 
+    def clear(self) -> None:
+        """Forget every row: none is in use until new ones are written."""
+        self.written = 0
+
     def get_extra_state(self) -> Tensor:
         """Save `written` with the buffers: without it a resumed bank would start over at row 0."""
         return torch.tensor(self.written)

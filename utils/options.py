@@ -1,6 +1,7 @@
 """Command-line flags that scripts share, each with its default.
 
-Published flags keep their names and defaults; new ones use underscores.
+Published flags keep their names and defaults, but for those that docs/deviations.md names; new
+ones use underscores.
 """
 
 import argparse

@@ -135,14 +135,22 @@ class EpochSampler:
 def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
     """Every image once, in batches (B,) int64 of an order drawn from (seed, epoch).
 
-    The last batch holds what is left over. A single one joins the batch before it, unless all
-    batches are of one image: batch norm cannot train on one.
+    They end where `batch_ends` says.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_images)
-    ends = list(range(batch_size, num_images, batch_size))
-    if batch_size > 1 and ends and num_images - ends[-1] == 1:
+    return np.split(order, batch_ends(num_images, batch_size))
+
+
+def batch_ends(count: int, batch_size: int) -> list[int]:
+    """Where each batch of `count` rows ends, but for the last, which holds what is left over.
+
+    A single row left over joins the batch before it, unless all batches are of one: batch norm
+    cannot train on one.
+    """
+    ends = list(range(batch_size, count, batch_size))
+    if batch_size > 1 and ends and count - ends[-1] == 1:
         ends.pop()
-    return np.split(order, ends)
+    return ends
 
 
 def _as_is(batch):

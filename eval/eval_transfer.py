@@ -39,6 +39,7 @@ from utils.data import check_same_classes, read_split
 from utils.errors import InputError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
+from utils.splits import check_every_class
 from utils.transfer_data import Splits
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
@@ -165,6 +166,9 @@ def evaluate(
     features = extract(backbone, name, evaluation.eval_loaders(args, *images, bad_images=bad))
     if features is None:
         return None
+    labels = np.concatenate([features[split][1] for split in features if split != "test"])
+    what = f"{name}: train images, as far as they can be read"
+    check_every_class(labels, images.test.classes, what=what)
     extracted = time.monotonic()
     device = "cpu" if args.device.type == "mps" else args.device  # it needs float64
     metric = "top1" if name == FOLDER else transfer_data.metric(name)

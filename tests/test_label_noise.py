@@ -16,7 +16,7 @@ from utils.label_noise import (
 from utils.loaders import Batch
 
 
-def image_set(count=1000, classes=5, root=None):
+def image_set(count=1000, classes=5, root="train"):
     labels = [number % classes for number in range(count)]
     names = [f"class{label}/{number}.jpg" for number, label in enumerate(labels)]
     return ImageSet(root, names, labels, [f"class{label}" for label in range(classes)])
@@ -86,7 +86,7 @@ def test_a_file_gives_back_drawn_labels(tmp_path):
 
 
 def test_names_with_blanks(tmp_path):
-    images = ImageSet(None, ["a b/1 2.jpg", "c/3 4.jpg"], [0, 1], ["a b", "c"])
+    images = ImageSet("train", ["a b/1 2.jpg", "c/3 4.jpg"], [0, 1], ["a b", "c"])
     content = "a b/1 2.jpg c\r\nc/3 4.jpg\ta b\n"
     assert read(tmp_path, images, content).tolist() == [1, 0]
 

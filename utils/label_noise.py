@@ -45,28 +45,24 @@ def read_label_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     names the first five, as for a missing, empty or unreadable file. flag: the flag that named it.
     """
     what = f"{flag} {path}"
-    pairs = [_parted(line) for line in read_lines(path, what=what)]
+    lines = map(_parted, read_lines(path, what=what))
     names, classes = ImageNames(images), {name: n for n, name in enumerate(images.classes)}
-    numbers = [names.number(entry) for entry, _ in pairs]
-    labels = [_label(given, classes) for _, given in pairs]
-    times = Counter(numbers)
+    rows = [(e, given, names.number(e), _label(given, classes)) for e, given in lines]
+    times = Counter(number for _, _, number, _ in rows if number is not None)
     refuse(
         {
-            "entries have no class": [e for e, given in pairs if not given],
-            "entries name no image": [pairs[i][0] for i, n in enumerate(numbers) if n is None],
-            "entries name no class": [
-                " ".join(pairs[i])
-                for i, label in enumerate(labels)
-                if label is None and pairs[i][1]
-            ],
-            "images come twice": [images.name(n) for n in times if n is not None and times[n] > 1],
+            "entries have no class": [e for e, given, _, _ in rows if not given],
+            "entries name no image": [e for e, _, number, _ in rows if number is None],
+            "entries name no class": [f"{e} {g}" for e, g, _, label in rows if g and label is None],
+            "images come twice": [images.name(n) for n, count in times.items() if count > 1],
             "images have no entry": [images.name(n) for n in range(len(images)) if n not in times],
         },
         what=what,
     )
-    given = np.empty(len(images), dtype=np.int64)
-    given[numbers] = labels
-    return given
+    labels = np.empty(len(images), dtype=np.int64)
+    for _, _, number, label in rows:
+        labels[number] = label
+    return labels
 
 
 def _parted(line: str) -> tuple[str, str]:
@@ -76,7 +72,7 @@ def _parted(line: str) -> tuple[str, str]:
         entry, blank, given = line.rstrip().rpartition(" ")
         if not blank:
             entry, given = given, ""
-    return entry, given
+    return entry, given if given.strip() else ""
 
 
 def _label(given: str, classes: dict[str, int]) -> int | None:

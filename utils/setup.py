@@ -34,12 +34,7 @@ from utils.label_noise import noisy_labels, read_label_file
 from utils.loaders import TwoViewLoader
 from utils.memory_bank import MemoryBank
 from utils.schedule import learning_rate
-from utils.splits import (
-    absent_classes,
-    check_every_class,
-    class_balanced_split,
-    read_split_file,
-)
+from utils.splits import absent_classes, check_every_class, class_balanced_split, read_split_file
 
 
 def check_batch(args: argparse.Namespace) -> None:

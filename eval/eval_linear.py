@@ -40,7 +40,7 @@ from utils import (
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_same_classes, read_split
 from utils.encoders import Backbone
-from utils.errors import InputError, RunError
+from utils.errors import InputError, RunError, printable
 from utils.labeled_features import FromFeatures, FromImages
 from utils.loaders import EvalLoader, LabeledLoader
 from utils.meters import Log
@@ -193,7 +193,7 @@ def cached_features(
         try:
             features = feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
         except InputError as error:
-            print(f"{error}: extracted anew", flush=True)
+            print(printable(f"{error}: extracted anew"), flush=True)
     if distributed.any_true(features is not None):
         return features
     features = feature_cache.extract(encoder, *loaders)

@@ -36,7 +36,7 @@ from utils import (
 )
 from utils.bad_images import BadImages
 from utils.data import check_same_classes, read_split
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.features import extract_features
 from utils.loaders import EvalLoader
 from utils.splits import check_every_class
@@ -129,7 +129,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, st
                 )
             except transfer_data.Unavailable as error:
                 missing[name] = str(error)
-                print(f"{name}: left out: {error}", flush=True)
+                print(printable(f"{name}: left out: {error}"), flush=True)
     if args.data:
         train, test = (read_split(args.data, s, dataset=args.dataset) for s in ("train", "val"))
         check_same_classes(train, test)

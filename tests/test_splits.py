@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
-from hypothesis import given
+from hypothesis import given, settings
 from nasty_names import image_sets
 
 from utils.data import ImageSet, read_split
@@ -120,6 +120,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, images):
             read_split_file(tmp_path / name, images, flag="--train_file")
 
 
+@settings(max_examples=60)
 @given(image_sets())
 def test_every_name_comes_back(tmp_path_factory, images_and_some):
     """Also with the line ends and the mark that an editor on Windows leaves."""

@@ -33,6 +33,7 @@ from utils import (
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_classes, read_split
 from utils.errors import InputError
+from utils.splits import check_every_class
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 PROTOCOL = (
@@ -134,6 +135,8 @@ def main() -> None:
     features = get_features(args, backbone.module, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
         return
+    what = f"data {args.data}, as far as it can be read"
+    check_every_class(features["train"][1], train.classes, what=what)
     if args.save_features:
         path = args.save / feature_cache.NAME
         feature_cache.save(path, key, features, bad_images=bad_images.names)

@@ -40,11 +40,12 @@ from utils import (
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_classes, read_split
 from utils.encoders import Backbone
-from utils.errors import InputError, RunError
+from utils.errors import InputError, RunError, printable
 from utils.labeled_features import FromFeatures, FromImages
 from utils.loaders import EvalLoader, LabeledLoader
 from utils.meters import Log
 from utils.schedule import learning_rate
+from utils.splits import check_every_class
 
 DEMO = {
     "weights": options.DEMO_CHECKPOINT,
@@ -148,9 +149,6 @@ def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     if not args.evaluate:
         index = setup.labeled_index(args, train, file=args.train_file, flag="--train_file")
         train = train.take(index)
-    if len(train) < 2:
-        where = f"--train_file {args.train_file}" if args.train_file else f"data {args.data}"
-        raise InputError(f"{where}: {len(train)} training images, at least two are needed")
     return train, val
 
 
@@ -199,7 +197,7 @@ def cached_features(
         try:
             features = feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
         except InputError as error:
-            print(f"{error}: extracted anew", flush=True)
+            print(printable(f"{error}: extracted anew"), flush=True)
     if distributed.any_true(features is not None):
         return features
     features = feature_cache.extract(encoder, train, val)
@@ -357,13 +355,16 @@ def build_probe(
     backbone: Backbone,
     data: FromImages | FromFeatures,
     *,
-    num_classes: int,
+    classes: list[str],
     saved: dict | None,
 ) -> tuple[linear.LinearProbe, torch.optim.SGD]:
-    """Probe and optimizer: seeded by --seed, the statistics measured now, or as saved."""
+    """Probe and optimizer: seeded by --seed, the statistics measured now, or as saved.
+
+    InputError for a class of which no image can be read.
+    """
     torch.manual_seed(args.seed)
     probe = linear.LinearProbe(
-        backbone.feature_dim, num_classes, num_rates=len(args.lr), hidden=args.mlp
+        backbone.feature_dim, len(classes), num_rates=len(args.lr), hidden=args.mlp
     ).to(args.device)
     optimizer = linear.build_optimizer(
         probe,
@@ -381,6 +382,8 @@ def build_probe(
         optimizer.load_state_dict(saved["optimizer"])
     else:
         probe.standardize.measure(data.for_statistics())
+        what = f"data {args.data}, as far as it can be read"
+        check_every_class(data.labels, classes, what=what)
     return probe, optimizer
 
 
@@ -420,9 +423,7 @@ def main() -> None:
         distributed.stop(together=True)  # the rest is quick
     if data is None:
         return
-    probe, optimizer = build_probe(
-        args, backbone, data, num_classes=len(train.classes), saved=saved
-    )
+    probe, optimizer = build_probe(args, backbone, data, classes=train.classes, saved=saved)
     history = saved["history"] if saved else []
     num_train = saved["num_images"] if saved else data.num_images["train"]
     if args.evaluate:

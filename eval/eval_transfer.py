@@ -36,9 +36,10 @@ from utils import (
 )
 from utils.bad_images import BadImages
 from utils.data import check_classes, read_split
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.features import extract_features
 from utils.loaders import EvalLoader
+from utils.splits import check_every_class
 from utils.transfer_data import Splits
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
@@ -128,7 +129,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, st
                 )
             except transfer_data.Unavailable as error:
                 missing[name] = str(error)
-                print(f"{name}: left out: {error}", flush=True)
+                print(printable(f"{name}: left out: {error}"), flush=True)
             else:
                 sizes = found[name]._asdict().items()
                 parts = ", ".join(f"{len(part)} {split}" for split, part in sizes)
@@ -172,6 +173,9 @@ def evaluate(
     features = extract(backbone, name, evaluation.eval_loaders(args, *images, bad_images=bad))
     if features is None:
         return None
+    labels = np.concatenate([features[split][1] for split in features if split != "test"])
+    what = f"{name}: train images, as far as they can be read"
+    check_every_class(labels, images.test.classes, what=what)
     extracted = time.monotonic()
     device = "cpu" if args.device.type == "mps" else args.device  # it needs float64
     metric = "top1" if name == FOLDER else transfer_data.metric(name)

@@ -372,6 +372,24 @@ def test_knn_without_the_broken_images(call_script, broken_tree, tree_without, t
     assert_refused(call_script(KNN, *UNTRAINED, *SKIP, "-k", 27, broken_tree), "-k 27", "only 26")
 
 
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        (KNN, ()),
+        (LINEAR, ("--cached", "--epochs", 1)),
+        (LINEAR, ("--epochs", 1)),
+        (importlib.import_module("eval.eval_transfer"), ("--l2", 1)),
+    ],
+)
+def test_a_class_of_which_nothing_can_be_read_is_refused(call_script, tmp_path, module, flags):
+    for split in ("train", "val"):
+        for seed, name in enumerate(("a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/1.png")):
+            write_image(tmp_path / split / name, seed=seed)
+    (tmp_path / "train/c/1.png").write_bytes(b"")
+    refused = call_script(module, *UNTRAINED, *SKIP, *flags, tmp_path)
+    assert_refused(refused, "can be read: no labeled image of 1 of 3 classes: c")
+
+
 def test_knn_of_fewer_images_than_its_k(call_script, tmp_path):
     for number in range(20):
         write_image(tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg", seed=number)

@@ -625,7 +625,7 @@ def test_data_that_cannot_teach(call_script, weights, image_tree, tmp_path):
     split = tmp_path / "split.txt"
     split.write_text("a/0.jpg\n")
     result = call_script(LINEAR, *common, "--train-file", split, image_tree)
-    assert_refused(result, f"--train_file {split}", "1 training images")
+    assert_refused(result, f"--train_file {split}: no labeled image of 2 of 3 classes: b, c")
     assert_refused(call_script(LINEAR, *QUICK, image_tree), "--weights")
 
 

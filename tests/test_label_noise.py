@@ -1,11 +1,17 @@
 """Labels that are not the folders': the draw of noise, and strict label files."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nasty_names import image_sets
 
 from utils.data import ImageSet
 from utils.errors import InputError
+from utils.image_names import quoted
 from utils.label_noise import (
     as_tensor,
     labels_to_use,
@@ -16,7 +22,7 @@ from utils.label_noise import (
 from utils.loaders import Batch
 
 
-def image_set(count=1000, classes=5, root=None):
+def image_set(count=1000, classes=5, root="train"):
     labels = [number % classes for number in range(count)]
     names = [f"class{label}/{number}.jpg" for number, label in enumerate(labels)]
     return ImageSet(root, names, labels, [f"class{label}" for label in range(classes)])
@@ -86,9 +92,46 @@ def test_a_file_gives_back_drawn_labels(tmp_path):
 
 
 def test_names_with_blanks(tmp_path):
-    images = ImageSet(None, ["a b/1 2.jpg", "c/3 4.jpg"], [0, 1], ["a b", "c"])
+    images = ImageSet("train", ["a b/1 2.jpg", "c/3 4.jpg"], [0, 1], ["a b", "c"])
     content = "a b/1 2.jpg c\r\nc/3 4.jpg\ta b\n"
     assert read(tmp_path, images, content).tolist() == [1, 0]
+
+
+@settings(max_examples=50)
+@given(image_sets(), st.data())
+def test_every_name_comes_back(tmp_path_factory, images_and_some, data):
+    """From a label file, and from what is written of changed labels."""
+    images, _ = images_and_some
+    path = tmp_path_factory.getbasetemp() / "labels.txt"
+    some_class = st.integers(0, len(images.classes) - 1)
+    drawn = np.array(data.draw(st.lists(some_class, min_size=len(images), max_size=len(images))))
+    fields = [(images.name(n), images.classes[drawn[n]]) for n in range(len(images))]
+    lines = ["\t".join(map(quoted, row)) for row in data.draw(st.permutations(fields))]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
+    assert read_label_file(path, images, flag="--label_file").tolist() == drawn.tolist()
+
+    write_changes(path, images, drawn)
+    written = path.read_bytes().decode().split("\n")
+    assert written.pop() == ""
+    found = [
+        [json.loads(field) if field.startswith('"') else field for field in line.split("\t")]
+        for line in written
+    ]
+    own = [images.classes[label] for label in images.labels]
+    rows = [[name, old, new] for (name, new), old in zip(fields, own, strict=True)]
+    assert found == [row for row in rows if row[1] != row[2]]
+
+
+def test_ways_to_write_a_line(tmp_path):
+    names = ["a/1 .jpg", "train/2.jpg", " a/3.jpg", "a/4.jpg"]
+    images = ImageSet(tmp_path / "train", names, [0, 1, 2, 0], ["a", "train", " a", 'b"'])
+    lines = [
+        *("\ufeff./a/1 .jpg\ttrain\r", "train/2.jpg  a", '" a/3.jpg"\t" a"'),
+        f'{tmp_path}/train/a/4.jpg\tb"\t',
+    ]
+    assert read(tmp_path, images, "\n".join(lines)).tolist() == [1, 0, 2, 3]
+    lines[1:3] = ["train/train/2.jpg\t a", ' a/3.jpg "b\\""']
+    assert read(tmp_path, images, "\n".join(lines)).tolist() == [1, 2, 3, 3]
 
 
 GOOD = [f"class{n % 2}/{n}.jpg class0" for n in range(8)]
@@ -105,6 +148,8 @@ GOOD = [f"class{n % 2}/{n}.jpg class0" for n in range(8)]
         ([*GOOD[:7], "7.jpg class1"], "1 entries name no image (first: 7.jpg); 1 images have no"),
         ([*GOOD[:7], "class1/7.jpg cats"], "1 entries name no class (first: class1/7.jpg cats)"),
         ([*GOOD[:7], "class1/7.jpg"], "1 entries have no class (first: class1/7.jpg)"),
+        ([*GOOD[:7], "class1/7.jpg\t "], r"1 entries have no class (first: class1/7.jpg)"),
+        ([*GOOD[:7], "class1/7.jpg cats\x1b"], r'no class (first: "class1/7.jpg cats\u001b")'),
         (["", " "], "names no image"),
     ],
 )

@@ -290,6 +290,16 @@ def test_it_runs_as_a_script(run_script, folder, tmp_path):
     assert len(Page(folder / "report.html").tables) == 3
 
 
+def test_a_folder_whose_name_is_no_text(folder, call_script):
+    odd = folder.with_name("run\udce9")
+    try:
+        folder.rename(odd)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    out, page = report(call_script, odd, "--output", odd.with_name("page.html"))
+    assert r"run\udce9" in page.text
+
+
 def test_status_without_run_json(tmp_path):
     run = run_log.read(logs.write(tmp_path, logs.records()))
     assert SCRIPT.status(run, now=time.time()).startswith("up to epoch 3, step 4 of 4 (without")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from utils import running, workers
 from utils.errors import InputError, RunError
@@ -25,6 +26,9 @@ from utils.errors import InputError, RunError
         (MemoryError(), 1, "no memory left"),
         (OSError(28, "No space left on device", "x.pth"), 1, "error: x.pth: No space left"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (InputError("data a\nb\x1b[2J\udcff: é"), 2, r"error: data a\nb\x1b[2J\xff: é"),
+        (RunError("a\u2028b"), 1, r"error: a\u2028b"),
+        (OSError(5, "Input/output error", "a\nb"), 1, r"error: a\nb: Input/output error"),
     ],
 )
 def test_exit_codes(capsys, error, code, words):
@@ -36,6 +40,26 @@ def test_exit_codes(capsys, error, code, words):
     assert exit_code.value.code == code
     printed = capsys.readouterr().err
     assert words in printed and "Traceback" not in printed
+
+
+def test_what_the_console_cannot_show_is_escaped():
+    """Characters that it does not know, bytes that are no text."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from utils import running\n"
+    code += r"running.run_script(lambda: print('\u2713 \xe9 \udcff'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"\\u2713 \xe9 \\udcff\n"
+
+
+def test_streams_that_are_no_files(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # closed
+    with pytest.raises(SystemExit) as end:
+        running.run_script(lambda: None)
+    assert end.value.code == 0
 
 
 def test_other_errors_keep_their_traceback():

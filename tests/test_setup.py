@@ -1,5 +1,6 @@
 """From flags to objects: every setting arrives where it belongs."""
 
+import argparse
 import importlib
 import json
 import shutil
@@ -11,8 +12,10 @@ import tiny
 import torch
 import torchvision
 from conftest import write_image
+from test_bad_input import assert_refused
 
 from utils import evaluation, setup
+from utils.data import ImageSet
 from utils.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
@@ -90,6 +93,37 @@ def test_every_loader_does_about_broken_images_what_the_flags_say(args):
 def test_a_batch_of_one_is_refused(args):
     with pytest.raises(InputError, match="--batch_size 1"):
         setup.check_bank(args(*TINY, "--batch_size", 1))
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("eval.eval_knn", "--train_file"),
+        ("eval.eval_linear", "--train_file"),
+        ("semi_supervised.train_pseudo_cmsf", "--sup_split_file"),
+    ],
+)
+def test_a_split_without_a_class_is_refused(call_script, image_tree, tmp_path, script, flag):
+    split = tmp_path / "split.txt"
+    split.write_text("a/0.jpg\nc/1.jpg\n")
+    result = call_script(importlib.import_module(script), *TINY[:4], flag, split, image_tree)
+    assert_refused(result, f"{flag} {split}: no labeled image of 1 of 3 classes: b")
+
+
+def test_a_class_that_no_image_is_given_is_named(capsys, tmp_path):
+    file = tmp_path / "labels.txt"
+    images = ImageSet(tmp_path, ["a/1.jpg", "b\n/1.jpg"], [0, 1], ["a", "b\n"])
+    for classes, words in (
+        (
+            ("a", "a"),
+            f'WARNING --label_file {file}: no image has the label of 1 of 2 classes: "b\\n"\n',
+        ),
+        (('"b\\n"', "a"), ""),
+    ):
+        file.write_text(f'a/1.jpg\t{classes[0]}\n"b\\n/1.jpg"\t{classes[1]}\n')
+        flags = argparse.Namespace(label_file=file, label_noise=None)
+        assert setup.given_labels(flags, images) is not None
+        assert capsys.readouterr().out == words
 
 
 def test_a_run_says_what_it_was_started_with(call_script, image_tree, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import oracles
 import pytest
 import tiny
 import torch
+from conftest import write_image
 from torch.nn.functional import normalize
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
-from utils.data import ImageSet
+from utils.data import ImageSet, read_split
 from utils.loaders import EvalBatch
+from utils.splits import read_split_file
 
 SCRIPT = importlib.import_module("semi_supervised.train_pseudo_cmsf")
+LINEAR = importlib.import_module("eval.eval_linear")
 LABELED = torch.arange(12) % 4 == 0  # 3 of 12 images, one of each class
 ROUND = {
     "epochs": 5,
@@ -280,6 +284,33 @@ def test_split_file_of_a_run_gives_the_same_run(call_script, image_tree, tmp_pat
     named = ("--sup-split-file", tmp_path / "a" / "labeled.txt", "--checkpoint_path", tmp_path)
     assert call_script(SCRIPT, *common, *named)[0] == 0
     tiny.assert_same_checkpoint(tmp_path / "a" / "ckpt_epoch_1.pth", tmp_path / "ckpt_epoch_1.pth")
+
+
+def test_evaluation_reads_what_training_wrote_of_any_names(call_script, tmp_path):
+    root, names = (
+        os.fsencode(tmp_path / "data"),
+        (b"0.png", b"\n 1\xff.png", "2\u2028.png".encode()),
+    )
+    for seed, kind in enumerate((b"train", b" blank", b"caf\xe9")):
+        for split in (b"train", b"val"):
+            for name in names:
+                path = os.path.join(root, split, kind, name)
+                try:
+                    write_image(Path(os.fsdecode(path)), seed=seed)
+                except OSError:
+                    pytest.skip("this file system has no such names")
+    out, size = tmp_path / "out", ("--image_size", 16, "--num_workers", 0, "--epochs", 1)
+    flags = (*FLAGS, *size, "--label_fraction", 0.7, "--checkpoint_path", out, tmp_path / "data")
+    assert call_script(SCRIPT, *flags)[0] == 0
+    written = (out / "labeled.txt").read_bytes().decode("ascii").split("\n")
+    named = {json.loads(line) if line.startswith('"') else line for line in written if line}
+    images = read_split(tmp_path / "data", "train")
+    found = read_split_file(out / "labeled.txt", images, flag="--train_file")
+    assert {images.name(number) for number in found} == named and len(named) == 6
+    flags = (*size, "--cached", "--save", out, "--train-file", out / "labeled.txt")
+    code, _, stderr = call_script(LINEAR, "--weights", "pixels", *flags, tmp_path / "data")
+    assert code == 0, stderr
+    assert json.loads((out / "linear.json").read_text())["counts"]["train"] == 6
 
 
 def test_bad_input(call_script, image_tree, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from utils.cropping import CropGroup
+from utils.errors import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         Of several processes, which all get the same flags, one prints.
         """
         first = os.environ.get("RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n" if first else None)
 
 
 def number(kind: type, *, low: float, high: float = float("inf")) -> Callable[[str], Any]:

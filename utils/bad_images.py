@@ -1,12 +1,11 @@
 """Image files that cannot be read: whether one ends the run, and which were found."""
 
-import os
 import sys
 from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from utils.errors import InputError
+from utils.errors import InputError, printable
 
 
 class BadImages:
@@ -41,16 +40,16 @@ class BadImages:
 
     def add(self, path: str, reason: str) -> None:
         """Note a file. InputError if files are not skipped, or too many are bad."""
-        what = f"data {_printable(path)}: cannot be read as an image ({reason})"
+        what = f"data {path}: cannot be read as an image ({reason})"
         if not self.skip:
             raise InputError(f"{what} (--bad_images skip leaves such files out)")
         if path not in self._names:
             self._names.add(path)
-            _say(f"WARNING {what}: left out")
+            _say(printable(f"WARNING {what}: left out"))
         if len(self._names) > self.most:
             raise InputError(
                 f"--max_bad_images {self.most}: {len(self._names)} files cannot be read as images, "
-                f"the last is {_printable(path)} ({reason})"
+                f"the last is {path} ({reason})"
             )
 
 
@@ -58,11 +57,6 @@ def reason_of(error: Exception, path: str) -> str:
     """One line on why a file cannot be read, without its path."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].replace(f" {path!r}", "")
-
-
-def _printable(path: str) -> str:
-    """A path without the stand-ins for bytes that are no UTF-8, which no console takes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _say(text: str) -> None:

@@ -104,9 +104,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file as `save` writes a checkpoint: whole, or not at all with RunError."""
+    """Write a text file as `save` writes a checkpoint: whole, or not at all with RunError.
+
+    What UTF-8 cannot hold, as in a name that is no text, is escaped.
+    """
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from utils import archives, cropping, listing
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.listing import LeftOut
 
 IMAGENET_CLASSES = 1000
@@ -261,7 +261,7 @@ def read_any_folder(root: Path) -> ImageSet:
     counts = [len(found.images), *(len(by_class[name]) for name in classes)]
     labels = np.repeat(np.arange(-1, len(classes)), counts)
     images = ImageSet(root, found.images + paths, labels, classes, left_out=found.left_out)
-    print(images, flush=True)
+    print(printable(str(images)), flush=True)
     return images
 
 
@@ -278,7 +278,7 @@ def read_split(
     """
     images = _read_split(data, split, dataset=dataset, unlabeled=unlabeled)
     warning = f"; WARNING: {_one_class(images)}" if len(images.classes) == 1 else ""
-    print(f"{images}{warning}", flush=True)
+    print(printable(f"{images}{warning}"), flush=True)
     return images
 
 

@@ -48,7 +48,8 @@ def start(device: torch.device) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+        # For the life of the process; names of files may be no text.
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     return device
 
 

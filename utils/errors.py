@@ -1,6 +1,23 @@
 """Errors that end a script with one line and no traceback; `running.run_script` prints them."""
 
 
+def printable(text: str) -> str:
+    """The text in one line that shows every character: what is not printable is escaped.
+
+    A name can hold a line feed, what moves a terminal's cursor, or bytes that are no text; those
+    come as \\n, \\x1b, \\xff. A second pass changes nothing.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # how Python reads a byte that is no text
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 class InputError(Exception):
     """Bad input from the user: one line that names the flag and the value. Exit code 2."""
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.checkpoint import replace_text
 from utils.data import ImageSet
 from utils.errors import InputError
+from utils.image_names import ImageNames, quoted, read_lines, refuse, unquoted
 from utils.loaders import Batch
-from utils.splits import read_entries, refuse
 from utils.streams import upload
 
 
@@ -39,54 +40,64 @@ def read_label_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     """The labels (N,) int64 that a file gives: each line an image's path below train/, its class.
 
     Path and class are parted by a tab, or else by the last blank, so that a class with a blank in
-    its name needs a tab. Strict: every image must come once, and each class be one of the folders'.
-    Otherwise an InputError counts the faults and names the first five, as for a missing, empty or
-    unreadable file. flag: the flag that named it.
+    its name needs a tab; either can be a JSON string, see `image_names`. Strict: every image must
+    come once, and each class be one of the folders'. Otherwise an InputError counts the faults and
+    names the first five, as for a missing, empty or unreadable file. flag: the flag that named it.
     """
     what = f"{flag} {path}"
-    pairs = [_parted(entry) for entry in read_entries(path, what=what)]
-    numbers = {images.name(number): number for number in range(len(images))}
-    classes = {name: label for label, name in enumerate(images.classes)}
-    times = Counter(name for name, _ in pairs)
+    lines = map(_parted, read_lines(path, what=what))
+    names, classes = ImageNames(images), {name: n for n, name in enumerate(images.classes)}
+    rows = [(e, given, names.number(e), _label(given, classes)) for e, given in lines]
+    times = Counter(number for _, _, number, _ in rows if number is not None)
     refuse(
         {
-            "entries have no class": [n for n, given in pairs if not given],
-            "entries name no image": [n for n in times if n not in numbers],
-            "entries name no class": [f"{n} {c}" for n, c in pairs if c and c not in classes],
-            "images come twice": [n for n, count in times.items() if count > 1],
-            "images have no entry": [n for n in numbers if n not in times],
+            "entries have no class": [e for e, given, _, _ in rows if not given],
+            "entries name no image": [e for e, _, number, _ in rows if number is None],
+            "entries name no class": [f"{e} {g}" for e, g, _, label in rows if g and label is None],
+            "images come twice": [images.name(n) for n, count in times.items() if count > 1],
+            "images have no entry": [images.name(n) for n in range(len(images)) if n not in times],
         },
         what=what,
     )
     labels = np.empty(len(images), dtype=np.int64)
-    for name, given in pairs:
-        labels[numbers[name]] = classes[given]
+    for _, _, number, label in rows:
+        labels[number] = label
     return labels
 
 
-def _parted(entry: str) -> tuple[str, str]:
-    """Path and class of an entry, "" for what is not there."""
-    name, tab, given = entry.rpartition("\t")
+def _parted(line: str) -> tuple[str, str]:
+    """Path and class of a line, as they stand there; "" for a class that is not there."""
+    entry, tab, given = line.rstrip("\t").rpartition("\t")
     if not tab:
-        name, blank, given = entry.rpartition(" ")
-        name, given = (name, given) if blank else (given, "")
-    return name.strip(), given.strip()
+        entry, blank, given = line.rstrip().rpartition(" ")
+        if not blank:
+            entry, given = given, ""
+    return entry, given if given.strip() else ""
+
+
+def _label(given: str, classes: dict[str, int]) -> int | None:
+    """The number of the class that stands in a line, None if there is none of this name."""
+    name = unquoted(given)
+    if name is None:
+        name = given if given in classes else given.strip()
+    return classes.get(name)
 
 
 def write_changes(path: Path, images: ImageSet, given: np.ndarray | None) -> None:
     """Write each image whose given label is not its own: path, true class, given class; by tabs.
 
-    given: (N,); None: the images' own, and a file that an earlier run has left goes.
+    What is no plain text is a JSON string, see `image_names`. given: (N,); None: the images' own,
+    and a file that an earlier run has left goes. RunError as of `checkpoint.replace_text`.
     """
     if given is None:
         path.unlink(missing_ok=True)
         return
     changed = np.flatnonzero(given != images.labels)
-    lines = (
-        "\t".join((images.name(n), images.classes[images.labels[n]], images.classes[given[n]]))
+    fields = (
+        (images.name(n), images.classes[images.labels[n]], images.classes[given[n]])
         for n in changed
     )
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    replace_text(path, "".join("\t".join(map(quoted, row)) + "\n" for row in fields))
 
 
 def labels_to_use(batch: Batch, given: Tensor | None) -> Tensor:

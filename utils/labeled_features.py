@@ -1,10 +1,12 @@
 """Where a classifier gets features and labels from: images read anew each epoch, or kept features.
 
-Both have the same four: `for_statistics`, `epoch`, `val` and `num_images`. F is the feature size.
+Both have the same five: `for_statistics`, `epoch`, `val`, `num_images` and `labels`. F is the
+feature size.
 """
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,6 +47,11 @@ class FromImages:
     def num_images(self) -> dict[str, int]:
         """How many images of each split could be read in the evaluation view, as far as known."""
         return {"train": self._train.num_readable, "val": self._val.num_readable}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (N,) of the training images that `num_images` counts."""
+        return np.delete(self._train.images.labels, sorted(self._train.left_out))
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images in the evaluation view."""
@@ -98,6 +105,11 @@ class FromFeatures:
     def num_images(self) -> dict[str, int]:
         """How many images of each split there are features of."""
         return {"train": len(self._labels), "val": len(self._val[1])}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (N,) of the training images."""
+        return self._labels.cpu().numpy()
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from utils import distributed
-from utils.errors import InputError, Interrupted, RunError
+from utils.errors import InputError, Interrupted, RunError, printable
 from utils.stop_signals import StopSignals, ignore
 from utils.workers import forget_workers, worker_failure
 
@@ -21,7 +21,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
-    code, name = 0, os.path.basename(sys.argv[0])
+    code, name = 0, printable(os.path.basename(sys.argv[0]))
+    _let_streams_take_any_text()
     signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
     signals.install()
     try:
@@ -31,7 +32,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except Interrupted as stop:
         ignore()
         if distributed.is_main():
-            print(f"{name}: {stop}", file=sys.stderr)
+            print(printable(f"{name}: {stop}"), file=sys.stderr)
         code = stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -50,12 +51,19 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def _let_streams_take_any_text() -> None:
+    """A character that the terminal or the log cannot hold is escaped instead of ending a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stand-in for a stream may have none
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _reason(error: Exception) -> str | None:
     """What to say of an error that is the input's, the run's or the machine's; None for others."""
     if isinstance(error, (InputError, RunError)):
-        return str(error)
+        return printable(str(error))
     if isinstance(error, OSError):  # a full or failing disk, a closed pipe
-        return f"{error.filename or 'output'}: {error.strerror or error}"
+        return printable(f"{error.filename or 'output'}: {error.strerror or error}")
     if not isinstance(error, (MemoryError, RuntimeError)):
         return None
     if reason := worker_failure(error) or distributed.failure(error):

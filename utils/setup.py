@@ -26,7 +26,7 @@ from utils.encoders import (
     check_image_size,
 )
 from utils.engine import Run
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.evaluation import build_bad_images, eval_loaders
 from utils.image_cache import cache_images
 from utils.knn import evaluate_knn, ks_for
@@ -34,7 +34,7 @@ from utils.label_noise import noisy_labels, read_label_file
 from utils.loaders import TwoViewLoader
 from utils.memory_bank import MemoryBank
 from utils.schedule import learning_rate
-from utils.splits import class_balanced_split, read_split_file
+from utils.splits import absent_classes, check_every_class, class_balanced_split, read_split_file
 
 
 def check_batch(args: argparse.Namespace) -> None:
@@ -300,23 +300,38 @@ def _build_evaluation(
 def labeled_index(
     args: argparse.Namespace, images: ImageSet, *, file: Path | None, flag: str
 ) -> np.ndarray:
-    """Numbers of the labeled images by a split file or --label_fraction; all without either."""
+    """Numbers of the labeled images by a split file or --label_fraction; all without either.
+
+    InputError if there is none of a class.
+    """
     if not images.classes:
         raise InputError(f"data {args.data}: labels need class folders in train/")
-    if file is not None:
-        return read_split_file(file, images, flag=flag)
+    check_every_class(images.labels, images.classes, what=f"data {args.data}")
     if args.label_fraction is not None:
         return class_balanced_split(images, args.label_fraction, seed=args.split_seed)
-    return np.arange(len(images))
+    if file is None:
+        return np.arange(len(images))
+    index = read_split_file(file, images, flag=flag)
+    check_every_class(images.labels[index], images.classes, what=f"{flag} {file}")
+    return index
 
 
 def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | None:
-    """Labels (N,) to train with by --label_file or --label_noise; None: those of the images."""
+    """Labels (N,) to train with by --label_file or --label_noise; None: those of the images.
+
+    A class that no image has then is named in a warning.
+    """
     if args.label_file is not None:
-        return read_label_file(args.label_file, images, flag="--label_file")
-    if args.label_noise is not None:
-        return noisy_labels(images, args.label_noise, seed=args.noise_seed)
-    return None
+        what = f"--label_file {args.label_file}"
+        given = read_label_file(args.label_file, images, flag="--label_file")
+    elif args.label_noise is not None:
+        what = f"--label_noise {args.label_noise}"
+        given = noisy_labels(images, args.label_noise, seed=args.noise_seed)
+    else:
+        return None
+    if absent := absent_classes(given, images.classes):
+        print(printable(f"WARNING {what}: no image has the label of {absent}"), flush=True)
+    return given
 
 
 def _check_speed(args: argparse.Namespace) -> None:

@@ -1,17 +1,21 @@
 """Which training images count as labeled: a split file, or a class-balanced draw.
 
 A split file names one image a line, by its path below train/ or by its base name. For ImageNet
-these are the public 1% and 10% lists published with SimCLR.
+these are the public 1% and 10% lists published with SimCLR. `image_names` tells how names that are
+no plain text are written.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from utils.checkpoint import replace_text
 from utils.data import ImageSet
 from utils.errors import InputError
+from utils.image_names import ImageNames, quoted, read_lines, refuse
 
 
 def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
@@ -22,52 +26,52 @@ def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     (The published code ignored entries without an image.) flag: the flag that named the file.
     """
     what = f"{flag} {path}"
-    entries = read_entries(path, what=what)
-    by_name: dict[str, list[int]] = defaultdict(list)
-    for number in range(len(images)):
-        name = images.name(number)
-        by_name[name].append(number)
-        if "/" in name:
-            by_name[name.rsplit("/", 1)[1]].append(number)
-    found = [by_name.get(entry, []) for entry in entries]
-    counts = [(entry, len(rows)) for entry, rows in zip(entries, found, strict=True)]
-    times = Counter(rows[0] for rows in found if len(rows) == 1)
+    entries = read_lines(path, what=what)
+    names = ImageNames(images)
+    found = [names.numbers(entry) for entry in entries]
+    counts = [(entry, len(numbers)) for entry, numbers in zip(entries, found, strict=True)]
+    times = Counter(numbers[0] for numbers in found if len(numbers) == 1)
+    missing = [entry for entry, count in counts if count == 0]
     refuse(
         {
-            "entries name no image": [e for e, count in counts if count == 0],
+            "entries name no image": missing,
             "entries name several images": [e for e, count in counts if count > 1],
             "entries come twice": [images.name(n) for n, count in times.items() if count > 1],
         },
         what=what,
+        hint=_hint(missing, names),
     )
     return np.array(sorted(times), dtype=np.int64)
 
 
-def read_entries(path: Path, *, what: str) -> list[str]:
-    """The lines of a text file that are not blank, without "train/" before them.
+def _hint(missing: list[str], names: ImageNames) -> str:
+    """What may be wrong with entries that name no image, "" if nothing is known of it."""
+    for entry in missing[:5]:
+        for before in (entry.rsplit(maxsplit=1)[0], entry.rpartition(",")[0]):
+            if names.numbers(before):
+                return "; lines seem to end in a label, and only the path is wanted"
+    return ""
 
-    InputError that begins with `what` for a missing, empty or unreadable file.
+
+def check_every_class(labels: np.ndarray | Tensor, classes: Sequence[str], *, what: str) -> None:
+    """InputError that begins with `what` unless labels (n,) are 0 to C - 1 and every class has one.
+
+    A class without a labeled image is never predicted: each of its images counts as wrong.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no text in UTF-8" if isinstance(error, ValueError) else error.strerror
-        raise InputError(f"{what}: {reason}") from error
-    entries = [line.strip().removeprefix("train/") for line in lines if line.strip()]
-    if not entries:
-        raise InputError(f"{what}: names no image")
-    return entries
+    labels = np.asarray(labels)
+    outside = np.unique(labels[(labels < 0) | (labels >= len(classes))])
+    if len(outside):
+        raise InputError(f"{what}: label {outside[0]} is none of 0 to {len(classes) - 1}")
+    absent = absent_classes(labels, classes)
+    if absent:
+        raise InputError(f"{what}: no labeled image of {absent}")
 
 
-def refuse(faults: dict[str, list[str]], *, what: str) -> None:
-    """InputError that counts what has each fault and names the first five, if there are any."""
-    problems = [
-        f"{len(names)} {fault} (first: {', '.join(names[:5])})"
-        for fault, names in faults.items()
-        if names
-    ]
-    if problems:
-        raise InputError(f"{what}: {'; '.join(problems)}")
+def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
+    """In words how many classes have none of the labels, and the first five; "" if all have one."""
+    absent = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    named = ", ".join(quoted(classes[label]) for label in absent[:5])
+    return f"{len(absent)} of {len(classes)} classes: {named}" if named else ""
 
 
 def class_balanced_split(images: ImageSet, fraction: float, *, seed: int) -> np.ndarray:
@@ -98,5 +102,8 @@ def draw_per_class(
 
 
 def write_split_file(path: Path, images: ImageSet, index: np.ndarray) -> None:
-    """Write the images' paths below train/, one a line; `read_split_file` gives the same images."""
-    path.write_text("".join(f"{images.name(number)}\n" for number in index), encoding="utf-8")
+    """Write the images' paths below train/, one a line; `read_split_file` gives the same images.
+
+    RunError if that fails, as of `checkpoint.replace_text`.
+    """
+    replace_text(path, "".join(f"{quoted(images.name(number))}\n" for number in index))

@@ -66,7 +66,7 @@ MAY_IMPORT = {
     },
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "arguments": {"cropping"},
-    "options": {"archives", "arguments", "augment", "demo_data", "distributed"},
+    "options": {"archives", "arguments", "augment", "demo_data", "distributed", "workers"},
     "running": {"distributed", "errors", "stop_signals", "workers"},
     "result_files": {"errors"},
     "experiment": {"checkpoint", "errors"},
@@ -84,8 +84,8 @@ MAY_IMPORT = {
         "workers",
     },
     "evaluation": {
-        *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache", "loaders"),
-        "origin",
+        *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache"),
+        *("image_cache", "loaders", "origin"),
     },
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),

@@ -4,13 +4,12 @@ Published flags keep their names and defaults; new ones use underscores.
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils import archives, demo_data, distributed
+from utils import archives, demo_data, distributed, workers
 from utils.arguments import (
     crop_groups,
     device,
@@ -87,8 +86,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "-j",
         "--num_workers",
         "--workers",
-        type=number(int, low=0),
-        default=min(4, os.cpu_count() or 1),
+        type=number(int, low=0, high=1024),
+        default=min(4, workers.cores()),
         help="processes that decode images",
     )
     _add_bad_image_options(group)
@@ -395,6 +394,8 @@ def parse(
     if getattr(args, "multi_crop", None):
         args.image_size = args.multi_crop[0].size
     args.device = distributed.start(args.device)
+    if slow := workers.too_many(args.num_workers):
+        print(f"--num_workers {args.num_workers}: {slow}", flush=True)
     if args.data is None and args.demo:
         with distributed.main_first():
             args.data = _demo_folder(parser)

@@ -4,6 +4,7 @@ Training data are stateless: the order of an epoch is a permutation drawn from (
 step of any epoch can be produced on its own.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -187,6 +188,8 @@ def read_batches(loader: Source, images: ImageSet, bad_images: BadImages) -> Ite
 
 def data_loader(images: Dataset, device: torch.device, **options) -> DataLoader:
     """A DataLoader of whole batches that leaves the global random state alone."""
+    # Said once for all loaders, by `workers.too_many`.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", module="torch")
     return DataLoader(
         images,
         collate_fn=_as_is,

@@ -55,6 +55,22 @@ _FAILURES = (
 )
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def too_many(num_workers: int) -> str | None:
+    """Why so many workers make a run slow here; None where there is a core for each."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if num_workers * processes <= cores():
+        return None
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    return f"more worker processes{each} than the {cores()} cores here, which is slow"
+
+
 def worker_failure(error: BaseException) -> str | None:
     """One line on what happened to a worker, why and what to try; None for any other error.
 

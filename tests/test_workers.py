@@ -196,7 +196,7 @@ def test_shared_memory_that_is_too_small(image_tree, tmp_path, size):
         ),
         (
             "DataLoader worker (pid 12) exited unexpectedly with exit code 1. Details are lost",
-            ("12", "ended unexpectedly", "--batch_size"),
+            ("12", "ended with exit code 1", "printed"),
         ),
         ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", ("12, 13", "--num_workers")),
         ("Pin memory thread exited unexpectedly", ("memory",)),

@@ -161,12 +161,15 @@ class Source(Protocol):
 
 def _from_workers(loader: Source) -> Iterator[CropBatch]:
     """The batches of a loader. RunError if its workers cannot be started, fail or die."""
+    workers = []
     try:
         if loader.num_workers:
             check_room(loader.num_workers)
-        yield from loader
-    except (RuntimeError, OSError, MemoryError) as error:
-        reason = worker_failure(error)
+        batches = iter(loader)
+        workers = getattr(batches, "_workers", workers)
+        yield from batches
+    except (RuntimeError, OSError, MemoryError, ImportError, EOFError) as error:
+        reason = worker_failure(error, workers)
         if not reason and isinstance(error, OSError) and loader.num_workers:
             reason = start_failure(error)
         if reason:

@@ -51,9 +51,9 @@ def set_names(text: str) -> list[str]:
     for name in names:
         if name not in transfer_data.NAMES:
             known = ", ".join(transfer_data.NAMES)
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+            raise arguments.wrong(name, f"is none of {known}")
     if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text} names a set twice")
+        raise arguments.wrong(text, "names a set twice")
     return names
 
 

@@ -32,8 +32,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
 
-def _wrong(text: str, what: str) -> argparse.ArgumentTypeError:
-    """The error for a flag's value: argparse puts the flag's name before it."""
+def wrong(text: str, what: str) -> argparse.ArgumentTypeError:
+    """The error of a type for a flag's value; argparse puts the flag's name before it."""
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return argparse.ArgumentTypeError(f"{shown or repr(text)} {what}")
 
@@ -50,10 +50,10 @@ def number(kind: type, *, low: float, high: float | None = None) -> Callable[[st
         try:
             value = kind(text) + 0  # -0.0 becomes 0.0
         except ValueError:  # also for more digits than Python reads
-            raise _wrong(text, f"is no {kind.__name__}") from None
+            raise wrong(text, f"is no {kind.__name__}") from None
         if not low <= value <= most:
             shown = most if kind is int else f"{most:.3g}"
-            raise _wrong(text, f"is out of range ({low} to {shown})")
+            raise wrong(text, f"is out of range ({low} to {shown})")
         return value
 
     return parse
@@ -64,7 +64,7 @@ def _list_of(parse: Callable[[str], Any], text: str, what: str) -> list:
     try:
         return [parse(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        raise _wrong(text, f"is no list of {what}") from None
+        raise wrong(text, f"is no list of {what}") from None
 
 
 def int_list(text: str) -> list[int]:
@@ -76,7 +76,7 @@ def epoch_list(text: str) -> list[int]:
     """An argparse type: "90,120" -> [90, 120]; from 1, ascending."""
     epochs = _list_of(positive, text, "epochs like 90,120")
     if any(one >= next_one for one, next_one in itertools.pairwise(epochs)):
-        raise _wrong(text, "is no list of epochs like 90,120: each above the one before")
+        raise wrong(text, "is no list of epochs like 90,120: each above the one before")
     return epochs
 
 
@@ -84,9 +84,9 @@ def rate_list(text: str) -> list[float]:
     """An argparse type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
     rates = _list_of(not_negative, text, "learning rates like 0.01,0.03")
     if not all(rates):
-        raise _wrong(text, "is no list of learning rates like 0.01,0.03: each above 0")
+        raise wrong(text, "is no list of learning rates like 0.01,0.03: each above 0")
     if len(set(rates)) < len(rates):
-        raise _wrong(text, "names a learning rate twice")
+        raise wrong(text, "names a learning rate twice")
     return rates
 
 
@@ -100,7 +100,7 @@ def path_text(text: str) -> str:
     try:
         Path(text).expanduser()  # unlike that of os.path it tells
     except RuntimeError:
-        raise _wrong(text, "begins with a home folder that is not known") from None
+        raise wrong(text, "begins with a home folder that is not known") from None
     return os.path.expanduser(text)
 
 
@@ -130,7 +130,7 @@ def device(text: str) -> torch.device:
             raise RuntimeError
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{text}: no such device here") from None
+        raise wrong(text, "is no device that is here") from None
     return chosen
 
 
@@ -143,9 +143,9 @@ def crop_groups(text: str) -> list[CropGroup]:
     """An argparse type: "2x224:0.2-1,6x96:0.05-0.2" -> groups of crops; the first has two."""
     groups = [_crop_group(part.strip()) for part in text.split(",")]
     if groups[0].count != 2:
-        raise _wrong(text, "has another first group than the query's and the target's crop, 2x...")
+        raise wrong(text, "has another first group than the query's and the target's crop, 2x...")
     if sum(group.count for group in groups) > _MOST_CROPS:
-        raise _wrong(text, f"asks for more than {_MOST_CROPS} crops of an image")
+        raise wrong(text, f"asks for more than {_MOST_CROPS} crops of an image")
     return groups
 
 
@@ -157,11 +157,11 @@ def _crop_group(text: str) -> CropGroup:
         count, size = number(int, low=1, high=_MOST_CROPS)(count), side(size)
         low, high = float(low), float(high)
     except (AttributeError, ValueError):
-        raise _wrong(text, f"{form} (count x size : share of the area)") from None
+        raise wrong(text, f"{form} (count x size : share of the area)") from None
     except argparse.ArgumentTypeError as error:
-        raise _wrong(text, f"{form}: {error}") from None
+        raise wrong(text, f"{form}: {error}") from None
     if not 0 < low <= high <= 1:
-        raise _wrong(text, f"{form}: shares 0 < a <= b <= 1")
+        raise wrong(text, f"{form}: shares 0 < a <= b <= 1")
     return CropGroup(count, size, (low, high))
 
 

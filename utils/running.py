@@ -68,7 +68,7 @@ def _reason(error: Exception) -> str | None:
     if not isinstance(error, MemoryError) and "alloc" not in text and "memory" not in text:
         return None
     first_line = text.splitlines()[0] if text else "no memory left"
-    return f"{first_line}\ntry a smaller --batch_size, --mem_bank_size or --arch"
+    return f"{first_line}; try a smaller --batch_size, --mem_bank_size or --arch"
 
 
 def _remove_cache_folder() -> None:

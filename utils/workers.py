@@ -169,13 +169,15 @@ def forget_workers() -> None:
 def check_room(num_workers: int) -> None:
     """Make and drop what torch needs to start workers; OSError where there is no room for it.
 
-    It lies in the shared memory. torch itself would print a traceback beside the error. The folder
-    that workers put their sockets in is made here too, and stays: so they share that of the main
+    That is shared memory and open files. torch itself would print a traceback beside the error. The
+    folder of the workers' sockets is made here too, and stays: so they share that of the main
     process, which goes when it ends; one of a worker's own would stay where a signal ends it.
     """
     check_is_main()
     multiprocessing.util.get_temp_dir()
-    _ = multiprocessing.Event(), [multiprocessing.Queue() for _ in range(num_workers + 1)]
+    each = range(num_workers + 1)
+    _ = [multiprocessing.Queue() for _ in each], [multiprocessing.Pipe() for _ in each]
+    multiprocessing.Event()
 
 
 def share(*tensors: Tensor) -> None:

@@ -167,6 +167,71 @@ def test_a_killed_process_ends_the_others(image_tree, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+def run_of(process: subprocess.Popen) -> list[int]:
+    """The process ids of the ranks and of their workers."""
+    ranks = [int(pid) for pid in children_of(process.pid)]
+    return ranks + [int(pid) for rank in ranks for pid in children_of(rank)]
+
+
+def children_of(pid: int) -> list[str]:
+    """Process ids."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_ends_a_training_run_that_saves(image_tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    folder = tmp_path / "run"
+    flags = (*SMALL, "--epochs", 100_000, "--checkpoint_path", folder, image_tree)
+    process = start(SCRIPT, *flags, processes=2)
+    wait_for_training(process, folder)
+    running = run_of(process)
+    assert len(running) == 4
+    process.kill()
+    out, errors = process.communicate(timeout=30)  # their pipes are open as long as they live
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+    why, what = own_lines(errors)
+    assert "torchrun has ended or was killed" in why
+    assert "saved" in what and "--resume auto" in what
+    assert len(list(folder.glob("ckpt_epoch_*_step_*.pth"))) == 1
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_ends_an_evaluation(image_tree, tmp_path):
+    flags = ("--weights", "random", *SMALL[:4], "--num_workers", 1, "--epochs", 100_000, "-b", 6)
+    process = start(ROOT / "eval" / "eval_linear.py", *flags, image_tree, processes=2)
+    while "epoch 2" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    running = run_of(process)
+    process.kill()
+    _, errors = process.communicate(timeout=30)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+    assert "eval_linear.py: torchrun has ended or was killed" in errors
+
+
+def test_a_process_that_does_not_stop_is_ended(tmp_path):
+    """Here it cannot heed the signal; its launcher is a shell that ends."""
+    code = (
+        "import os, signal, time; from utils import launcher; launcher._TIME_TO_SAVE = 0.5; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launcher.follow(); time.sleep(60)"
+    )
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "RANK": "0"}
+    launched = subprocess.Popen(
+        ["bash", "-c", f"{sys.executable} -c '{code}' & sleep 4"],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    since = time.monotonic()
+    _, errors = launched.communicate(timeout=30)
+    assert time.monotonic() - since < 25
+    assert errors.count("torchrun has ended or was killed") == 1
+
+
 def test_a_signal_to_one_process_saves_and_stops_all(image_tree, tmp_path):
     flags = (*SMALL, "--epochs", 10000, "--checkpoint_path", tmp_path, image_tree)
     process = start(SCRIPT, *flags, processes=2)

@@ -1,6 +1,7 @@
 """Several real processes under torchrun against one."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -173,6 +174,12 @@ def run_of(process: subprocess.Popen) -> list[int]:
     return ranks + [int(pid) for rank in ranks for pid in children_of(rank)]
 
 
+def living(pids: list[int]) -> list[int]:
+    """Those that have not ended; who has, but has no parent left that asks, is called a zombie."""
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [p for p, file in states.items() if file.exists() and ") Z" not in file.read_text()]
+
+
 def children_of(pid: int) -> list[str]:
     """Process ids."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
@@ -191,7 +198,7 @@ def test_a_killed_torchrun_ends_a_training_run_that_saves(image_tree, tmp_path, 
     assert len(running) == 4
     process.kill()
     out, errors = process.communicate(timeout=30)  # their pipes are open as long as they live
-    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+    assert not living(running)
     why, what = own_lines(errors)
     assert "torchrun has ended or was killed" in why
     assert "saved" in what and "--resume auto" in what
@@ -208,7 +215,7 @@ def test_a_killed_torchrun_ends_an_evaluation(image_tree, tmp_path):
     running = run_of(process)
     process.kill()
     _, errors = process.communicate(timeout=30)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+    assert not living(running)
     assert "eval_linear.py: torchrun has ended or was killed" in errors
 
 
@@ -216,19 +223,21 @@ def test_a_process_that_does_not_stop_is_ended(tmp_path):
     """Here it cannot heed the signal; its launcher is a shell that ends."""
     code = (
         "import os, signal, time; from utils import launcher; launcher._TIME_TO_SAVE = 0.5; "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launcher.follow(); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launcher.follow(); "
+        f'open("{tmp_path}/ready", "w"); time.sleep(60)'
     )
+    command = shlex.join([sys.executable, "-c", code])
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "RANK": "0"}
     launched = subprocess.Popen(
-        ["bash", "-c", f"{sys.executable} -c '{code}' & sleep 4"],
+        ["bash", "-c", f"{command} & until [ -e {tmp_path}/ready ]; do sleep 0.1; done; sleep 0.5"],
         cwd=ROOT,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
     )
     since = time.monotonic()
-    _, errors = launched.communicate(timeout=30)
-    assert time.monotonic() - since < 25
+    _, errors = launched.communicate(timeout=60)
+    assert time.monotonic() - since < 50
     assert errors.count("torchrun has ended or was killed") == 1
 
 

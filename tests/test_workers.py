@@ -17,7 +17,10 @@ from tiny import FLAGS
 
 from utils.workers import start_failure, worker_failure
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc"),
+    pytest.mark.usefixtures("temporary"),
+]
 SCRIPT = "self_supervised/train_msf_2q.py"
 # Reads a folder with two workers, prints their numbers and does what it is told in the middle.
 # `keep` has the loader live until the interpreter ends.
@@ -44,15 +47,6 @@ def main():
 
 running.run_script(main)
 """
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path_factory, monkeypatch):
-    """The temporary folder of the processes, empty when they have ended."""
-    folder = tmp_path_factory.mktemp("temporary")
-    monkeypatch.setenv("TMPDIR", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +169,7 @@ def test_a_worker_killed_while_the_main_process_is_elsewhere(folder):
     [(None, 0), (signal.SIGTERM, 75), (signal.SIGINT, 130), ("--weights", 2), ("--topk", 2)],
 )
 def test_a_training_run_leaves_nothing(image_tree, tmp_path, workers, told, expected):
-    """As the autouse fixture checks; in the folder of torch's compiler cache too."""
+    """As the fixture `temporary` checks; of torch's compiler cache too."""
     flags = (*FLAGS, "--num_workers", workers, "--print_freq", 3, "--checkpoint_path", tmp_path)
     wrong = (told, "no/such") if isinstance(told, str) else ()
     epochs = 10_000 if isinstance(told, signal.Signals) else 1

@@ -44,10 +44,12 @@ def _end_with(launcher: int) -> None:
     """Wait until this process has another parent; then ask it to stop, and see that it does."""
     while os.getppid() == launcher:
         time.sleep(_LOOKS_EVERY)
-    if os.environ.get("RANK") == "0":
+    if os.environ.get("LOCAL_RANK") == "0":
         with suppress(OSError):
             name = os.path.basename(sys.argv[0])
             print(f"{name}: torchrun has ended or was killed, the run stops", file=sys.stderr)
+    else:
+        time.sleep(2 * _LOOKS_EVERY)  # the first one says why before all stop together
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_TIME_TO_SAVE)
     workers.end_all()

@@ -169,6 +169,6 @@ def test_no_flag_is_a_bare_path():
 
 def test_devices():
     assert arguments.device("cpu") == torch.device("cpu")
-    for text in ("meta", "cuda:99", "gpu", "xla"):
+    for text in ("meta", "cuda:99", "gpu", "xla", f"cuda:{10**30}"):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             arguments.device(text)

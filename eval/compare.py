@@ -46,8 +46,8 @@ def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="One table of several encoders' results.")
-    parser.add_argument("rows", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--save", type=Path, help="folder to write results.json to")
+    parser.add_argument("rows", nargs="+", type=arguments.named_path, metavar="NAME=DIR")
+    parser.add_argument("--save", type=arguments.path, help="folder to write results.json to")
     return parser.parse_args()
 
 

@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
         help="of the weighted vote",
     )
     group = parser.add_argument_group("files")
-    group.add_argument("--save", type=Path, help="folder to write knn.json to")
+    group.add_argument("--save", type=arguments.path, help="folder to write knn.json to")
     group.add_argument(
         *("--save_features", "--save-features"),
         action="store_true",
@@ -64,16 +64,18 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument(
         *("--load_cache", "--load-cache"),
-        type=Path,
+        type=arguments.path,
         help=f"{feature_cache.NAME} of the same checkpoint and data, to extract nothing",
     )
     group.add_argument(
         *("--save_acc", "--save-acc"),
-        type=Path,
+        type=arguments.path,
         help="file to append a line to: the epoch, then the accuracy for each k, with commas",
     )
     group.add_argument(
-        "--epoch", type=int, help="the epoch in that line; default: as the checkpoint says"
+        *("--epoch",),
+        type=arguments.number(int, low=0),
+        help="the epoch in that line; default: as the checkpoint says",
     )
     return options.parse(parser, demo=DEMO)
 

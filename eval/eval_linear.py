@@ -73,11 +73,11 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=arguments.positive, default=40)
     group.add_argument(
         *("--lr_schedule", "--lr-schedule"),
-        type=arguments.int_list,
+        type=arguments.epoch_list,
         default="15,30,40",
         help="after these numbers of epochs the learning rate is divided by ten",
     )
-    group.add_argument("--momentum", type=arguments.number(float, low=0, high=1), default=0.9)
+    group.add_argument("--momentum", type=arguments.share, default=0.9)
     group.add_argument(
         *("--wd", "--weight_decay", "--weight-decay"), type=arguments.not_negative, default=1e-4
     )
@@ -104,15 +104,17 @@ def parse_args() -> argparse.Namespace:
     options.add_split_options(parser, "--train_file", "--train-file")
     add_classifier_options(parser)
     group = parser.add_argument_group("files")
-    group.add_argument("--save", type=Path, help="folder to write linear.json and linear.pth to")
+    group.add_argument(
+        "--save", type=arguments.path, help="folder to write linear.json and linear.pth to"
+    )
     group.add_argument(
         *("--cache_dir", "--cache-dir"),
-        type=Path,
+        type=arguments.path,
         help="folder of --cached's features.pth; default: that of --save, else it is not kept",
     )
     group.add_argument(
         "--resume",
-        type=Path,
+        type=arguments.path,
         help="linear.pth to continue after, on images of the same names, sizes and times",
     )
     group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")

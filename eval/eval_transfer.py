@@ -52,9 +52,9 @@ def set_names(text: str) -> list[str]:
     for name in names:
         if name not in transfer_data.NAMES:
             known = ", ".join(transfer_data.NAMES)
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+            raise arguments.wrong(name, f"is none of {known}")
     if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text} names a set twice")
+        raise arguments.wrong(text, "names a set twice")
     return names
 
 
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     options.add_checkpoint_options(parser)
     group = parser.add_argument_group("transfer")
     folders = ", ".join(transfer_data.FOLDERS.values())
-    group.add_argument("--root", type=Path, help=f"folder that holds {folders}")
+    group.add_argument("--root", type=arguments.path, help=f"folder that holds {folders}")
     group.add_argument(
         "--sets",
         type=set_names,
@@ -89,7 +89,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--split_seed", type=arguments.seed, default=0, help="of all that is drawn: splits, shots"
     )
-    group.add_argument("--save", type=Path, help="folder to write transfer.json to")
+    group.add_argument("--save", type=arguments.path, help="folder to write transfer.json to")
     return options.parse(parser, demo=DEMO, needs_data=False)
 
 

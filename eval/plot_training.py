@@ -230,8 +230,16 @@ def draw(groups: list[Group], output: Path) -> int:
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="Curves of training runs in one picture.")
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folder or log.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("training.png"), help="PNG to write")
+    parser.add_argument(
+        *("runs",),
+        nargs="+",
+        type=arguments.named_path,
+        metavar="[NAME=]RUN",
+        help="folder or log.jsonl",
+    )
+    parser.add_argument(
+        "--output", type=arguments.path, default=Path("training.png"), help="PNG to write"
+    )
     return parser.parse_args()
 
 

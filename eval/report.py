@@ -323,12 +323,22 @@ def build_page(
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="A page on one training run.")
-    parser.add_argument("run", metavar="RUN", help="the run's folder, or its log.jsonl")
-    parser.add_argument("--output", type=Path, help="HTML to write; default: report.html in RUN")
     parser.add_argument(
-        *("--results",), type=Path, nargs="+", default=[], help="folders with result files"
+        "run", type=arguments.path_text, metavar="RUN", help="the run's folder, or its log.jsonl"
     )
-    parser.add_argument("--neighbors", type=Path, nargs="+", help="PNG files of nearest neighbors")
+    parser.add_argument(
+        "--output", type=arguments.path, help="HTML to write; default: report.html in RUN"
+    )
+    parser.add_argument(
+        *("--results",),
+        type=arguments.path,
+        nargs="+",
+        default=[],
+        help="folders with result files",
+    )
+    parser.add_argument(
+        "--neighbors", type=arguments.path, nargs="+", help="PNG files of nearest neighbors"
+    )
     return parser.parse_args()
 
 

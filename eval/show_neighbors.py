@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument(
         "--output",
-        type=Path,
+        type=arguments.path,
         default=Path("output/neighbors.png"),
         help="PNG file to write; a JSON file of the same name tells what is in it",
     )

@@ -205,7 +205,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--pseudo_batch_size", type=arguments.positive, default=256)
     group.add_argument("--pseudo_lbl_epochs", type=arguments.positive, default=40)
     group.add_argument("--pseudo_lbl_lr", type=arguments.not_negative, default=0.01)
-    group.add_argument("--pseudo_lbl_lr_schedule", type=arguments.int_list, default="15,30,40")
+    group.add_argument("--pseudo_lbl_lr_schedule", type=arguments.epoch_list, default="15,30,40")
     group.add_argument("--pseudo_lbl_momentum", type=share, default=0.9)
     group.add_argument("--pseudo_lbl_weight_decay", type=arguments.not_negative, default=1e-4)
     group.add_argument("--use_conf", action="store_true", help="only confident labels count")

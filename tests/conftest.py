@@ -57,6 +57,23 @@ def write_image(path: Path, *, seed: int, size: tuple[int, int] = (24, 20)) -> N
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
+@pytest.fixture
+def temporary(tmp_path_factory, monkeypatch):
+    """The temporary folder of processes that a test starts; it must be empty when they ended."""
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+def start_method(folder: Path, method: str) -> dict[str, str]:
+    """Environment in which worker processes start by this method, as other Pythons' default."""
+    folder.mkdir(exist_ok=True)
+    line = f"import multiprocessing\n\nmultiprocessing.set_start_method({method!r}, force=True)\n"
+    (folder / "sitecustomize.py").write_text(line)
+    return {"PYTHONPATH": str(folder)}
+
+
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory) -> Path:
     """train/ and val/ with classes a, b, c: 10 and 4 images each. Not to be changed by a test."""

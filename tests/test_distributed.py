@@ -1,6 +1,7 @@
 """Several real processes under torchrun against one."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def wait_for_training(process: subprocess.Popen, folder: Path) -> list[int]:
     return [int(pid) for pid in children.stdout.split()]
 
 
+@pytest.mark.usefixtures("temporary")
 def test_a_killed_process_ends_the_others(image_tree, tmp_path):
     flags = (*SMALL, "--epochs", 10000, "--checkpoint_path", tmp_path, image_tree)
     process = start(SCRIPT, *flags, processes=2)
@@ -167,6 +169,78 @@ def test_a_killed_process_ends_the_others(image_tree, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+def run_of(process: subprocess.Popen) -> list[int]:
+    """The process ids of the ranks and of their workers."""
+    ranks = [int(pid) for pid in children_of(process.pid)]
+    return ranks + [int(pid) for rank in ranks for pid in children_of(rank)]
+
+
+def living(pids: list[int]) -> list[int]:
+    """Those that have not ended; who has, but has no parent left that asks, is called a zombie."""
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [p for p, file in states.items() if file.exists() and ") Z" not in file.read_text()]
+
+
+def children_of(pid: int) -> list[str]:
+    """Process ids."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("temporary")
+def test_a_killed_torchrun_ends_a_training_run_that_saves(image_tree, tmp_path):
+    folder = tmp_path / "run"
+    flags = (*SMALL, "--epochs", 100_000, "--checkpoint_path", folder, image_tree)
+    process = start(SCRIPT, *flags, processes=2)
+    wait_for_training(process, folder)
+    running = run_of(process)
+    assert len(running) == 4
+    process.kill()
+    out, errors = process.communicate(timeout=30)  # their pipes are open as long as they live
+    assert not living(running)
+    why, what = own_lines(errors)
+    assert "torchrun has ended or was killed" in why
+    assert "saved" in what and "--resume auto" in what
+    assert len(list(folder.glob("ckpt_epoch_*_step_*.pth"))) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_ends_an_evaluation(image_tree, tmp_path):
+    flags = ("--weights", "random", *SMALL[:4], "--num_workers", 1, "--epochs", 100_000, "-b", 6)
+    process = start(ROOT / "eval" / "eval_linear.py", *flags, image_tree, processes=2)
+    while "epoch 2" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    running = run_of(process)
+    process.kill()
+    _, errors = process.communicate(timeout=30)
+    assert not living(running)
+    assert "eval_linear.py: torchrun has ended or was killed" in errors
+
+
+def test_a_process_that_does_not_stop_is_ended(tmp_path):
+    """Here it cannot heed the signal; its launcher is a shell that ends."""
+    code = (
+        "import os, signal, time; from utils import launcher; launcher._TIME_TO_SAVE = 0.5; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launcher.follow(); "
+        f'open("{tmp_path}/ready", "w"); time.sleep(60)'
+    )
+    command = shlex.join([sys.executable, "-c", code])
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "0"}
+    launched = subprocess.Popen(
+        ["bash", "-c", f"{command} & until [ -e {tmp_path}/ready ]; do sleep 0.1; done; sleep 0.5"],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    since = time.monotonic()
+    _, errors = launched.communicate(timeout=60)
+    assert time.monotonic() - since < 50
+    assert errors.count("torchrun has ended or was killed") == 1
+
+
+@pytest.mark.usefixtures("temporary")
 def test_a_signal_to_one_process_saves_and_stops_all(image_tree, tmp_path):
     flags = (*SMALL, "--epochs", 10000, "--checkpoint_path", tmp_path, image_tree)
     process = start(SCRIPT, *flags, processes=2)
@@ -189,6 +263,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(image_tree, tmp_path):
     assert not (tmp_path / "requeue").exists()
 
 
+@pytest.mark.usefixtures("temporary")
 def test_a_batch_that_cannot_be_shared_is_refused_once(image_tree, tmp_path):
     flags = (*SMALL, "--batch_size", 8, "--checkpoint_path", tmp_path / "out", image_tree)
     code, _, errors = run(SCRIPT, *flags, processes=3)

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-from utils import options
+from utils import options, reading, workers
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 
@@ -120,3 +121,23 @@ def test_a_drawing_that_cannot_be_used_is_one_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert code.value.code == 2
     assert error.count("\n") == 1 and "--demo" in error and "holds something else" in error
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "processes", "words"),
+    [(3, 1, ""), (4, 1, "--num_workers 4: more worker processes than the 3 cores"), (0, 4, "")]
+    + [(1, 3, ""), (2, 2, "--num_workers 2: more worker processes in each of 2 processes")],
+)
+def test_more_workers_than_cores_are_said_to_be_slow(
+    monkeypatch, capsys, tmp_path, num_workers, processes, words
+):
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert parse(monkeypatch, "--num_workers", num_workers, tmp_path).num_workers == num_workers
+    out = capsys.readouterr().out
+    assert out.startswith(words) and out.count("\n") == bool(words)
+
+
+def test_torch_says_nothing_of_them(recwarn, tmp_path):
+    reading.data_loader([0], torch.device("cpu"), num_workers=workers.cores() + 1)
+    assert not recwarn.list

@@ -14,7 +14,7 @@ import torchvision
 from conftest import write_image
 from test_bad_input import assert_refused
 
-from utils import evaluation, setup
+from utils import evaluation, image_cache, setup
 from utils.data import ImageSet
 from utils.errors import InputError
 
@@ -167,3 +167,53 @@ def test_one_class_teaches_nothing_by_labels(call_script, tmp_path):
     script = importlib.import_module("supervised.train_sup_msf")
     code, _, stderr = call_script(script, *tiny.FLAGS, tmp_path)
     assert code == 2 and "one class only, a; labels need two" in stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "warned"),
+    [
+        (30, (), False),
+        (31, (), True),
+        (60, ("--symmetric",), False),
+        (61, ("--symmetric",), True),
+    ],
+)
+def test_a_bank_above_the_data_set_is_warned_of(args, capsys, size, flags, warned):
+    """30 training images: with more rows some image has two, with both views as targets twice."""
+    given = args(*TINY, "--num_workers", 0, "--mem_bank_size", size, *flags)
+    train, _ = setup.read_training_data(given)
+    setup.build_loader(given, train)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(lines) == warned
+    for line in lines:
+        assert f"--mem_bank_size {size}" in line and "the 30 training images" in line
+        assert ("twice" in line) == bool(flags)
+
+
+FREE = 10**6
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed", "words"),
+    [
+        (("--mem_bank_size", 7813), 4 * 7813 * 32, "--mem_bank_size 7813"),
+        (("--hidden_dim", 782), 4 * 782 * (2 * (128 + 32) + 2 * 32), "--hidden_dim 782"),
+        (("--image_size", 65), 2 * 8 * 3 * 65**2 * 5, "--batch_size 8, --image_size 65"),
+        (("--image_size", 65, "--batch_size", 30), 30 * 3 * 65**2 * 5, "--image_size 65"),
+    ],
+)
+def test_what_does_not_fit_the_memory_is_refused_by_name(args, monkeypatch, flags, needed, words):
+    """conv4 has 128 features, so 32 in an embedding; of a view a byte and a float a number."""
+    given = args(*TINY, "--mem_bank_size", 60, "--num_workers", 0, *flags)
+    train, val = setup.read_training_data(given)
+
+    def build(free):
+        monkeypatch.setattr(image_cache, "available_memory", lambda: free)
+        if "--batch_size" in flags:
+            return evaluation.eval_loaders(given, val, train)
+        return setup.build_loader(given, train), setup.build_encoders(given)
+
+    with pytest.raises(InputError, match=f"{words}.* at least {needed} bytes .*{needed - 1} are"):
+        build(needed - 1)
+    build(max(needed, FREE))
+    build(None)

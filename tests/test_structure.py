@@ -68,8 +68,9 @@ MAY_IMPORT = {
     },
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "arguments": {"cropping", "errors"},
-    "options": {"archives", "arguments", "augment", "demo_data", "distributed"},
-    "running": {"distributed", "errors", "stop_signals", "workers"},
+    "options": {"archives", "arguments", "augment", "demo_data", "distributed", "workers"},
+    "running": {"distributed", "errors", "launcher", "stop_signals", "workers"},
+    "launcher": {"workers"},
     "result_files": {"errors"},
     "experiment": {"checkpoint", "errors"},
     "board": {"augment", "distributed", "errors", "loaders", "meters"},
@@ -86,8 +87,8 @@ MAY_IMPORT = {
         "workers",
     },
     "evaluation": {
-        *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache", "loaders"),
-        "origin",
+        *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache"),
+        *("image_cache", "loaders", "origin"),
     },
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),

@@ -1,5 +1,9 @@
-"""Worker processes: signals pass them by, they end with the main process, a dead one is a line."""
+"""Worker processes: signals pass them by, they end with the main process, a dead one is a line.
 
+Whatever ends them and the main process, nothing stays in the temporary folder.
+"""
+
+import errno
 import os
 import signal
 import subprocess
@@ -8,12 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_image
+from conftest import ROOT, start_method, write_image
 from tiny import FLAGS
 
-from utils.workers import worker_failure
+from utils.workers import start_failure, worker_failure
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc"),
+    pytest.mark.usefixtures("temporary"),
+]
 SCRIPT = "self_supervised/train_msf_2q.py"
 # Reads a folder with two workers, prints their numbers and does what it is told in the middle.
 # `keep` has the loader live until the interpreter ends.
@@ -50,9 +57,9 @@ def folder(tmp_path_factory):
     return root
 
 
-def start(*command):
+def start(*command, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen(
         [*map(str, command)],
         cwd=ROOT,
@@ -128,12 +135,15 @@ def test_workers_end_with_the_main_process(folder, deed, expected):
     assert time.monotonic() - begin < 15
 
 
-def test_workers_end_when_the_main_process_is_killed(folder):
-    process, workers = read(folder, "os.kill(os.getpid(), signal.SIGKILL)")
+def test_workers_end_when_the_main_process_is_killed(folder, temporary):
+    process, workers = read(folder, "sys.stdin.readline(); os.kill(os.getpid(), signal.SIGKILL)")
+    assert len(list(temporary.glob("pymp-*"))) == 1  # that of all; the last worker removes it
+    process.stdin.write("go on\n")
+    process.stdin.flush()
     process.wait(timeout=30)  # its pipes stay open as long as a worker lives
     assert process.returncode == -signal.SIGKILL
     assert_gone(workers, within=20)
-    process.communicate()
+    assert process.communicate()[1] == ""
 
 
 def children(process):
@@ -150,6 +160,64 @@ def test_a_worker_killed_while_the_main_process_is_elsewhere(folder):
     what = f"worker process {workers[1]} was killed by signal Killed"
     assert_one_line(code, stderr, what, "memory", "--num_workers")
     assert_gone(workers, within=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [(None, 0), (signal.SIGTERM, 75), (signal.SIGINT, 130), ("--weights", 2), ("--topk", 2)],
+)
+def test_a_training_run_leaves_nothing(image_tree, tmp_path, workers, told, expected):
+    """As the fixture `temporary` checks; of torch's compiler cache too."""
+    flags = (*FLAGS, "--num_workers", workers, "--print_freq", 3, "--checkpoint_path", tmp_path)
+    wrong = (told, "no/such") if isinstance(told, str) else ()
+    epochs = 10_000 if isinstance(told, signal.Signals) else 1
+    process = start(sys.executable, SCRIPT, *flags, "--epochs", epochs, *wrong, image_tree)
+    if isinstance(told, signal.Signals):
+        while "epoch 2" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(told)
+    code, _, stderr = finish(process, within=60)
+    assert (code, stderr.count("\n")) == (expected, int(expected != 0)), stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("self_supervised/train_msf_km.py", ("--epochs", 1, "--bad_images", "skip", "--symmetric")),
+        (SCRIPT, ("--epochs", 1, "--cache_images", "ram", "--cache_size", 20)),
+        ("eval/eval_linear.py", ("--epochs", 1, "--weights", "random")),
+    ],
+)
+def test_workers_that_are_not_forked(image_tree, tmp_path, script, flags, method):
+    """Python 3.14 starts them by a server; macOS anew."""
+    flags += FLAGS if "train" in script else FLAGS[:6]
+    flags += () if "eval" in script else ("--checkpoint_path", tmp_path / "run")
+    site = start_method(tmp_path / "site", method)
+    process = start(sys.executable, script, *flags, "--num_workers", 2, image_tree, **site)
+    code, _, stderr = finish(process, within=300)
+    assert (code, stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_script_without_a_guard_is_told_so(image_tree, tmp_path, method):
+    """Instead of a second run in the folder of the first, in each worker."""
+    text = (ROOT / SCRIPT).read_text().replace('if __name__ == "__main__":', "if True:")
+    script = tmp_path / "mine" / "script.py"
+    script.parent.mkdir()
+    script.write_text(text)
+    (tmp_path / "utils").symlink_to(ROOT / "utils")
+    flags = (*FLAGS, "--num_workers", 2, "--checkpoint_path", tmp_path / "run")
+    site = start_method(tmp_path / "site", method)
+    process = start(sys.executable, script, *flags, image_tree, **site)
+    code, _, stderr = finish(process, within=120)
+    assert_one_line(code, stderr, "worker processes cannot start", '`if __name__ == "__main__":`')
+    assert f"start method {method} needs" in stderr and "memory" not in stderr
+    assert not list((tmp_path / "run").glob("earlier*"))
 
 
 def test_a_worker_killed_in_a_training_run(image_tree, tmp_path):
@@ -196,7 +264,7 @@ def test_shared_memory_that_is_too_small(image_tree, tmp_path, size):
         ),
         (
             "DataLoader worker (pid 12) exited unexpectedly with exit code 1. Details are lost",
-            ("12", "ended unexpectedly", "--batch_size"),
+            ("12", "ended with exit code 1", "printed"),
         ),
         ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", ("12, 13", "--num_workers")),
         ("Pin memory thread exited unexpectedly", ("memory",)),
@@ -210,6 +278,24 @@ def test_shared_memory_that_is_too_small(image_tree, tmp_path, size):
             ("no memory left",),
         ),
         ("received 0 items of ancdata", ("ulimit -n",)),
+        (
+            "DataLoader worker (pid 12) exited unexpectedly with exit code 78. Details are lost",
+            ("cannot start", '`if __name__ == "__main__":` guard', "start method fork"),
+        ),
+        (
+            "unable to open shared memory object </torch_1> in read-write mode: "
+            "Too many open files (24)",
+            ("too many files open", "ulimit -n"),
+        ),
+        (
+            "unable to open shared memory object </torch_1> in read-write mode: "
+            "Permission denied (13)",
+            ("Permission denied (13)", "/dev/shm", "--num_workers 0"),
+        ),
+        (
+            "unable to allocate shared memory(shm) for file </torch_1>: Success (0)",
+            ("/dev/shm", "--shm-size"),
+        ),
     ],
 )
 def test_what_torch_says_of_workers(text, words):
@@ -217,6 +303,67 @@ def test_what_torch_says_of_workers(text, words):
     assert "\n" not in line
     for word in words:
         assert word in line
+
+
+class Ended:
+    """A worker process that has ended."""
+
+    pid = 12
+
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+    def join(self, timeout):
+        """It has."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+)
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (1, "worker process 12 ended with exit code 1: what it printed"),
+        (-signal.SIGKILL, "worker process 12 was killed by signal Killed: probably the memory"),
+        (-signal.SIGSEGV, "worker process 12 was killed by signal Segmentation fault: probably an"),
+        (78, "worker processes cannot start: the script has no"),
+    ],
+)
+def test_an_exit_code_tells_more_than_the_error(error, code, words):
+    line = worker_failure(error, [Ended(None), Ended(0), Ended(code)])
+    assert line.startswith(words)
+    assert ("memory" in line) == (code == -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", [OSError, ImportError])
+def test_what_a_worker_raised_is_said(kind):
+    text = (
+        "Caught {0} in DataLoader worker process 0.\nOriginal Traceback:\n  x\n{0}: no such thing\n"
+    )
+    line = worker_failure(kind(text.format(kind.__name__)))
+    assert line == f"a worker process failed: {kind.__name__}: no such thing"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "/dev/shm"),
+        (errno.ENOMEM, "probably the memory is full"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EAGAIN, "ulimit -u"),
+        (errno.EROFS, "--num_workers 0"),
+        (errno.EACCES, "--num_workers 0"),
+    ],
+)
+def test_a_system_that_starts_no_worker_is_quoted(number, words):
+    line = start_failure(OSError(number, os.strerror(number), "/some/place"))
+    assert os.strerror(number) in line and "/some/place" in line and words in line
+    assert ("memory" in line) == (number in (errno.ENOSPC, errno.ENOMEM))
 
 
 @pytest.mark.parametrize(

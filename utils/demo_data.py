@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 import uuid
@@ -314,21 +315,26 @@ def contact_sheet(root: str | Path) -> Image.Image:
     return sheet.resize((PREVIEW_ZOOM * sheet.width, PREVIEW_ZOOM * sheet.height))
 
 
+def _path(text: str) -> Path:
+    """An argparse type: the home folder for ~; by itself, as this file runs without the others."""
+    return Path(os.path.expanduser(text))
+
+
 def main() -> None:
     """Draw the data set from the command line; exit code 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description='Draw the synthetic data set "fabrics".')
-    parser.add_argument("folder", type=Path, help="where train/ and val/ shall lie")
+    parser.add_argument("folder", type=_path, help="where train/ and val/ shall lie")
     defaults = {"train_per_class": TRAIN_PER_CLASS, "val_per_class": VAL_PER_CLASS, "size": SIZE}
     for name, default in {**defaults, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
-    parser.add_argument("--preview", type=Path, metavar="FILE", help="write a contact sheet too")
+    parser.add_argument("--preview", type=_path, metavar="FILE", help="write a contact sheet too")
     args = vars(parser.parse_args())
     folder, preview = args.pop("folder"), args.pop("preview")
     try:
         folder = draw_data_set(folder, **args)
         if preview is not None:
             contact_sheet(folder).save(preview)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(folder)
 

@@ -11,6 +11,7 @@ from utils.data import ImageSet
 from utils.encoders import Backbone, build_backbone, check_image_size
 from utils.errors import InputError
 from utils.feature_cache import image_digest
+from utils.image_cache import check_memory
 from utils.loaders import EvalLoader
 
 
@@ -51,6 +52,15 @@ def encoder_name(args: argparse.Namespace, state: dict) -> str:
     return checkpoint.metadata(state).get("encoder", named)
 
 
+def check_view_memory(args: argparse.Namespace, images: int, *, views: int) -> None:
+    """InputError for batches of so many images, each with its views, that memory cannot hold."""
+    of_pixel = 5 if args.device.type == "cpu" else 1  # bytes: decoded, and a float32 on the device
+    check_memory(
+        images * views * 3 * args.image_size**2 * of_pixel,
+        flags=f"--batch_size {args.batch_size}, --image_size {args.image_size}",
+    )
+
+
 def eval_loaders(
     args: argparse.Namespace, *image_sets: ImageSet, bad_images: BadImages | None = None
 ) -> list[EvalLoader]:
@@ -59,6 +69,7 @@ def eval_loaders(
     bad_images: shared by them, and with other loaders; default: a new one by the flags.
     """
     bad_images = bad_images or build_bad_images(args)
+    check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
     return [
         EvalLoader(
             images,

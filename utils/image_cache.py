@@ -157,6 +157,16 @@ def _check_room(where: str, what: str, needed: int, *, ready: bool, device: torc
             )
 
 
+def check_memory(needed: int, *, flags: str) -> None:
+    """InputError that begins with `flags` if so many bytes do not fit into the host's memory.
+
+    Of what is asked for far too much Linux kills some process later, without a word.
+    """
+    free = available_memory()
+    if free is not None and needed > free:
+        raise InputError(f"{flags}: needs at least {needed} bytes of memory, {free} are free")
+
+
 def available_memory() -> int | None:
     """Bytes of the host's memory that this process can have; None where the system does not say.
 

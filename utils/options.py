@@ -5,22 +5,27 @@ ones use underscores.
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils import archives, demo_data, distributed
+from utils import archives, demo_data, distributed, workers
 from utils.arguments import (
     crop_groups,
     device,
-    int_list,
+    epoch_list,
     not_negative,
     number,
+    path,
+    path_or,
+    path_text,
     positive,
     positive_or_all,
     seed,
+    share,
+    side,
+    width,
 )
 from utils.augment import BLUR_PROBABILITY
 
@@ -59,7 +64,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Where the images are and how they are read; training and evaluation."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "data", nargs="?", type=Path, help="folder with train/<class>/ and val/<class>/"
+        "data", nargs="?", type=path, help="folder with train/<class>/ and val/<class>/"
     )
     group.add_argument(
         "--dataset",
@@ -82,8 +87,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "-j",
         "--num_workers",
         "--workers",
-        type=number(int, low=0),
-        default=min(4, os.cpu_count() or 1),
+        type=number(int, low=0, high=1024),
+        default=min(4, workers.cores()),
         help="processes that decode images",
     )
     _add_bad_image_options(group)
@@ -117,16 +122,16 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     """Which checkpoint is read, and how its network looks; evaluates: the network also runs."""
     group = parser.add_argument_group("checkpoint")
     named = '; "random": an untrained network, "pixels": the image itself' if evaluates else ""
-    group.add_argument("--weights", help=f"checkpoint to read{named}")
+    group.add_argument(
+        "--weights", type=path_or("random", "pixels"), help=f"checkpoint to read{named}"
+    )
     group.add_argument(
         *("--use_target", "--use-target"),
         action="store_true",
         help="the target encoder instead of the query encoder",
     )
     group.add_argument("--arch", help="default: as the checkpoint says, or resnet50")
-    group.add_argument(
-        "--image_size", type=positive, help="default: as the checkpoint says, or 224"
-    )
+    group.add_argument("--image_size", type=side, help="default: as the checkpoint says, or 224")
     group.add_argument("--small_stem", action="store_true", help="default: as the checkpoint says")
     if evaluates:
         group.add_argument("-b", "--batch_size", "--batch-size", type=positive, default=256)
@@ -140,7 +145,7 @@ def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None
     either = group.add_mutually_exclusive_group()
     either.add_argument(
         *file_flags,
-        type=Path,
+        type=path,
         help="labeled images, one a line: path below train/ or base name",
     )
     either.add_argument(
@@ -162,7 +167,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cache_size",
-        type=positive,
+        type=side,
         help="side in pixels to which cached images are resized; without it all must have one size",
     )
 
@@ -173,12 +178,12 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument(
         "--label_noise",
-        type=number(float, low=0, high=1),
+        type=share,
         help="give this share of the training images another class, drawn by --noise_seed",
     )
     either.add_argument(
         "--label_file",
-        type=Path,
+        type=path,
         help="take the classes from a file instead of the folders: lines of path below train/ "
         "and class",
     )
@@ -187,16 +192,14 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_view_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> None:
     group = parser.add_argument_group("views")
-    group.add_argument(
-        "--image_size", type=positive, default=224, help="side of the crops in pixels"
-    )
+    group.add_argument("--image_size", type=side, default=224, help="side of the crops in pixels")
     if mean_shift:
         group.add_argument(
             "--weak_strong", action="store_true", help="weak view for the target encoder"
         )
     group.add_argument(
         "--blur",
-        type=number(float, low=0, high=1),
+        type=share,
         default=BLUR_PROBABILITY,
         help="probability of blur in the strong view; 0 suits images of about 32 px",
     )
@@ -229,7 +232,7 @@ def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -
         action="store_true",
         help="ResNets: 3x3 first convolution, no pooling (images of about 32 px)",
     )
-    group.add_argument("--weights", help="checkpoint to start from")
+    group.add_argument("--weights", type=path_text, help="checkpoint to start from")
     ways = {
         "shuffle": "each on its part of the batch, the target's dealt out anew, as published",
         "sync": "on the whole batch, as one process does",
@@ -247,10 +250,10 @@ def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -
 
 def _add_mean_shift_options(parser: argparse.ArgumentParser, *, topk_all: bool) -> None:
     group = parser.add_argument_group("mean shift")
-    group.add_argument("--proj_dim", type=positive, help="embedding size; default: features / 4")
+    group.add_argument("--proj_dim", type=width, help="embedding size; default: features / 4")
     group.add_argument(
         "--hidden_dim",
-        type=positive,
+        type=width,
         help="hidden size of projector and predictor; default: 2 x features",
     )
     group.add_argument(
@@ -258,9 +261,7 @@ def _add_mean_shift_options(parser: argparse.ArgumentParser, *, topk_all: bool) 
         action="store_true",
         help="batch norm without parameters on the projector's output",
     )
-    group.add_argument(
-        "--momentum", type=number(float, low=0, high=1), default=0.99, help="of the moving average"
-    )
+    group.add_argument("--momentum", type=share, default=0.99, help="of the moving average")
     group.add_argument("--mem_bank_size", type=positive, default=128000)
     group.add_argument(
         "--bank_precision",
@@ -305,9 +306,10 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--checkpoint_path", type=Path, default=Path("output/mean_shift_default"))
+    group.add_argument("--checkpoint_path", type=path, default=Path("output/mean_shift_default"))
     group.add_argument(
         "--resume",
+        type=path_or("auto"),
         help='checkpoint to continue after; "auto": the newest whole one of --checkpoint_path, '
         "or a new run if there is none",
     )
@@ -352,10 +354,10 @@ def add_training_options(
     group.add_argument("--epochs", type=positive, default=200)
     group.add_argument("--learning_rate", type=not_negative, default=0.01)
     group.add_argument("--cos", action="store_true", help="cosine learning rate")
-    group.add_argument("--lr_decay_epochs", type=int_list, default="90,120", help="without --cos")
-    group.add_argument("--lr_decay_rate", type=not_negative, default=0.2, help="without --cos")
+    group.add_argument("--lr_decay_epochs", type=epoch_list, default="90,120", help="without --cos")
+    group.add_argument("--lr_decay_rate", type=share, default=0.2, help="without --cos")
     group.add_argument("--weight_decay", type=not_negative, default=1e-4)
-    group.add_argument("--sgd_momentum", type=number(float, low=0, high=1), default=0.9)
+    group.add_argument("--sgd_momentum", type=share, default=0.9)
     group.add_argument("--seed", type=seed, default=0)
     add_device_option(group)
     group.add_argument(
@@ -384,6 +386,7 @@ def parse(
     needs_data: it is an error to name no data; otherwise args.data may be None.
     Under torchrun this process joins the others, and only the main one prints from then on.
     """
+    workers.check_is_main()
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
@@ -393,6 +396,8 @@ def parse(
     if getattr(args, "multi_crop", None):
         args.image_size = args.multi_crop[0].size
     args.device = distributed.start(args.device)
+    if slow := workers.too_many(args.num_workers):
+        print(f"--num_workers {args.num_workers}: {slow}", flush=True)
     if args.data is None and args.demo:
         with distributed.main_first():
             args.data = _demo_folder(parser)
@@ -413,5 +418,5 @@ def _demo_folder(parser: argparse.ArgumentParser) -> Path:
 def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
     """The file that a script writes; see `result_files.check_output`."""
     group = parser.add_argument_group("file")
-    group.add_argument("--output", type=Path, required=True, help=help)
+    group.add_argument("--output", type=path, required=True, help=help)
     group.add_argument("--force", action="store_true", help="replace the file if there is one")

@@ -4,6 +4,7 @@ Training data are stateless: the order of an epoch is a permutation drawn from (
 step of any epoch can be produced on its own.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -168,12 +169,15 @@ class Source(Protocol):
 
 def _from_workers(loader: Source) -> Iterator[CropBatch]:
     """The batches of a loader. RunError if its workers cannot be started, fail or die."""
+    workers = []
     try:
         if loader.num_workers:
             check_room(loader.num_workers)
-        yield from loader
-    except (RuntimeError, OSError, MemoryError) as error:
-        reason = worker_failure(error)
+        batches = iter(loader)
+        workers = getattr(batches, "_workers", workers)
+        yield from batches
+    except (RuntimeError, OSError, MemoryError, ImportError, EOFError) as error:
+        reason = worker_failure(error, workers)
         if not reason and isinstance(error, OSError) and loader.num_workers:
             reason = start_failure(error)
         if reason:
@@ -195,6 +199,8 @@ def read_batches(loader: Source, images: ImageSet, bad_images: BadImages) -> Ite
 
 def data_loader(images: Dataset, device: torch.device, **options) -> DataLoader:
     """A DataLoader of whole batches that leaves the global random state alone."""
+    # Said once for all loaders, by `workers.too_many`.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", module="torch")
     return DataLoader(
         images,
         collate_fn=_as_is,

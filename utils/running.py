@@ -1,17 +1,18 @@
 """The frame around a script's main(): signals, errors in one line, exit codes."""
 
-import multiprocessing
+import atexit
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
-from utils import distributed
+from utils import distributed, launcher
 from utils.errors import InputError, Interrupted, RunError, printable
 from utils.stop_signals import StopSignals, ignore
-from utils.workers import forget_workers, worker_failure
+from utils.workers import check_is_main, end_all, forget_workers, worker_failure
 
 _MAIN_SPEAKS_FIRST = 15  # seconds
 
@@ -21,6 +22,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
+    check_is_main()
+    launcher.follow()
+    atexit.register(_remove_cache_folder)
     code, name = 0, printable(os.path.basename(sys.argv[0]))
     _let_streams_take_any_text()
     signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
@@ -72,7 +76,15 @@ def _reason(error: Exception) -> str | None:
     if not isinstance(error, MemoryError) and "alloc" not in text and "memory" not in text:
         return None
     first_line = text.splitlines()[0] if text else "no memory left"
-    return f"{first_line}\ntry a smaller --batch_size, --mem_bank_size or --arch"
+    return f"{first_line}; try a smaller --batch_size, --mem_bank_size or --arch"
+
+
+def _remove_cache_folder() -> None:
+    """Remove the folder that torch makes for what --compile compiles, where it is empty."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if os.path.basename(folder).startswith("torchinductor_"):
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _leave(code: int) -> NoReturn:
@@ -81,8 +93,8 @@ def _leave(code: int) -> NoReturn:
     An orderly end would close connections, which with nccl waits for the others, and with gloo now
     and then aborts (torch 2.14) when threads are left.
     """
-    for worker in multiprocessing.active_children():
-        worker.terminate()
+    end_all()
+    _remove_cache_folder()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -27,8 +27,8 @@ from utils.encoders import (
 )
 from utils.engine import Run
 from utils.errors import InputError, printable
-from utils.evaluation import build_bad_images, eval_loaders
-from utils.image_cache import cache_images
+from utils.evaluation import build_bad_images, check_view_memory, eval_loaders
+from utils.image_cache import cache_images, check_memory
 from utils.knn import evaluate_knn, ks_for
 from utils.label_noise import noisy_labels, read_label_file
 from utils.loaders import TwoViewLoader
@@ -100,7 +100,10 @@ def build_loader(
     single: "strong" or "weak" for one view of each image only. InputError for images that cannot be
     cached.
     """
+    _warn_of_bank(args, len(images))
     bad_images = build_bad_images(args)
+    batch = min(args.batch_size, len(images)) // distributed.world_size()
+    check_view_memory(args, batch, views=1 if single else 2)
     if args.cache_images != "none":
         images = cache_images(
             images,
@@ -128,6 +131,18 @@ def build_loader(
     )
 
 
+def _warn_of_bank(args: argparse.Namespace, num_images: int) -> None:
+    """Say so if the bank is larger than what an epoch brings into it."""
+    twice = getattr(args, "symmetric", False)
+    if getattr(args, "mem_bank_size", 0) > num_images * (1 + twice):
+        print(
+            f"WARNING --mem_bank_size {args.mem_bank_size}: above {'twice ' * twice}the "
+            f"{num_images} training images, so that images have several rows in the bank, the "
+            "older ones of an earlier encoder",
+            flush=True,
+        )
+
+
 def _crops(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags of a script with more crops say, for the loader."""
     crops: dict[str, Any] = {"symmetric": getattr(args, "symmetric", False)}
@@ -142,6 +157,7 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     InputError for a --precision that the device has not, or a --compile that does not work here.
     """
     backbone = _seeded_backbone(args)
+    _check_encoder_memory(args, backbone.feature_dim)
     encoders = QueryTargetEncoders(
         backbone.module,
         backbone.feature_dim,
@@ -163,6 +179,18 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     if args.compile:
         encoders.compile()
     return encoders
+
+
+def _check_encoder_memory(args: argparse.Namespace, feature_dim: int) -> None:
+    """InputError for a projector and predictor, or a bank, that do not fit into the memory."""
+    dim = args.proj_dim or feature_dim // 4
+    hidden = args.hidden_dim or 2 * feature_dim
+    projector, predictor = hidden * (feature_dim + dim), 2 * hidden * dim
+    check_memory(4 * (2 * projector + predictor), flags=f"--hidden_dim {hidden}, --proj_dim {dim}")
+    banks = ["mem_bank_size"] + ["sup_mem_bank_size"] * getattr(args, "cache_sup", False)
+    for flag in banks:
+        rows = getattr(args, flag)
+        check_memory(4 * rows * dim, flags=f"--{flag} {rows} (rows of {dim} numbers)")
 
 
 def place(args: argparse.Namespace, model: nn.Module) -> nn.Module:

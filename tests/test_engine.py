@@ -290,8 +290,12 @@ def test_resuming_into_another_folder_does_not_touch_the_run_there(tmp_path):
     [
         ({"format": "other"}, "not a run of this repository"),
         ({"method": "Another"}, "a run of Another"),
-        ({"optimizer": None}, "incomplete or damaged"),
-        ({"state_dict": {"weight": 3}}, "incomplete or damaged"),
+        ({"optimizer": None}, "optimizer is None, not a table"),
+        ({"state_dict": {"weight": 3}}, "weight weight is 3"),
+        (
+            {"state_dict": {"weight": torch.tensor([torch.nan])}},
+            "1 weights are not finite",
+        ),
         ({"state_dict": {"weight": torch.ones(2)}}, "1 weights of another shape, first weight"),
         ({"epoch": 3}, "finished epoch 3 of --epochs 3"),
     ],

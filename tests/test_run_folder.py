@@ -155,10 +155,10 @@ def test_what_is_not_wanted_is_no_damage(tmp_path):
     folder.save_step(state(model, 1, 1), model.stores)
     folder.save_step(state(model, 1, 2), model.stores)
 
-    def refuse(state, what):
-        raise InputError(f"{what}: step {state['step']}")
+    def refuse(state, what, parts_fit):
+        raise InputError(f"{what}: step {state['step']}, fits: {parts_fit()}")
 
-    with pytest.raises(InputError, match="--resume .*step_2.pth: step 2"):
+    with pytest.raises(InputError, match="--resume .*step_2.pth: step 2, fits: False"):
         folder.newest_good(Model(7).stores, accept=refuse)
 
 
@@ -244,7 +244,7 @@ def test_parts_of_another_run_are_refused(tmp_path, store):
     path = folder.save_step(state(model, 1, 1), model.stores)
     with pytest.raises(InputError, match="part_1.pth: .*previous embeddings"):
         folder.load(path, {"previous": store})
-    with pytest.raises(InputError, match="a run with previous, which this one has not"):
+    with pytest.raises(InputError, match="a run that has previous, unlike this one"):
         folder.load(path, {})
 
 

@@ -436,7 +436,7 @@ def build_probe(
         what = f"--resume {args.resume}"
         # Of several learning rates one may have diverged; the others' classifiers go on.
         checkpoint.load_strictly(probe, saved["probe"], what=what, finite=False)
-        checkpoint_fields.load_optimizer(optimizer, saved["optimizer"], what=what)
+        checkpoint_fields.load_optimizer(optimizer, saved["optimizer"], what=what, finite=False)
     else:
         probe.standardize.measure(data.for_statistics())
     return probe, optimizer

@@ -299,7 +299,7 @@ def load_strictly(
     """
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
-    weights = OrderedDict((_name_now(name, own), value) for name, value in weights.items())
+    weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
     for name in own:
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, own[name])
@@ -327,12 +327,13 @@ def load_strictly(
     module.load_state_dict(weights)
 
 
-def _name_now(name: str, own: dict[str, Tensor]) -> str:
-    """A weight's name in this torchvision, where the network has it under that one only."""
-    if name not in own:
-        for older, now in _OLDER:
-            if (match := older.fullmatch(name)) and match.expand(now) in own:
-                return match.expand(now)
+def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
+    """A weight's name in this torchvision, where the network has it under that one alone."""
+    for older, now in _OLDER:
+        if match := older.fullmatch(name):
+            new = match.expand(now)
+            if new in own and new not in weights:
+                return new
     return name
 
 

@@ -62,6 +62,8 @@ def read(path: str | Path) -> Any:
 
 def reason(error: Exception) -> str:
     """An error of torch's in few words of one line, without its advice and escape codes."""
+    if isinstance(error, LookupError):  # its text is a number
+        return "no file of torch.save"
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
     return one_line(next(iter(text.strip().splitlines()), type(error).__name__), most=_REASON)
 
@@ -77,9 +79,11 @@ def unfit(tensor: Tensor) -> str | None:
     """Why a tensor cannot be used as an array of numbers ("sparse"), None if it can."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}"
-    for name in ("quantized", "nested", "meta"):
+    for name in ("quantized", "nested"):
         if getattr(tensor, f"is_{name}"):
             return name
+    if tensor.is_meta:
+        return "without data (meta)"
     if tensor.layout != torch.strided:
         return "sparse"
     return None if tensor.dtype in _DTYPES else str(tensor.dtype).removeprefix("torch.")

@@ -205,7 +205,9 @@ def test_resuming_as_another_experiment(call_script, image_tree, tmp_path, chang
     if words is None:
         assert result[0] == 0 and (out / "ckpt_epoch_3.pth").exists()
     else:
-        assert_refused(result, f"--resume {out}/ckpt_epoch_1.pth", words, "--resume_anyway")
+        assert_refused(result, f"--resume {out}/ckpt_epoch_1.pth", words)
+        fits = not {"--mem_bank_size", "--arch"} & set(change)  # else nothing could go on
+        assert ("--resume_anyway" in result[2]) == fits
         there = sorted(path.name for path in out.glob("[!.]*"))
         assert there == ["ckpt_epoch_1.pth", "log.jsonl", "run.json"]
 

@@ -40,7 +40,7 @@ SHOW = importlib.import_module("eval.show_neighbors")
 WHERE = argparse.Namespace(arch=None, image_size=None, small_stem=False, seed=0, use_target=False)
 
 
-@pytest.fixture(params=[20, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.fixture(params=[20, pytest.param(300, marks=pytest.mark.slow)])
 def examples(request):
     """Hypothesis' settings: few examples, each time the same, or many others."""
     few = request.param < 100

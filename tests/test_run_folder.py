@@ -248,6 +248,37 @@ def test_parts_of_another_run_are_refused(tmp_path, store):
         folder.load(path, {})
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"index": torch.tensor([0, 1, -1])}, "other images than 0 to 49, or of one twice"),
+        ({"index": torch.tensor([0, 1, 50])}, "other images than 0 to 49"),
+        ({"index": torch.tensor([0, 1, 1])}, "or of one twice"),
+        ({"index": torch.tensor([0, 1])}, r"index is a Tensor, not int64 \(3,\)"),
+        ({"index": torch.tensor([0.0, 1, 2])}, "index is a Tensor, not int64"),
+        ({"embeddings": torch.zeros(2, 4)}, r"embeddings is a Tensor, not floating \(3, 4\)"),
+        ({"embeddings": torch.full((3, 4), torch.nan)}, "finite previous embeddings"),
+        ({"embeddings": None}, "embeddings is None"),
+    ],
+)
+def test_a_part_that_cannot_be(tmp_path, change, words):
+    folder, model = RunFolder(tmp_path), Model()
+    visit(model, range(3))
+    path = folder.save_step(state(model, 1, 1), model.stores)
+    part = tmp_path / PARTS / "part_1.pth"
+    checkpoint.save(part, torch.load(part, weights_only=True) | change)
+    with pytest.raises(InputError, match=f"--resume {part}: .*{words}"):
+        loaded(RunFolder(tmp_path), path)
+
+
+def test_a_checkpoint_whose_parts_are_gone_from_it(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    path = folder.save_step(state(model, 1, 1), model.stores)
+    checkpoint.save(path, torch.load(path, weights_only=True) | {"parts": {}})
+    with pytest.raises(InputError, match="a run that lacks previous, unlike this one"):
+        folder.load(path, model.stores)
+
+
 def test_starting_anew_moves_all_of_a_run_aside(tmp_path):
     folder, model = RunFolder(tmp_path), Model()
     visit(model, range(30))

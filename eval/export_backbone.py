@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import (
     arguments,
+    checked,
     checkpoint,
     evaluation,
     options,
@@ -92,11 +93,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
 
 def is_plain(value: object) -> bool:
     """Whether a value says something and can be written as JSON."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return value not in (None, {}, "")
+    return checked.PLAIN.holds(value) and value not in (None, {}, "")
 
 
 def write(path: Path, weights: dict[str, Tensor], about: dict) -> None:

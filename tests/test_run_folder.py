@@ -219,6 +219,17 @@ def test_newest_good_falls_back_and_says_so(tmp_path):
         folder.newest_good(model.stores)
 
 
+def test_no_older_checkpoint_takes_the_place_of_one_that_is_not_let_in(tmp_path):
+    """Whoever put a pickled object there is told of it."""
+    said = []
+    folder, model = RunFolder(tmp_path, say=said.append), Model()
+    folder.save_epoch(state(model, 1))
+    torch.save({"format": checkpoint.FORMAT, "model": nn.ReLU()}, tmp_path / "ckpt_epoch_2.pth")
+    with pytest.raises(InputError, match="ckpt_epoch_2.pth: holds torch.nn.*ReLU, a pickled"):
+        folder.newest_good(model.stores)
+    assert not said
+
+
 def test_a_damaged_part_makes_its_checkpoint_fall_back(tmp_path):
     folder, model = RunFolder(tmp_path, say=lambda text: None), Model()
     visit(model, range(10))

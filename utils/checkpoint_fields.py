@@ -66,7 +66,7 @@ _FIELDS = {
     },
     EXPORTED: {
         "state_dict": _TABLE,
-        "metadata": Kind("plain values by name, encoder query or target", _is_metadata),
+        "metadata": Kind("a table of plain values (encoder: query or target)", _is_metadata),
     },
 }
 RUN = tuple(name for name in _FIELDS[FORMAT] if name != "parts")  # what a run needs to go on

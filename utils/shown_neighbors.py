@@ -24,7 +24,6 @@ from utils.neighbors import Neighbors, nearest, nearest_among, plain_ranks
 _NAMED = 5  # how many names an error lists
 # Methods whose constraint is the bank's column `label`, which others keep for their figures.
 _BY_LABEL = {"SupervisedCMSF": "label", "PseudoCMSF": "pseudo-label"}
-_TABLE = checked.Kind("a table", lambda value: isinstance(value, dict))
 _ROWS = torch_file.tensor("(K, D)", lambda value: value.numel() > 0, dims=2)
 
 
@@ -67,7 +66,8 @@ def bank_of(state: dict, *, what: str) -> MemoryBank:
     Checkpoints within an epoch hold it too: the embeddings that lie in files of their own are those
     of the images, not of the bank.
     """
-    weights = checked.take(state, "state_dict", _TABLE, what=what, default={})
+    ours = state if state.get("format") == checkpoint.FORMAT else {}
+    weights = ours.get("state_dict", {})
     torch_file.check_weights(weights, what=what)
     columns = {n.removeprefix("bank."): v for n, v in weights.items() if n.startswith("bank.")}
     if not {"features", "index", "label", "_extra_state"} <= columns.keys():

@@ -110,6 +110,13 @@ def test_weights_that_no_network_takes_are_named(tmp_path, make, words):
         checkpoint.encoder_weights(state, "fc", what="x")
 
 
+def test_what_is_finite():
+    for right in (torch.full((9,), 3e38), torch.full((9,), 6e4).half(), torch.zeros(0), [1, 2]):
+        assert torch_file.is_finite(torch.as_tensor(right))
+    for wrong in ([torch.inf, 0], [torch.inf, -torch.inf], [3e38, 3e38, torch.nan]):
+        assert not torch_file.is_finite(torch.tensor(wrong))
+
+
 def test_kinds_of_tensors():
     rows = torch_file.tensor("(n,)", torch_file.between(-1, 2), dims=1, dtype=torch.int64)
     assert rows.holds(torch.tensor([-1, 2])) and rows.holds(torch.zeros(0, dtype=torch.int64))

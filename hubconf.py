@@ -70,9 +70,10 @@ def cmsf(
                 if sha256 and not checkpoint.sha256(path).startswith(sha256.lower()):
                     raise errors.DamagedError(f"weights {weights}: its SHA-256 is not {sha256}")
                 state = checkpoint.load(path, flag="weights")
-        trained = checkpoint.settings(state)
-        arch = arch or trained.get("arch") or "resnet50"
-        small_stem = bool(trained.get("small_stem")) if small_stem is None else small_stem
+        what = f"weights {weights}"
+        arch = arch or checkpoint.said(state, "arch", what=what) or "resnet50"
+        if small_stem is None:
+            small_stem = bool(checkpoint.said(state, "small_stem", what=what))
         backbone = encoders.build_backbone(arch, small_stem=small_stem)
         if weights is not None:
             what = f"weights {weights} (arch {arch})"

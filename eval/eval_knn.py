@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import (
@@ -32,6 +30,7 @@ from utils import (
 )
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_classes, read_split
+from utils.encoders import Backbone
 from utils.errors import InputError
 from utils.splits import check_every_class
 
@@ -104,7 +103,7 @@ def append(path: Path, text: str) -> None:
 
 def get_features(
     args: argparse.Namespace,
-    backbone: nn.Module,
+    backbone: Backbone,
     train: ImageSet,
     val: ImageSet,
     *,
@@ -114,10 +113,17 @@ def get_features(
     """Read from --load_cache, whose key is this one, or extracted; None but on the main process."""
     if not args.load_cache:
         loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
-        return feature_cache.extract(backbone.to(args.device), *loaders)
+        return feature_cache.extract(backbone.module.to(args.device), *loaders)
     if not distributed.is_main():
         return None
-    return feature_cache.load(args.load_cache, key, flag="--load_cache", bad_images=bad_images)
+    return feature_cache.load(
+        args.load_cache,
+        key,
+        flag="--load_cache",
+        bad_images=bad_images,
+        feature_dim=backbone.feature_dim,
+        num_classes=len(train.classes),
+    )
 
 
 def main() -> None:
@@ -134,7 +140,7 @@ def main() -> None:
     if distributed.is_main() and (args.load_cache or args.save_features):
         key = evaluation.feature_key(args, state, contents=True, train=train, val=val)
     bad_images = evaluation.build_bad_images(args)
-    features = get_features(args, backbone.module, train, val, key=key, bad_images=bad_images)
+    features = get_features(args, backbone, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
         return
     what = f"data {args.data}, as far as it can be read"

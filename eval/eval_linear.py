@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import (
     arguments,
     batch_norm,
+    checked,
     checkpoint,
+    checkpoint_fields,
     distributed,
     evaluation,
     feature_cache,
@@ -36,6 +38,7 @@ from utils import (
     result_files,
     running,
     setup,
+    torch_file,
 )
 from utils.bad_images import BadImages
 from utils.data import ImageSet, check_classes, read_split
@@ -59,6 +62,27 @@ SETTINGS = (
     *("lr", "lr_schedule", "momentum", "wd", "batch_size", "seed"),
     *("cached", "fine_tune", "mlp"),
 )
+
+
+# What is in linear.pth beside what every checkpoint has.
+_PERCENT = checked.list_of(checked.or_none(checked.real(0, 100)))
+_ROW = {
+    "loss": checked.list_of(checked.or_none(checked.real())),
+    "top1": _PERCENT,
+    "top5": _PERCENT,
+}
+_TABLE = checked.Kind("a table", lambda value: isinstance(value, dict))
+_FIELDS = {
+    "epoch": checked.whole(1),
+    "probe": _TABLE,
+    "optimizer": _TABLE,
+    "history": checked.list_of(_TABLE),
+    "key": checked.table_of(checked.TEXT),
+    "classes": checked.list_of(checked.TEXT),
+    "num_images": checked.whole(1),
+    "protocol": checked.TEXT,
+    "settings": checked.table_of(checked.PLAIN),
+}
 
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +180,7 @@ def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
 
 def build_data(
     args: argparse.Namespace,
-    encoder: nn.Module,
+    backbone: Backbone,
     train: ImageSet,
     val: ImageSet,
     *,
@@ -166,7 +190,7 @@ def build_data(
     """Where features come from; state: the checkpoint. None: another process trains on them."""
     loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
-        features = cached_features(args, encoder, *loaders, state=state)
+        features = cached_features(args, backbone, *loaders, state=state)
         return features and FromFeatures(
             features, batch_size=args.batch_size, seed=args.seed, device=args.device
         )
@@ -179,11 +203,11 @@ def build_data(
         device=args.device,
         bad_images=bad_images,
     )
-    return FromImages(encoder, views, *loaders, fine_tune=args.fine_tune)
+    return FromImages(backbone.module, views, *loaders, fine_tune=args.fine_tune)
 
 
 def cached_features(
-    args: argparse.Namespace, encoder: nn.Module, train: EvalLoader, val: EvalLoader, *, state: dict
+    args: argparse.Namespace, backbone: Backbone, train: EvalLoader, val: EvalLoader, *, state: dict
 ) -> feature_cache.Features | None:
     """The features of a cache made of the same; extracted, and kept there, where it was not.
 
@@ -197,12 +221,19 @@ def cached_features(
         key = evaluation.feature_key(args, state, contents=True, **splits)
     if distributed.is_main() and path and path.exists():
         try:
-            features = feature_cache.load(path, key, flag="--cached", bad_images=bad_images)
+            features = feature_cache.load(
+                path,
+                key,
+                flag="--cached",
+                bad_images=bad_images,
+                feature_dim=backbone.feature_dim,
+                num_classes=len(train.images.classes),
+            )
         except InputError as error:
             print(printable(f"{error}: extracted anew"), flush=True)
     if distributed.any_true(features is not None):
         return features
-    features = feature_cache.extract(encoder, train, val)
+    features = feature_cache.extract(backbone.module, train, val)
     if distributed.is_main() and path:
         feature_cache.save(path, key, features, bad_images=bad_images.names)
     return features
@@ -219,23 +250,53 @@ def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) 
     saved = checkpoint.load(args.resume, flag="--resume")
     if saved.get("format") != FORMAT:
         raise InputError(f"{what}: no linear.pth of this version")
+    for name, kind in _FIELDS.items():
+        checked.take(saved, name, kind, what=what)
+    saved.setdefault("bad_images", [])
+    checked.take(saved, "bad_images", checked.list_of(checked.TEXT), what=what)
     differing = [name for name in key if saved["key"].get(name) != key[name]]
     if differing:
         raise InputError(f"{what}: a run with another {', '.join(differing)}")
-    if saved["classes"] != classes:
+    if list(saved["classes"]) != classes:
         raise InputError(f"{what}: a run on other classes than those of {args.data}")
-    if args.evaluate:
-        for name in ("lr", "mlp", "fine_tune"):
-            setattr(args, name, saved["settings"][name])
-        return saved
-    for name, value in saved["settings"].items():
-        if value != getattr(args, name):
-            raise InputError(f"{what}: a run with --{name} {value}, not {getattr(args, name)}")
-    if saved["epoch"] >= args.epochs:
+    take_settings(args, saved["settings"], what=what)
+    check_history(saved, num_rates=len(args.lr), what=what)
+    if saved["epoch"] >= args.epochs and not args.evaluate:
         raise InputError(
             f"{what}: it has finished epoch {saved['epoch']} of --epochs {args.epochs}"
         )
     return saved
+
+
+def take_settings(args: argparse.Namespace, saved: dict, *, what: str) -> None:
+    """InputError unless a saved run's settings are the flags; with --evaluate some become them."""
+    kinds = {name: checked.ANY for name in SETTINGS}
+    kinds |= {"lr": checked.list_of(checked.real(0)), "mlp": checked.FLAG}
+    kinds["fine_tune"] = checked.FLAG
+    for name, kind in kinds.items():
+        value = checked.take(saved, name, kind, what=f"{what}: settings")
+        if args.evaluate and kind is not checked.ANY:
+            setattr(args, name, value)
+        elif value != getattr(args, name) and not args.evaluate:
+            text = f"--{name} {torch_file.one_line(str(value))}, not {getattr(args, name)}"
+            raise InputError(f"{what}: a run with {text}")
+    if not args.lr or (len(args.lr) > 1 and (args.mlp or args.fine_tune)):
+        raise InputError(f"{what}: settings has {len(args.lr)} learning rates")
+
+
+def check_history(saved: dict, *, num_rates: int, what: str) -> None:
+    """InputError unless a saved run has the figures of each of its epochs, measured in the last."""
+    rows, epoch = saved["history"], saved["epoch"]
+    if len(rows) != epoch:
+        raise InputError(f"{what}: history has {len(rows)} epochs, not {epoch}")
+    for number, row in enumerate(rows, 1):
+        for name, kind in _ROW.items():
+            values = checked.take(row, name, kind, what=f"{what}: history of epoch {number}")
+            unknown = values.count(None)
+            is_due = name == "top1" and number == epoch
+            some = 0 < unknown < num_rates and name != "loss"
+            if len(values) != num_rates or some or (is_due and unknown):
+                raise InputError(f"{what}: history of epoch {number}: {name} is incomplete")
 
 
 def save_run(
@@ -380,8 +441,10 @@ def build_probe(
             lambda *_: distributed.sum_gradients(backbone.module.parameters())
         )
     if saved:
-        checkpoint.load_strictly(probe, saved["probe"], what=f"--resume {args.resume}")
-        optimizer.load_state_dict(saved["optimizer"])
+        what = f"--resume {args.resume}"
+        # Of several learning rates one may have diverged; the others' classifiers go on.
+        checkpoint.load_strictly(probe, saved["probe"], what=what, finite=False)
+        checkpoint_fields.load_optimizer(optimizer, saved["optimizer"], what=what, finite=False)
     else:
         probe.standardize.measure(data.for_statistics())
         what = f"data {args.data}, as far as it can be read"
@@ -419,8 +482,8 @@ def main() -> None:
     backbone.module.to(args.device)
     bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
-        bad_images.restore(saved.get("bad_images", []))
-    data = build_data(args, backbone.module, train, val, state=state, bad_images=bad_images)
+        bad_images.restore(saved["bad_images"])
+    data = build_data(args, backbone, train, val, state=state, bad_images=bad_images)
     if args.cached and not args.evaluate:
         distributed.stop(together=True)  # the rest is quick
     if data is None:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import (
     arguments,
+    checked,
     checkpoint,
     evaluation,
     options,
@@ -65,13 +66,6 @@ def check_flags(args: argparse.Namespace) -> None:
         safetensors_file.check_library(f"--output {args.output}")
 
 
-def check_finite(weights: dict[str, Tensor], *, what: str) -> None:
-    """InputError that begins with `what` if a weight is infinite or not a number."""
-    broken = [name for name, value in weights.items() if not value.isfinite().all()]
-    if broken:
-        raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
-
-
 def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
     """The metadata: what the weights are and how to use them; args: after `evaluated_backbone`.
 
@@ -99,11 +93,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
 
 def is_plain(value: object) -> bool:
     """Whether a value says something and can be written as JSON."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return value not in (None, {}, "")
+    return checked.PLAIN.holds(value) and value not in (None, {}, "")
 
 
 def write(path: Path, weights: dict[str, Tensor], about: dict) -> None:
@@ -124,7 +114,6 @@ def main() -> None:
     check_flags(args)
     backbone, state = evaluation.evaluated_backbone(args)
     weights = backbone.module.state_dict()
-    check_finite(weights, what=f"--weights {args.weights}")
     about = describe(args, backbone, state)
     write(args.output, weights, about)
     print(f"{args.output}: {len(weights)} weights")

@@ -117,7 +117,7 @@ def shown_from_bank(
         raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
     state = checkpoint.load(args.weights, flag="--weights")
     bank = shown_neighbors.bank_of(state, what=what)
-    shown_neighbors.check_same_images(state, images, what=what)
+    shown_neighbors.check_same_images(state, bank, images, what=what)
     there = shown_neighbors.newest_rows(bank)
     if absent := [images.name(number) for number in named or [] if number not in there]:
         flag = "images" if args.images else "index"

@@ -17,6 +17,11 @@ from utils.errors import InputError
         (checked.list_of(checked.TEXT), [[], ["a"], ("a",)], ["a", [1], {"a": 1}]),
         (checked.table_of(checked.whole(0)), [{}, {"a": 1}], [{1: 1}, {"a": -1}, []]),
         (checked.or_none(checked.TEXT), [None, "a"], [1]),
+        (
+            checked.PLAIN,
+            [None, "a", True, -1, 2.5, [1, ("a", None)], {"a": {"b": [[1]]}}],
+            [float("nan"), b"a", {1: 2}, object(), {"a": [{1}]}, [[[[[1]]]]]],
+        ),
         (checked.ANY, [None, object()], []),
     ],
 )

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -132,6 +133,77 @@ def test_files_from_before_batch_counters_load(backbone):
     assert torch.equal(backbone.module.conv1.weight, plain["conv1.weight"])
 
 
+def densenet():
+    return torchvision.models.DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8)
+
+
+def vision_transformer():
+    sizes = {"num_heads": 2, "hidden_dim": 8, "mlp_dim": 16, "num_classes": 3}
+    return torchvision.models.VisionTransformer(32, 16, num_layers=2, **sizes)
+
+
+def mnasnet():
+    return torchvision.models.mnasnet0_5(num_classes=3)
+
+
+OLDER = {
+    densenet: lambda n: re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", n),
+    vision_transformer: lambda n: n.replace(".0.", ".linear_1.").replace(".3.", ".linear_2."),
+    mnasnet: str,
+}
+
+
+@pytest.mark.parametrize("build", OLDER)
+def test_names_of_older_torchvision_releases(build):
+    """As torchvision itself loads them: its rule for densenet, its modules' own for the others."""
+    torch.manual_seed(1)
+    now = {n: v + torch.randn_like(v.float()).to(v) for n, v in build().state_dict().items()}
+    old = {
+        OLDER[build](name) if "mlp" in name or build is densenet else name: value
+        for name, value in now.items()
+    }
+    assert (old.keys() != now.keys()) == (build is not mnasnet)
+    if build is vision_transformer:  # that these are names which torchvision itself reads
+        model = build()
+        model.load_state_dict(old)
+        assert all(torch.equal(value, now[name]) for name, value in model.state_dict().items())
+    model = build()
+    checkpoint.load_strictly(model, old, what="x")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, now[name]), name
+
+
+def test_an_older_densenet121_is_a_backbone():
+    """The names that torchvision's published file has, by the rule that its own loader has."""
+    state = torchvision.models.densenet121().state_dict()
+    older = {OLDER[densenet](name): value for name, value in state.items()}
+    assert "features.denseblock4.denselayer16.norm.1.running_var" in older
+    backbone = build_backbone("densenet121")
+    checkpoint.load_backbone(backbone, older, what="x")
+    for name, value in backbone.module.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_a_name_beside_its_older_one_is_unknown():
+    model = densenet()
+    name = "features.denseblock1.denselayer1.norm1.weight"
+    state = model.state_dict() | {name.replace("norm1", "norm.1"): torch.zeros(8)}
+    with pytest.raises(InputError, match=r"1 weights unknown, first features.*\.norm\.1\.weight"):
+        checkpoint.load_strictly(model, state, what="x")
+
+
+def test_an_epoch_of_others_becomes_a_number(tmp_path):
+    path = tmp_path / "x.pth"
+    for given in (torch.tensor(7), torch.tensor(7.0), 7.0, 7):
+        torch.save({"epoch": given}, path)
+        epoch = checkpoint.load(path, flag="--weights")["epoch"]
+        assert epoch == 7 and type(epoch) is int
+    for given in (-1, 7.5, "7", torch.tensor([7]), torch.nan, True, 2**70):
+        torch.save({"epoch": given}, path)
+        with pytest.raises(InputError, match=f"--weights {path}: epoch is .*, not a whole number"):
+            checkpoint.load(path, flag="--weights")
+
+
 class Malicious:
     """A pickle that would make a file when it is loaded."""
 
@@ -150,7 +222,8 @@ def test_code_in_a_file_is_not_run(tmp_path, kind):
         torch.save(state, path)
     else:
         path.write_bytes(pickle.dumps(state))
-    with pytest.raises(InputError, match="evil.pth: not a readable checkpoint"):
+    words = "holds posix.mkdir, a pickled object; only" if kind == "torch" else "not a readable"
+    with pytest.raises(InputError, match=f"evil.pth: {words}"):
         checkpoint.load(path, flag="--weights")
     assert not trace.exists()
 

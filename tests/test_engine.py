@@ -12,6 +12,7 @@ from utils import checkpoint, distributed, loss_watch
 from utils.bad_images import BadImages
 from utils.engine import Run
 from utils.errors import InputError, Interrupted, RunError
+from utils.memory_bank import MemoryBank
 
 
 class Method(nn.Module):
@@ -290,10 +291,29 @@ def test_resuming_into_another_folder_does_not_touch_the_run_there(tmp_path):
     [
         ({"format": "other"}, "not a run of this repository"),
         ({"method": "Another"}, "a run of Another"),
-        ({"optimizer": None}, "incomplete or damaged"),
-        ({"state_dict": {"weight": 3}}, "incomplete or damaged"),
+        ({"optimizer": None}, "optimizer is None, not a table"),
+        ({"state_dict": {"weight": 3}}, "weight weight is 3"),
+        (
+            {"state_dict": {"weight": torch.tensor([torch.nan])}},
+            "1 weights are not finite",
+        ),
         ({"state_dict": {"weight": torch.ones(2)}}, "1 weights of another shape, first weight"),
         ({"epoch": 3}, "finished epoch 3 of --epochs 3"),
+        ({"epoch": 5, "step": 2}, "finished epoch 4 of --epochs 3"),
+        ({"epoch": 0}, "epoch is 0, not a whole number of 1 or more"),
+        ({"step": -1}, "step is -1, not a whole number of 0 or more or nothing"),
+        ({"seconds": float("nan")}, "seconds is nan, not a finite number of 0 or more"),
+        ({"bad_images": {"a": 1}}, "bad_images is a dict, not a list of text"),
+        ({"data": ["a"]}, "data is a list, not a table of text"),
+        ({"parts": {"previous": [1]}}, "parts is a dict, not a table of file numbers"),
+        ({"args": {"seed": torch.zeros(2)}}, "args is a dict, not a table of plain values"),
+        (
+            {"rng_states": [{"cpu": torch.zeros(5, dtype=torch.uint8)}]},
+            "rng_states is none of this",
+        ),
+        ({"means": {"sums": {}, "count": "x"}}, "means is a dict, not sums and their count"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "optimizer: param_groups has 0 entries"),
+        ({7: 1}, "its key 7 is not text"),
     ],
 )
 def test_what_cannot_be_resumed(tmp_path, change, words):
@@ -337,6 +357,62 @@ def test_flags_that_make_another_experiment_are_refused(
     assert names(tmp_path) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
     make_run(tmp_path, **again, resume_anyway=True)
     assert f"--{flag} {before}, not {now}" in capsys.readouterr().out
+
+
+def test_to_go_on_all_the_same_is_advised_only_where_it_works(tmp_path):
+    """Not to a run whose weights, bank or previous embeddings are none of this one's."""
+    train(make_run(tmp_path, epochs=1, data={"images": "abc"}))
+    again = {"data": {"images": "abd"}, "resume": str(tmp_path / "ckpt_epoch_1.pth")}
+    with pytest.raises(
+        InputError, match=r"a run with other images \(to go on .*: --resume_anyway\)"
+    ):
+        make_run(tmp_path, **again)
+    wider = Method()
+    wider.weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(InputError, match="a run with other images$"):
+        make_run(tmp_path, model=wider, **again)
+    with pytest.raises(InputError, match="1 weights of another shape"):
+        make_run(tmp_path, model=wider, **again, resume_anyway=True)
+
+
+@pytest.mark.parametrize(("save_freq", "advised"), [(1, True), (10, False)])
+def test_advice_against_a_bad_loss(tmp_path, save_freq, advised):
+    """--resume_anyway is no help where there is nothing to resume."""
+    with pytest.raises(RunError) as error:
+        train(make_run(tmp_path, save_freq=save_freq), Loader({(2, 3): float("nan")}))
+    last = f"{tmp_path}/ckpt_epoch_1.pth (--resume auto)" if advised else "none yet"
+    again = " (with --resume_anyway)" * advised
+    expected = f"; try a lower --learning_rate{again}; last checkpoint: {last}"
+    assert str(error.value).endswith(expected)
+
+
+def test_a_bank_out_of_a_file_is_of_these_images(tmp_path):
+    class Banked(Method):
+        def __init__(self):
+            super().__init__()
+            self.bank = MemoryBank(4, 2)
+
+    model = Banked()
+    rows = torch.tensor([[1.0, 0], [0, 1]])
+    model.bank.enqueue(rows, index=torch.tensor([0, 6]), label=torch.tensor([2, -1]))
+    train(make_run(tmp_path, model=model, epochs=1))
+    resume = {"resume": str(tmp_path / "ckpt_epoch_1.pth"), "epochs": 2}
+    make_run(tmp_path / "a", model=Banked(), **resume, num_images=7, num_classes=3)
+    for numbers, words in (((6, 3), "index is not .* 0 to 5"), ((7, 2), "label is not .* -1 to 1")):
+        counts = dict(zip(("num_images", "num_classes"), numbers, strict=True))
+        with pytest.raises(InputError, match=f"ckpt_epoch_1.pth: memory bank bank: {words}"):
+            make_run(tmp_path / "b", model=Banked(), **resume, **counts)
+
+
+def test_a_step_beyond_the_epoch_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        stop = {(1, 3): lambda: os.kill(os.getpid(), signal.SIGTERM)}
+        train(make_run(tmp_path), Loader(after=stop))
+    state = torch.load(tmp_path / "ckpt_epoch_1_step_3.pth", weights_only=True)
+    path = tmp_path / "changed.pth"
+    checkpoint.save(path, state | {"step": 5})
+    with pytest.raises(InputError, match="changed.pth: holds step 5 of an epoch of 4"):
+        train(make_run(tmp_path / "b", resume=str(path)))
 
 
 def test_other_images_are_refused(tmp_path):

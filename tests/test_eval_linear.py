@@ -321,6 +321,15 @@ def test_fine_tuned_encoder_is_a_checkpoint(run_linear, call_script, image_tree,
     assert (record["arch"], record["image_size"], record["epoch"]) == ("conv4", 16, 3)
 
 
+def test_a_run_of_which_one_rate_diverged_goes_on(run_linear, tmp_path):
+    flags = ("--lr", "0.1,1e30", "--cached")
+    whole, _, _ = run_linear(tmp_path / "a", *flags)
+    _, _, saved = run_linear(tmp_path / "b", *flags, "--epochs", 2)
+    assert not saved["probe"]["heads.1.weight"].isfinite().all()
+    resumed, _, _ = run_linear(tmp_path / "c", *flags, "--resume", tmp_path / "b" / "linear.pth")
+    assert resumed["lr"] == whole["lr"] and whole["lr"]["1e+30"]["loss"] is None
+
+
 def test_target_encoder(run_linear, tmp_path):
     query, _, one = run_linear(tmp_path / "query", "--cached")
     target, _, other = run_linear(tmp_path / "target", "--cached", "--use-target")

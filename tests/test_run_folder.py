@@ -155,10 +155,10 @@ def test_what_is_not_wanted_is_no_damage(tmp_path):
     folder.save_step(state(model, 1, 1), model.stores)
     folder.save_step(state(model, 1, 2), model.stores)
 
-    def refuse(state, what):
-        raise InputError(f"{what}: step {state['step']}")
+    def refuse(state, what, parts_fit):
+        raise InputError(f"{what}: step {state['step']}, fits: {parts_fit()}")
 
-    with pytest.raises(InputError, match="--resume .*step_2.pth: step 2"):
+    with pytest.raises(InputError, match="--resume .*step_2.pth: step 2, fits: False"):
         folder.newest_good(Model(7).stores, accept=refuse)
 
 
@@ -219,6 +219,17 @@ def test_newest_good_falls_back_and_says_so(tmp_path):
         folder.newest_good(model.stores)
 
 
+def test_no_older_checkpoint_takes_the_place_of_one_that_is_not_let_in(tmp_path):
+    """Whoever put a pickled object there is told of it."""
+    said = []
+    folder, model = RunFolder(tmp_path, say=said.append), Model()
+    folder.save_epoch(state(model, 1))
+    torch.save({"format": checkpoint.FORMAT, "model": nn.ReLU()}, tmp_path / "ckpt_epoch_2.pth")
+    with pytest.raises(InputError, match="ckpt_epoch_2.pth: holds torch.nn.*ReLU, a pickled"):
+        folder.newest_good(model.stores)
+    assert not said
+
+
 def test_a_damaged_part_makes_its_checkpoint_fall_back(tmp_path):
     folder, model = RunFolder(tmp_path, say=lambda text: None), Model()
     visit(model, range(10))
@@ -244,8 +255,39 @@ def test_parts_of_another_run_are_refused(tmp_path, store):
     path = folder.save_step(state(model, 1, 1), model.stores)
     with pytest.raises(InputError, match="part_1.pth: .*previous embeddings"):
         folder.load(path, {"previous": store})
-    with pytest.raises(InputError, match="a run with previous, which this one has not"):
+    with pytest.raises(InputError, match="a run that has previous, unlike this one"):
         folder.load(path, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"index": torch.tensor([0, 1, -1])}, "other images than 0 to 49, or of one twice"),
+        ({"index": torch.tensor([0, 1, 50])}, "other images than 0 to 49"),
+        ({"index": torch.tensor([0, 1, 1])}, "or of one twice"),
+        ({"index": torch.tensor([0, 1])}, r"index is a Tensor, not int64 \(3,\)"),
+        ({"index": torch.tensor([0.0, 1, 2])}, "index is a Tensor, not int64"),
+        ({"embeddings": torch.zeros(2, 4)}, r"embeddings is a Tensor, not floating \(3, 4\)"),
+        ({"embeddings": torch.full((3, 4), torch.nan)}, "finite previous embeddings"),
+        ({"embeddings": None}, "embeddings is None"),
+    ],
+)
+def test_a_part_that_cannot_be(tmp_path, change, words):
+    folder, model = RunFolder(tmp_path), Model()
+    visit(model, range(3))
+    path = folder.save_step(state(model, 1, 1), model.stores)
+    part = tmp_path / PARTS / "part_1.pth"
+    checkpoint.save(part, torch.load(part, weights_only=True) | change)
+    with pytest.raises(InputError, match=f"--resume {part}: .*{words}"):
+        loaded(RunFolder(tmp_path), path)
+
+
+def test_a_checkpoint_whose_parts_are_gone_from_it(tmp_path):
+    folder, model = RunFolder(tmp_path), Model()
+    path = folder.save_step(state(model, 1, 1), model.stores)
+    checkpoint.save(path, torch.load(path, weights_only=True) | {"parts": {}})
+    with pytest.raises(InputError, match="a run that lacks previous, unlike this one"):
+        folder.load(path, model.stores)
 
 
 def test_starting_anew_moves_all_of_a_run_aside(tmp_path):

@@ -45,6 +45,24 @@ def test_encoders_follow_their_flags(args):
     assert (plain.proj_dim, len(plain.query_encoder.projector)) == (32, 4)
 
 
+@pytest.mark.parametrize("build", [setup.build_encoders, setup.build_sole_backbone])
+def test_a_run_that_goes_on_needs_no_weights(args, build, tmp_path, capsys):
+    """The file that it started from may be gone; one that starts still needs it."""
+    folder = tmp_path / "out"
+    flags = ("--weights", tmp_path / "gone.pth", "--checkpoint_path", folder)
+    for resume in ((), ("--resume", "auto")):
+        with pytest.raises(InputError, match="--weights .*gone.pth: no such file"):
+            build(args(*TINY, *flags, *resume))
+        folder.mkdir(exist_ok=True)  # without a checkpoint in it
+    (folder / "ckpt_epoch_1_step_2.pth").touch()
+    with pytest.raises(InputError, match="no such file"):
+        build(args(*TINY, *flags))
+    for resume in ("auto", tmp_path / "other.pth"):
+        build(args(*TINY, *flags, "--resume", resume))
+        said = f"--weights {tmp_path}/gone.pth: not read, as --resume {resume} goes on\n"
+        assert capsys.readouterr().out == said
+
+
 def test_encoders_are_seeded(args):
     one, same, other = (
         setup.build_encoders(args(*TINY, "--seed", seed)).query_encoder.projector[0].weight

@@ -49,10 +49,15 @@ MAY_IMPORT = {
     },
     "loaders": {"one_view", "reading", "two_views"},
     "safetensors_file": {"errors"},
-    "checkpoint": {"encoders", "errors", "safetensors_file"},
+    "torch_file": {"checked", "errors"},
+    "checkpoint_fields": {"checked", "errors", "torch_file"},
+    "checkpoint": {
+        *("checked", "checkpoint_fields", "encoders", "errors", "safetensors_file", "torch_file"),
+    },
     "features": {"distributed", "errors"},
     "feature_cache": {
-        *("bad_images", "checkpoint", "data", "distributed", "errors", "features", "loaders"),
+        *("bad_images", "checked", "checkpoint", "data", "distributed", "errors", "features"),
+        *("loaders", "torch_file"),
     },
     "linear": {"errors"},
     "logistic": {"errors"},
@@ -64,7 +69,8 @@ MAY_IMPORT = {
     "knn": {"distributed", "errors", "features", "loaders"},
     "pictures": set(),
     "shown_neighbors": {
-        *("bad_images", "data", "errors", "memory_bank", "neighbors", "pictures"),
+        *("bad_images", "checked", "checkpoint", "data", "errors", "memory_bank", "neighbors"),
+        *("pictures", "torch_file"),
     },
     "labeled_features": {"distributed", "feature_cache", "features", "loaders"},
     "arguments": {"cropping", "errors"},
@@ -72,19 +78,21 @@ MAY_IMPORT = {
     "running": {"distributed", "errors", "launcher", "stop_signals", "workers"},
     "launcher": {"workers"},
     "result_files": {"errors"},
-    "experiment": {"checkpoint", "errors"},
+    "experiment": {"checkpoint", "errors", "torch_file"},
     "board": {"augment", "distributed", "errors", "loaders", "meters"},
     "health": {"run_log"},
     "origin": {"distributed", "options"},
     "run_log": {"errors", "run_folder"},
     "svg": set(),
-    "run_folder": {"checkpoint", "distributed", "errors", "memory_bank"},
+    "run_folder": {
+        *("checked", "checkpoint", "distributed", "errors", "memory_bank", "torch_file"),
+    },
     "stop_signals": set(),
     "loss_watch": {"errors", "meters", "streams"},
     "engine": {
-        *("board", "checkpoint", "distributed", "errors", "experiment", "health", "knn"),
-        *("loaders", "loss_watch", "memory_bank", "meters", "run_folder", "stop_signals"),
-        "workers",
+        *("board", "checked", "checkpoint", "checkpoint_fields", "distributed", "errors"),
+        *("experiment", "health", "knn", "loaders", "loss_watch", "memory_bank", "meters"),
+        *("run_folder", "stop_signals", "workers"),
     },
     "evaluation": {
         *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache"),
@@ -93,7 +101,7 @@ MAY_IMPORT = {
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),
         *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "loaders"),
-        *("memory_bank", "options", "origin", "schedule", "splits"),
+        *("memory_bank", "options", "origin", "run_folder", "schedule", "splits"),
     },
 }
 

@@ -66,6 +66,7 @@ def or_none(kind: Kind) -> Kind:
 
 
 ANY = Kind("anything", lambda value: True)
+PLAIN = Kind("plain values", lambda value: _is_plain(value, deep=4))
 
 
 def take(record: Mapping, name: str, kind: Kind, *, what: str, **default: Any) -> Any:
@@ -81,6 +82,17 @@ def take(record: Mapping, name: str, kind: Kind, *, what: str, **default: Any) -
         found = shown(value) if name in record else "missing"
         raise InputError(f"{what}: {name} is {found}, not {kind.words}")
     return value
+
+
+def _is_plain(value: Any, *, deep: int) -> bool:
+    """Whether JSON can say a value: None, text, flag, finite number, or few levels of those."""
+    if isinstance(value, dict):
+        parts = [*value.values()] if all(isinstance(key, str) for key in value) else [object()]
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    else:
+        return value is None or isinstance(value, (str, bool)) or real().holds(value)
+    return deep > 0 and all(_is_plain(part, deep=deep - 1) for part in parts)
 
 
 def shown(value: Any) -> str:

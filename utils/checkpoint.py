@@ -4,7 +4,8 @@ A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of t
 `optimizer`, `epoch`, `args` (the run's settings), `format`, and what `engine` needs to go on. The
 encoders' names inside are those of `encoders.QueryTargetEncoders` behind "encoders.". Also read:
 checkpoints of the published CMSF and MSF code, plain torchvision state dicts, and backbones that
-eval/export_backbone.py wrote. Nothing in a file is ever executed.
+eval/export_backbone.py wrote. Nothing in a file is ever executed, and what stands in it is of the
+types and ranges said here, or refused.
 
 Every file written here is sealed: its zip archive ends in a comment with the SHA-256 of all that
 stands before it. torch.load alone lets a flipped bit through: it does not check the archive's
@@ -15,7 +16,9 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,17 +26,21 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from utils import safetensors_file
+from utils import checked, checkpoint_fields, safetensors_file, torch_file
+from utils.checkpoint_fields import EXPORTED, FORMAT  # noqa: F401 (a name of this module too)
 from utils.encoders import Backbone, QueryTargetEncoders, mlp
 from utils.errors import DamagedError, InputError, RunError
-
-FORMAT = "cmsf-2"
-EXPORTED = "cmsf-backbone-1"  # a backbone by itself: "state_dict" and "metadata"
 
 _SEAL = b"cmsf sha256 "
 _SEAL_SIZE = len(_SEAL) + 2 * hashlib.sha256().digest_size
 _TEMPORARY = ".tmp"
 
+# torchvision's networks in its own older names -> today's (densenet.py, vision_transformer.py).
+_OLDER = (
+    (re.compile(r"(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)"), r"\1\2"),
+    (re.compile(r"(.*\.mlp)\.linear_1\.(weight|bias)"), r"\1.0.\2"),
+    (re.compile(r"(.*\.mlp)\.linear_2\.(weight|bias)"), r"\1.3.\2"),
+)
 # Published names (after "module." of DataParallel is taken out) -> ours.
 _PUBLISHED = {"encoder_q.": "query_encoder.", "encoder_t.": "target_encoder."}
 
@@ -143,9 +150,9 @@ def load(path: str | Path, *, flag: str) -> dict:
     flag: the user's flag that named the file, for the message. A file of ours must have its seal
     intact, any other zip archive its checksums. A file that ends in .safetensors comes in the
     layout of an exported backbone, if it is one, or else as {"state_dict": ...}. Raises InputError
-    for a missing or damaged file and for one that holds no dict of tensors and builtins
-    (argparse.Namespace of published checkpoints is the one other class that is let in);
-    DamagedError, one of them, where the file is at fault.
+    for a missing or damaged file, for one that holds no dict of tensors and builtins (see
+    `torch_file.read`), and for a field of another type or range than it must have; DamagedError,
+    one of them, where the file is at fault.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
@@ -154,19 +161,18 @@ def load(path: str | Path, *, flag: str) -> dict:
     if is_safetensors:
         safetensors_file.check_library(what)
     try:
-        if is_safetensors:
-            return _from_safetensors(path)
-        sealed = _is_intact(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        sealed = is_safetensors or _is_intact(path)
+        state = _from_safetensors(path) if is_safetensors else torch_file.read(path)
+    except torch_file.NotAllowedError as error:
+        raise InputError(f"{what}: {error}") from error
     except Exception as error:  # a damaged file can raise about anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = torch_file.reason(error)
         raise DamagedError(f"{what}: not a readable checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{what}: not a checkpoint (holds a {type(checkpoint).__name__})")
-    if "format" in checkpoint and not sealed:
+    if not isinstance(state, dict):
+        raise InputError(f"{what}: not a checkpoint (holds a {type(state).__name__})")
+    if "format" in state and not sealed:
         raise DamagedError(f"{what}: not a readable checkpoint (its seal is missing)")
-    return checkpoint
+    return checkpoint_fields.check(state, what=what)
 
 
 def _from_safetensors(path: str | Path) -> dict:
@@ -231,17 +237,28 @@ def settings(checkpoint: dict) -> dict:
     return dict(args) if isinstance(args, dict) else {}
 
 
-def encoder_weights(checkpoint: dict, classifier: str) -> dict[str, Tensor]:
+def said(checkpoint: dict, name: str, *, what: str) -> Any:
+    """The "arch", "image_size" or "small_stem" that a checkpoint names, None where it does not.
+
+    InputError that begins with `what` for a value that is none.
+    """
+    kind = checked.or_none(checkpoint_fields.NETWORK[name])
+    return checked.take(settings(checkpoint), name, kind, what=what, default=None)
+
+
+def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:
     """Weights of the encoders under the names of `QueryTargetEncoders`, from any known layout.
 
     classifier: name of the architecture's last linear layer, `Backbone.classifier`: published
     checkpoints keep the projector there. A plain state dict gives "query_encoder.backbone." alone.
+    InputError that begins with `what` for weights that are no dense tensors of numbers.
     """
     state = checkpoint
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    torch_file.check_weights(state, what=what)
     ours = {name: value for name, value in state.items() if name.startswith("encoders.")}
     if ours:
         return {name.removeprefix("encoders."): value for name, value in ours.items()}
@@ -274,28 +291,60 @@ def _part(name: str, classifier: str) -> str:
     return "backbone." + name
 
 
-def load_strictly(module: nn.Module, weights: dict[str, Tensor], *, what: str) -> None:
+def load_strictly(
+    module: nn.Module, weights: dict[str, Tensor], *, what: str, finite: bool = True
+) -> None:
     """Load weights that fit the module exactly; InputError that begins with `what` otherwise.
 
     As in PyTorch's own strict load, only the batch norms' batch counters, which files from before
-    2018 lack, may be missing.
+    2018 lack, may be missing; names of older torchvision releases count as today's. finite: also
+    refuse weights that are infinite or not a number.
     """
+    torch_file.check_weights(weights, what=what)
     own = module.state_dict()
-    missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
-    unknown = [n for n in weights if n not in own]
-    reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    problems = [
-        f"{len(names)} weights {kind}, first {names[0]}"
-        for kind, names in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("of another shape", reshaped),
-        )
+    weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
+    for name in own:
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, own[name])
+    both = [(name, own[name], weights[name]) for name in own if name in weights]
+    problems = {
+        "missing": [name for name in own if name not in weights],
+        "unknown": [name for name in weights if name not in own],
+        "of another shape": [name for name, one, value in both if one.shape != value.shape],
+        "of another type": [
+            name
+            for name, one, value in both
+            if not (_is_like(one, value) or name.endswith("num_batches_tracked"))
+        ],
+    }
+    if texts := [
+        f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
+        for kind, names in problems.items()
         if names
-    ]
-    if problems:
-        raise InputError(f"{what}: does not fit: {'; '.join(problems)}")
+    ]:
+        raise InputError(f"{what}: does not fit: {'; '.join(texts)}")
+    broken = [name for name, _, value in both if finite and not torch_file.is_finite(value)]
+    if broken:
+        raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
+    weights._metadata = own._metadata  # the versions of the names that they have by now
     module.load_state_dict(weights)
+
+
+def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
+    """A weight's name in this torchvision, where the network has it under that one alone."""
+    for older, now in _OLDER:
+        if match := older.fullmatch(name):
+            new = match.expand(now)
+            if new in own and new not in weights:
+                return new
+    return name
+
+
+def _is_like(own: Tensor, value: Tensor) -> bool:
+    """Whether a value can stand for the module's own: floating for floating, int for int."""
+    if own.is_floating_point() or value.is_floating_point():
+        return own.is_floating_point() == value.is_floating_point()
+    return (own.dtype == torch.bool) == (value.dtype == torch.bool)
 
 
 def load_backbone(
@@ -303,7 +352,7 @@ def load_backbone(
 ) -> None:
     """Load one encoder's backbone (encoder: "query" or "target") strictly; see `load_strictly`."""
     prefix = f"{encoder}_encoder.backbone."
-    weights = encoder_weights(checkpoint, backbone.classifier)
+    weights = encoder_weights(checkpoint, backbone.classifier, what=what)
     chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
     if not chosen:
         raise InputError(f"{what}: no {encoder} encoder in it")
@@ -318,7 +367,7 @@ def load_projector(
     InputError that begins with `what` where the checkpoint has none, or one of another build.
     """
     prefix = f"{encoder}_encoder.projector."
-    weights = encoder_weights(checkpoint, backbone.classifier)
+    weights = encoder_weights(checkpoint, backbone.classifier, what=what)
     chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
     layers = [v for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
     if not layers:
@@ -338,7 +387,7 @@ def load_initial_weights(
     A CMSF or MSF checkpoint fills all of them (query, predictor, target). A plain state dict fills
     both backbones and leaves projector and predictor as they are.
     """
-    weights = encoder_weights(checkpoint, classifier)
+    weights = encoder_weights(checkpoint, classifier, what=what)
     prefix = "query_encoder.backbone."
     if all(name.startswith(prefix) for name in weights):
         plain = {name.removeprefix(prefix): value for name, value in weights.items()}

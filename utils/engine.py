@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -23,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint, distributed, experiment, health
+from utils import checked, checkpoint, checkpoint_fields, distributed, experiment, health
 from utils.board import Board
 from utils.errors import InputError, Interrupted, RunError
 from utils.knn import format_comparison
 from utils.loaders import Batch, TwoViewLoader
 from utils.loss_watch import LossWatch
-from utils.memory_bank import PreviousEmbeddings
+from utils.memory_bank import MemoryBank, PreviousEmbeddings
 from utils.meters import Log, Means
 from utils.run_folder import BOARD, RunFolder, apart
 from utils.stop_signals import Stopped, StopSignals, ignore
@@ -50,7 +49,8 @@ class Run:
     it too. resume: a checkpoint to continue after, or "auto": the newest whole one of the folder,
     if there is one. Otherwise the files of an earlier run in the folder are moved aside, never
     overwritten. resume_anyway: also with flags or data that make it another experiment. debug: two
-    epochs of five steps.
+    epochs of five steps. num_images, num_classes: of the data; the banks of a run that is resumed
+    may hold no others.
 
     Of several processes each makes the same run; `forward` is the model's, with gradients that are
     the mean over all of them, and the main one writes the files.
@@ -77,6 +77,8 @@ class Run:
         resume_anyway: bool = False,
         tensorboard: bool = False,
         debug: bool = False,
+        num_images: int = checked.MOST,
+        num_classes: int = checked.MOST,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.folder = Path(folder)
@@ -101,10 +103,12 @@ class Run:
         self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
         self._files = RunFolder(self.folder, say=Log.say)
         self.log = Log(self._files.log, silent=not distributed.is_main())
-        self._losses = LossWatch(self.log)
+        self._losses = LossWatch(self.log, advice=self._advice)
         self._last_saved: Path | None = None
         self._epoch_ended = False  # all that is left of `epoch` is to evaluate
-        self._begin(resume, anyway=resume_anyway)
+        self._num = {"num_images": num_images, "num_classes": num_classes}
+        self._anyway = resume_anyway
+        self._begin(resume)
         self.forward = distributed.parallel(model)
 
     def __enter__(self) -> "Run":
@@ -140,6 +144,9 @@ class Run:
         self._loader = loader
         loader.bad_images.restore(self._bad_images)
         self._check_same_everywhere()
+        if self.epoch_step > len(loader) and not self._anyway:
+            reason = f"holds step {self.epoch_step} of an epoch of {len(loader)}"
+            raise InputError(f"--resume {self._last_saved}: {reason}")
         self.epoch_steps = min(len(loader), self.max_steps)
         self._say_what_it_is()
         while self.epoch <= self.epochs:
@@ -310,6 +317,11 @@ class Run:
         own = self._files.holds(self._last_saved)
         return f"{self._last_saved} (--resume {'auto' if own else self._last_saved})"
 
+    def _advice(self) -> str:
+        """What may help against a loss that is not finite."""
+        again = " (with --resume_anyway)" if self._last_saved else ""
+        return f"try a lower --learning_rate{again}"
+
     def _save_step(self) -> None:
         self._last_saved = self._files.save_step(self._state(), self._stores)
         self._saved_at = time.monotonic()
@@ -339,7 +351,7 @@ class Run:
                 continue
             wide = torch.promote_types(value.dtype, torch.float32)  # a sum can be beyond float16
             if not value.sum(dtype=wide).isfinite():
-                raise RunError(f"not saved: {name} is not finite; try a lower --learning_rate")
+                raise RunError(f"not saved: {name} is not finite; {self._advice()}")
         return {
             "format": checkpoint.FORMAT,
             "method": type(self.model).__name__,
@@ -355,30 +367,44 @@ class Run:
             "args": self.settings,
         }
 
-    def _begin(self, resume: str | None, *, anyway: bool) -> None:
-        """Go on from the checkpoint that `resume` names or finds, or start anew."""
-        accept = partial(
-            experiment.check_same,
+    def _accept(self, state: dict, what: str, parts_fit: Callable[[], bool]) -> None:
+        """InputError for a state that is not to be gone on from; see `experiment.check_same`."""
+
+        def fits() -> bool:
+            try:
+                self._restore(state, what=what)  # that ends the run or is done again
+            except InputError:
+                return False
+            return parts_fit()
+
+        experiment.check_same(
+            state,
+            what,
             method=type(self.model).__name__,
             settings=self.settings,
             data=self.data,
-            anyway=anyway,
+            anyway=self._anyway,
+            fits=fits,
             say=Log.say,
         )
+
+    def _begin(self, resume: str | None) -> None:
+        """Go on from the checkpoint that `resume` names or finds, or start anew."""
         if resume == "auto":
-            path, state = self._files.newest_good(self._stores, accept=accept)
+            path, state = self._files.newest_good(self._stores, accept=self._accept)
             if path is None:
                 Log.say(f"--resume auto: no checkpoint in {self.folder} yet, a new run")
         elif resume:
             path = Path(resume)
-            state = self._files.load(path, self._stores, accept=accept)
+            state = self._files.load(path, self._stores, accept=self._accept)
         else:
             path, state = None, None
         if state:
             self._restore(state, what=f"--resume {path}")
-            if self._epoch_ended and self.epoch >= self.epochs and resume != "auto":
-                done = f"it has finished epoch {self.epoch} of --epochs {self.epochs}"
-                raise InputError(f"--resume {path}: {done}")
+            done = self.epoch - (not self._epoch_ended)
+            if done >= self.epochs and resume != "auto":
+                reason = f"it has finished epoch {done} of --epochs {self.epochs}"
+                raise InputError(f"--resume {path}: {reason}")
         # All have read what the main process may move now, and the same.
         places = distributed.gather_objects(state and (path.name, state["epoch"], state["step"]))
         if any(place != places[0] for place in places):
@@ -398,19 +424,28 @@ class Run:
 
     def _restore(self, state: dict, *, what: str) -> None:
         """Take over the state of a run; InputError that begins with `what` if it does not fit."""
+        if missing := [name for name in checkpoint_fields.RUN if name not in state]:
+            raise InputError(f"{what}: incomplete, without {', '.join(missing)}")
+        with apart(self._stores.values(), are_apart="parts" in state):
+            checkpoint.load_strictly(self.model, state["state_dict"], what=what)
+        for name, bank in self.model.named_modules():
+            if isinstance(bank, MemoryBank) and (fault := bank.fault(**self._num)):
+                raise InputError(f"{what}: memory bank {name}: {fault}")
+        checkpoint_fields.load_optimizer(self.optimizer, state["optimizer"], what=what)
+        if distributed.rank() < len(state["rng_states"]):  # else as seeded at the start
+            self._restore_rng(state["rng_states"][distributed.rank()], what=what)
+        if distributed.is_main():
+            self._means.restore(state["means"])
+        self._bad_images = state["bad_images"]
+        self.epoch, step = state["epoch"], state["step"]
+        self._epoch_ended, self.epoch_step = step is None, step or 0
+
+    @staticmethod
+    def _restore_rng(states: dict[str, Tensor], *, what: str) -> None:
+        """Go on with torch's random numbers where they were."""
         try:
-            with apart(self._stores.values(), are_apart="parts" in state):
-                checkpoint.load_strictly(self.model, state["state_dict"], what=what)
-            self.optimizer.load_state_dict(state["optimizer"])
-            if distributed.rank() < len(state["rng_states"]):  # else as seeded at the start
-                rng_state = state["rng_states"][distributed.rank()]
-                torch.set_rng_state(rng_state["cpu"])
-                if "cuda" in rng_state and torch.cuda.is_available():
-                    torch.cuda.set_rng_state(rng_state["cuda"])
-            if distributed.is_main():
-                self._means.restore(state["means"])
-            self._bad_images = state["bad_images"]
-            self.epoch, step = int(state["epoch"]), state["step"]
-            self._epoch_ended, self.epoch_step = step is None, step or 0
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{what}: incomplete or damaged ({error!r})") from error
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{what}: rng_states is none of this torch's") from error

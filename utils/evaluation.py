@@ -1,6 +1,7 @@
 """From an evaluation script's flags to an encoder, loaders and what a result says of its origin."""
 
 import argparse
+from functools import partial
 
 import torch
 from torch import nn
@@ -30,10 +31,10 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
         raise InputError("--weights: name the checkpoint to evaluate")
     named = args.weights in ("random", "pixels")
     state = {} if named else checkpoint.load(args.weights, flag="--weights")
-    trained = checkpoint.settings(state)
-    args.arch = args.arch or trained.get("arch") or "resnet50"
-    args.image_size = args.image_size or trained.get("image_size") or 224
-    args.small_stem = args.small_stem or bool(trained.get("small_stem"))
+    said = partial(checkpoint.said, state, what=f"--weights {args.weights}")
+    args.arch = args.arch or said("arch") or "resnet50"
+    args.image_size = args.image_size or said("image_size") or 224
+    args.small_stem = args.small_stem or bool(said("small_stem"))
     if args.weights == "pixels":
         return Backbone(nn.Flatten(), 3 * args.image_size**2, ""), {}
     torch.manual_seed(args.seed)

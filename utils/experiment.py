@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from utils import checkpoint
+from utils import checkpoint, torch_file
 from utils.errors import InputError
 
 # Flags that a resumed run may have otherwise. The images are compared by what they are, not by
@@ -30,27 +30,31 @@ def check_same(
     settings: dict,
     data: dict[str, str],
     anyway: bool,
+    fits: Callable[[], bool],
     say: Callable[[str], None],
 ) -> None:
     """InputError for a state of another method, or of flags or data that make another experiment.
 
-    state: of a checkpoint; `what` names it. settings: the flags now; data: digests by name of what
-    is trained on. anyway: other flags and data are a warning, said by `say`.
+    state: of a checkpoint, as `checkpoint.load` gives it; `what` names it. settings: the flags now;
+    data: digests by name of what is trained on. anyway: other flags and data are a warning, said by
+    `say`. fits: whether the state could be gone on from all the same, asked before that is advised.
     """
     if state.get("method") != method:
-        raise InputError(f"{what}: a run of {state.get('method')}, not of this script")
+        raise InputError(f"{what}: a run of {_said(state.get('method'))}, not of this script")
     before, data_before = checkpoint.settings(state), state.get("data", {})
     differing = [
-        f"--{name} {before[name]}, not {value}"
+        f"--{name} {_said(before[name])}, not {value}"
         for name, value in settings.items()
         if name in before and not _may_become(name, before[name], value)
     ]
     differing += [
-        f"other {name}" for name in data_before | data if data_before.get(name) != data.get(name)
+        f"other {_said(name)}"
+        for name in data_before | data
+        if data_before.get(name) != data.get(name)
     ]
     if differing and not anyway:
-        others = "; ".join(differing)
-        raise InputError(f"{what}: a run with {others} (to go on all the same: --resume_anyway)")
+        advice = " (to go on all the same: --resume_anyway)" if fits() else ""
+        raise InputError(f"{what}: a run with {'; '.join(differing)}{advice}")
     if settings.get("cos") and before.get("epochs") != settings.get("epochs"):
         say(f"the cosine falls over --epochs {settings['epochs']} from here on")
     for difference in differing:
@@ -58,4 +62,9 @@ def check_same(
 
 
 def _may_become(name: str, before: object, now: object) -> bool:
-    return name in _MAY_DIFFER or now == before or (name == "epochs" and now > before)
+    longer = name == "epochs" and isinstance(before, int) and now > before
+    return name in _MAY_DIFFER or now == before or longer
+
+
+def _said(value: object) -> str:
+    return torch_file.one_line(str(value))

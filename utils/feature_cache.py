@@ -13,12 +13,15 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint, distributed
+from utils import checked, checkpoint, distributed, torch_file
 from utils.bad_images import BadImages
+from utils.checked import Kind
 from utils.data import ImageSet, PixelSet
 from utils.errors import InputError
 from utils.features import extract_features, finite_rows
@@ -111,24 +114,58 @@ def save(path: Path, key: dict[str, str], features: Features, *, bad_images: lis
     checkpoint.save(path, state)
 
 
-def load(path: Path, key: dict[str, str], *, flag: str, bad_images: BadImages) -> Features:
+def load(
+    path: Path,
+    key: dict[str, str],
+    *,
+    flag: str,
+    bad_images: BadImages,
+    feature_dim: int,
+    num_classes: int,
+) -> Features:
     """Read the features of a file whose key is this one.
 
     flag: the user's flag that named the file, for the message. bad_images: is told which images
-    could not be read when the features were made. Raises InputError for a file that is missing,
-    unreadable (a truncated one is) or no feature cache, for one of another key, with the names of
-    the parts that differ, for features that are not finite, and for one with more images left out
-    than may be.
+    could not be read when the features were made. feature_dim, num_classes: what there is to be.
+    Raises InputError for a file that is missing, unreadable (a truncated one is) or no feature
+    cache, for one of another key, with the names of the parts that differ, for one with more images
+    left out than may be, and for features that are not finite or not of these sizes.
     """
+    what = f"{flag} {path}"
     state = checkpoint.load(path, flag=flag)
     if state.get("format") != FORMAT:
-        raise InputError(f"{flag} {path}: no feature cache of this version")
-    differing = [name for name in key if state["key"].get(name) != key[name]]
+        raise InputError(f"{what}: no feature cache of this version")
+    saved_key = checked.take(state, "key", checked.table_of(checked.TEXT), what=what)
+    differing = [name for name in key if saved_key.get(name) != key[name]]
     if differing:
-        raise InputError(f"{flag} {path}: features of another {', '.join(differing)}")
-    for split, (rows, _) in state["features"].items():
-        if not finite_rows(rows).all():
-            raise InputError(f"{flag} {path}: features of {split} that are not finite")
-    for name in state.get("bad_images", []):
+        raise InputError(f"{what}: features of another {', '.join(differing)}")
+    names = checked.take(state, "bad_images", checked.list_of(checked.TEXT), what=what, default=[])
+    features = checked.take(state, "features", _pairs(feature_dim, num_classes), what=what)
+    for name in names:
         bad_images.add(name, f"there are no features of it in {path}")
-    return state["features"]
+    return features
+
+
+def _pairs(feature_dim: int, num_classes: int) -> Kind:
+    """`Features` of this size, finite, and labels of so many classes."""
+    rows = torch_file.tensor(
+        "", lambda value: bool(finite_rows(value).all()), dims=2, dtype=torch.float32
+    )
+    in_range = torch_file.between(0, num_classes - 1)
+    labels = torch_file.tensor("", in_range, dims=1, dtype=torch.int64)
+
+    def is_pair(value: Any) -> bool:
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            return False
+        fits = rows.holds(value[0]) and labels.holds(value[1])
+        return fits and value[0].shape == (len(value[1]), feature_dim) and len(value[1]) > 0
+
+    words = f"finite features (N, {feature_dim}) and labels below {num_classes} of train and val"
+    return Kind(
+        words,
+        lambda value: (
+            isinstance(value, dict)
+            and value.keys() == {"train", "val"}
+            and all(map(is_pair, value.values()))
+        ),
+    )

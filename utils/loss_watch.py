@@ -1,6 +1,7 @@
 """Stops a run whose loss is not finite, without making the host wait for a GPU."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,11 +28,12 @@ def _is_read_later(loss: Tensor) -> bool:
 class LossWatch:
     """Looks at the loss of every step: that of a GPU when the next step comes, or when asked to.
 
-    So a run that calls `check` before it saves or reports never keeps what a bad step did.
+    So a run that calls `check` before it saves or reports never keeps what a bad step did. advice:
+    what the error is to say last.
     """
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
+    def __init__(self, log: Log, *, advice: Callable[[], str]) -> None:
+        self._log, self._advice = log, advice
         self._last: _Step | None = None  # a step whose loss has not been looked at yet
 
     def watch(self, loss: Tensor, place: dict[str, int], *, rate: float, index: Tensor) -> None:
@@ -53,6 +55,5 @@ class LossWatch:
         self._log.write(last.place | {"error": f"loss {loss}", "lr": last.rate, "images": images})
         raise RunError(
             f"the loss is {loss} in epoch {last.place['epoch']}, step {last.place['step']}, "
-            f"learning rate {last.rate:.4g}, images {images}; try a lower --learning_rate (with "
-            "--resume_anyway)"
+            f"learning rate {last.rate:.4g}, images {images}; {self._advice()}"
         )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.streams import HostCopy, upload
 
+_UNIT = 1.01  # no entry of a unit vector is above, whatever the rounding
+
 
 class MemoryBank(nn.Module):
     """First-in, first-out store of K embeddings with columns aligned to its rows.
@@ -95,6 +97,22 @@ class MemoryBank(nn.Module):
     def clear(self) -> None:
         """Forget every row: none is in use until new ones are written."""
         self.written = 0
+
+    def fault(self, *, num_images: int, num_classes: int) -> str | None:
+        """In words what cannot be in a bank out of a file, None if it is sound."""
+        if not 0 <= self.written < 2**62:
+            return f"{self.written} rows were written to it"
+        last = {"index": num_images, "label": num_classes, "true_label": num_classes}
+        for name in last.keys() & dict(self.named_buffers()).keys():
+            (column,) = self.in_use(name)
+            lowest, highest = 0 if name == "index" else -1, last[name] - 1
+            if ((column < lowest) | (column > highest)).any():
+                return f"{name} is not everywhere from {lowest} to {highest}"
+        for name in {"features", "previous"} & dict(self.named_buffers()).keys():
+            (column,) = self.in_use(name)
+            if not (column.abs() < _UNIT).all():  # nor is nan
+                return f"{name} are not of unit norm"
+        return None
 
     def get_extra_state(self) -> Tensor:
         """Save `written` with the buffers: without it a resumed bank would start over at row 0."""

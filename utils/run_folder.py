@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoint, distributed
+from utils import checked, checkpoint, distributed, torch_file
 from utils.errors import DamagedError, InputError
 from utils.memory_bank import PreviousEmbeddings
+from utils.torch_file import is_finite
 
 KEPT = 2  # the newest checkpoints, whatever they are
 PARTS = "previous_embeddings"
@@ -34,6 +35,9 @@ _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 _PART_FORMAT = "cmsf-previous-1"
 # A part of which fewer rows are still current is rewritten with the next one, and can go.
 _WORTH_KEEPING = 0.1
+
+# Raises InputError for a state that is not wanted: (state, words that name it, whether parts fit).
+Accept = Callable[[dict, str, Callable[[], bool]], None]
 
 
 class RunFolder:
@@ -98,40 +102,60 @@ class RunFolder:
         path: Path,
         stores: dict[str, PreviousEmbeddings],
         *,
-        accept: Callable[[dict, str], None] = lambda state, what: None,
+        accept: Accept = lambda state, what, parts_fit: None,
     ) -> dict:
         """The state that a checkpoint (of this run or another) holds.
 
         stores: as for `save_step`. If the checkpoint has "parts", they are filled from those, and
         `state_dict` is one without them. accept: raises InputError for a state that is not wanted,
-        given with the words that name it. Raises InputError for a file that is no run of this
-        repository, DamagedError for one that is missing or damaged.
+        given with the words that name it and a function that tells whether its parts fit. Raises
+        InputError for a file that is no run of this repository, or holds what none can hold,
+        DamagedError for one that is missing or damaged.
         """
+        what = f"--resume {path}"
         state = checkpoint.load(path, flag="--resume")
         if state.get("format") != checkpoint.FORMAT:
-            reason = "not a run of this repository (to start from it: --weights)"
-            raise InputError(f"--resume {path}: {reason}")
-        place = _place(state.get("epoch"), state.get("step"))
+            raise InputError(f"{what}: not a run of this repository (to start from it: --weights)")
+        if missing := [name for name in ("epoch", "step", "state_dict") if name not in state]:
+            raise InputError(f"{what}: {missing[0]} is missing")
+        place = _place(state["epoch"], state["step"])
         if _NAME.fullmatch(path.name) and _progress(path) != place:
-            raise InputError(f"--resume {path}: holds epoch {state.get('epoch')}, unlike its name")
-        accept(state, f"--resume {path}")
+            raise InputError(f"{what}: holds epoch {state['epoch']}, unlike its name")
+        accept(state, what, lambda: self._parts_fit(path, state, stores))
+        self._load_parts(path, state, stores)
+        return state
+
+    def _parts_fit(self, path: Path, state: dict, stores: dict[str, PreviousEmbeddings]) -> bool:
+        """Whether a checkpoint's parts go into the stores, which are filled as far as they do."""
+        try:
+            self._load_parts(path, state, stores)
+        except InputError:
+            return False
+        return True
+
+    def _load_parts(self, path: Path, state: dict, stores: dict[str, PreviousEmbeddings]) -> None:
+        """Fill the stores from a checkpoint's parts, if it has "parts"; InputError as from `load`.
+
+        Notes which parts are in use.
+        """
         own = self.holds(path)
         self._part_rows = {}
         for store in stores.values():
             store.saved_in.zero_()
-        for name, parts in state.get("parts", {}).items():
-            if name not in stores:
-                raise InputError(f"--resume {path}: a run with {name}, which this one has not")
-            store = stores[name]
+        tables = state.get("parts")
+        for name in sorted(set() if tables is None else tables.keys() ^ stores.keys()):
+            found = "lacks" if name in stores else "has"
+            reason = f"a run that {found} {torch_file.one_line(name)}, unlike this one"
+            raise InputError(f"--resume {path}: {reason}")
+        for name, store in stores.items() if tables is not None else ():
             store.seen.zero_()
             store.embeddings.zero_()
-            for number, rows in sorted(parts.items()):
-                _load_part(store, _part_path(path.parent / PARTS, number), number)
+            for number, rows in sorted(tables[name].items()):
+                _load_part(store, _part_path(path.parent / PARTS, number), number, rows=rows)
                 self._part_rows[number] = rows
             if not own:  # the files are another run's: everything is yet to be written here
                 store.saved_in.zero_()
         self._parts_of = {self.path / path.name: set(self._part_rows)} if own else {}
-        return state
 
     def holds(self, path: Path) -> bool:
         """Whether a checkpoint lies in this folder."""
@@ -141,7 +165,7 @@ class RunFolder:
         self,
         stores: dict[str, PreviousEmbeddings],
         *,
-        accept: Callable[[dict, str], None] = lambda state, what: None,
+        accept: Accept = lambda state, what, parts_fit: None,
     ) -> tuple[Path, dict] | tuple[None, None]:
         """The checkpoint farthest on that is whole, and its state; None, None in an empty folder.
 
@@ -324,16 +348,28 @@ def _part_path(folder: Path, number: int) -> Path:
     return folder / f"part_{number}.pth"
 
 
-def _load_part(store: PreviousEmbeddings, path: Path, number: int) -> None:
-    """Put the rows of one part into a store; parts in the order of their numbers."""
+def _load_part(store: PreviousEmbeddings, path: Path, number: int, *, rows: int) -> None:
+    """Put the rows of one part into a store; parts in the order of their numbers.
+
+    rows: how many there are, by the checkpoint. InputError for a file that is no such part.
+    """
+    what = f"--resume {path}"
     part = checkpoint.load(path, flag="--resume")
-    rows = part.get("embeddings")
-    if part.get("format") != _PART_FORMAT or rows.shape[1:] != store.embeddings.shape[1:]:
-        raise InputError(f"--resume {path}: no previous embeddings of this run")
-    if len(part["index"]) and int(part["index"].max()) >= store.num_images:
-        raise InputError(f"--resume {path}: previous embeddings of more images")
-    store.put(part["index"], rows)
-    store.mark_saved(part["index"], number)
+    if part.get("format") != _PART_FORMAT:
+        raise InputError(f"{what}: no previous embeddings")
+    numbers = torch_file.tensor(f"({rows},)", lambda v: len(v) == rows, dims=1, dtype=torch.int64)
+    index = checked.take(part, "index", numbers, what=what)
+    dim = store.embeddings.shape[1]
+    shape = f"({rows}, {dim}), the finite previous embeddings of this run"
+    fits = torch_file.tensor(shape, lambda v: v.shape == (rows, dim) and is_finite(v), dims=2)
+    embeddings = checked.take(part, "embeddings", fits, what=what)
+    if not torch_file.between(0, store.num_images - 1)(index) or len(index.unique()) < rows:
+        raise InputError(
+            f"{what}: previous embeddings of other images than 0 to {store.num_images - 1}, or of "
+            "one twice"
+        )
+    store.put(index, embeddings)
+    store.mark_saved(index, number)
 
 
 def _link(source: str, target: str) -> None:

@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import archives, batch_norm, board, checkpoint, distributed, options, origin
+from utils import (
+    archives,
+    batch_norm,
+    board,
+    checkpoint,
+    distributed,
+    options,
+    origin,
+    run_folder,
+)
 from utils.data import ImageSet, check_classes, read_split
 from utils.encoders import (
     Backbone,
@@ -171,7 +180,7 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     )
     if args.bn == "sync":
         encoders = batch_norm.synchronized(encoders, args.device)
-    if args.weights:
+    if _are_needed(args):
         what = f"--weights {args.weights} (--arch {args.arch})"
         state = checkpoint.load(args.weights, flag="--weights")
         loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
@@ -214,7 +223,7 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
     )
     if args.bn == "sync":
         sole = batch_norm.synchronized(sole, args.device)
-    if args.weights:
+    if _are_needed(args):
         what = f"--weights {args.weights} (--arch {args.arch})"
         state = checkpoint.load(args.weights, flag="--weights")
         checkpoint.load_backbone(backbone, state, what=what)
@@ -222,6 +231,17 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
     if args.compile:
         sole.compile()
     return sole, backbone.feature_dim
+
+
+def _are_needed(args: argparse.Namespace) -> bool:
+    """Whether to start from --weights: not for a run that goes on from a checkpoint of its own."""
+    if not (args.weights and args.resume):
+        return bool(args.weights)
+    folder = Path(args.checkpoint_path)
+    if args.resume == "auto" and not (folder.is_dir() and run_folder.checkpoints_in(folder)):
+        return True
+    print(f"--weights {args.weights}: not read, as --resume {args.resume} goes on", flush=True)
+    return False
 
 
 def _seeded_backbone(args: argparse.Namespace) -> Backbone:
@@ -297,6 +317,8 @@ def build_run(
         resume_anyway=args.resume_anyway,
         tensorboard=args.tensorboard,
         debug=args.debug,
+        num_images=len(loader.images),
+        num_classes=len(loader.images.classes),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import pictures
+from utils import checked, checkpoint, pictures, torch_file
 from utils.bad_images import BadImages, reason_of
 from utils.data import ImageSet
 from utils.errors import InputError
@@ -24,6 +24,7 @@ from utils.neighbors import Neighbors, nearest, nearest_among, plain_ranks
 _NAMED = 5  # how many names an error lists
 # Methods whose constraint is the bank's column `label`, which others keep for their figures.
 _BY_LABEL = {"SupervisedCMSF": "label", "PseudoCMSF": "pseudo-label"}
+_ROWS = torch_file.tensor("(K, D)", lambda value: value.numel() > 0, dims=2)
 
 
 class Line(NamedTuple):
@@ -65,36 +66,47 @@ def bank_of(state: dict, *, what: str) -> MemoryBank:
     Checkpoints within an epoch hold it too: the embeddings that lie in files of their own are those
     of the images, not of the bank.
     """
-    weights = state.get("state_dict")
-    weights = weights if isinstance(weights, dict) else {}
-    own = {name: value for name, value in weights.items() if name.startswith("bank.")}
-    columns = {name.removeprefix("bank."): value for name, value in own.items()}
+    ours = state if state.get("format") == checkpoint.FORMAT else {}
+    weights = ours.get("state_dict", {})
+    torch_file.check_weights(weights, what=what)
+    columns = {n.removeprefix("bank."): v for n, v in weights.items() if n.startswith("bank.")}
     if not {"features", "index", "label", "_extra_state"} <= columns.keys():
         raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
+    features = checked.take(columns, "features", _ROWS, what=f"{what}: its memory bank")
     bank = MemoryBank(
-        *columns["features"].shape,
+        *features.shape,
         with_previous="previous" in columns,
         with_true_label="true_label" in columns,
     )
     # Of half precision in float32: similarities are shown to more digits than 16 bits have.
-    dtype = torch.promote_types(columns["features"].dtype, torch.float32)
-    bank.to(dtype).load_state_dict(columns)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    checkpoint.load_strictly(bank.to(dtype), columns, what=f"{what}: its memory bank")
     if not bank.filled:
         raise InputError(f"{what}: its memory bank is empty")
     return bank
 
 
-def check_same_images(state: dict, images: ImageSet, *, what: str) -> None:
+def check_same_images(state: dict, bank: MemoryBank, images: ImageSet, *, what: str) -> None:
     """InputError unless these are the images, in names, order and classes, of the bank's numbers.
 
     There is no way around it: with others the picture would show what the encoder never saw.
     """
-    if images.digest() not in state.get("data", {}).values():
-        dataset = state.get("args", {}).get("dataset", "imagenet")
+    digests = checked.take(state, "data", checked.table_of(checked.TEXT), what=what, default={})
+    if images.digest() not in digests.values():
+        dataset = torch_file.one_line(str(checkpoint.settings(state).get("dataset", "imagenet")))
         raise InputError(
             f"data {images.root}: not the images or classes that {what} was trained on "
             f"(--dataset {dataset}), so its bank does not tell which files are meant"
         )
+    if fault := bank.fault(num_images=len(images), num_classes=len(images.classes)):
+        raise InputError(f"{what}: its memory bank: {fault}")
+    checked.take(state["state_dict"], "clusters", _of_each(images), what=what, default=None)
+
+
+def _of_each(images: ImageSet) -> checked.Kind:
+    """A number of each image."""
+    count = len(images)
+    return torch_file.tensor(f"({count},)", lambda v: len(v) == count, dims=1, dtype=torch.int64)
 
 
 def numbers_of(images: ImageSet, names: Sequence[str]) -> list[int]:

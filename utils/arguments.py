@@ -68,8 +68,8 @@ def _list_of(parse: Callable[[str], Any], text: str, what: str) -> list:
 
 
 def int_list(text: str) -> list[int]:
-    """An argparse type: "7,0,12" -> [7, 0, 12]; from 0."""
-    return _list_of(number(int, low=0), text, "numbers from 0 like 7,0,12")
+    """An argparse type: "7,0,12" -> [7, 0, 12]."""
+    return _list_of(number(int, low=-_MOST), text, "integers like 7,0,12")
 
 
 def epoch_list(text: str) -> list[int]:

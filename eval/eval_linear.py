@@ -285,17 +285,18 @@ def take_settings(args: argparse.Namespace, saved: dict, *, what: str) -> None:
 
 
 def check_history(saved: dict, *, num_rates: int, what: str) -> None:
-    """InputError unless a saved run has the figures of each of its epochs, measured in the last."""
+    """InputError unless a saved run has the figures of each of its epochs, measured in the last.
+
+    A learning rate that diverged has none.
+    """
     rows, epoch = saved["history"], saved["epoch"]
     if len(rows) != epoch:
         raise InputError(f"{what}: history has {len(rows)} epochs, not {epoch}")
     for number, row in enumerate(rows, 1):
         for name, kind in _ROW.items():
             values = checked.take(row, name, kind, what=f"{what}: history of epoch {number}")
-            unknown = values.count(None)
-            is_due = name == "top1" and number == epoch
-            some = 0 < unknown < num_rates and name != "loss"
-            if len(values) != num_rates or some or (is_due and unknown):
+            unmeasured = name == "top1" and number == epoch and values.count(None) == num_rates
+            if len(values) != num_rates or unmeasured:
                 raise InputError(f"{what}: history of epoch {number}: {name} is incomplete")
 
 

@@ -108,7 +108,7 @@ def evaluate(path):
     args = argparse.Namespace(**vars(WHERE), weights=str(path))
     backbone, state = evaluation.evaluated_backbone(args)
     about = EXPORT.describe(args, backbone, state)
-    counts = evaluation.result_record(args, state, counts={}, bad_images=BadImages())
+    counts = evaluation.result_record(args, state, counts={}, bad_images=BadImages(), images={})
     json.dumps([about, counts], allow_nan=False)
     backbone.module.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     fresh = copy.deepcopy(encoders())
@@ -242,7 +242,7 @@ def probe_run(monkeypatch, path, *flags):
         {"train": split, "val": split}, batch_size=4, seed=0, device=args.device
     )
     backbone = build_backbone("conv4")
-    probe, optimizer = LINEAR.build_probe(args, backbone, features, num_classes=2, saved=saved)
+    probe, optimizer = LINEAR.build_probe(args, backbone, features, classes=classes, saved=saved)
     history = saved["history"] if saved else []
     if args.evaluate:
         return LINEAR.measure(probe, features)

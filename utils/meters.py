@@ -113,7 +113,9 @@ class Log:
             return
         here = (epoch, math.inf if step is None else step)
         lines = plain_json.read_text(self.path).split("\n")
-        kept = [line for line in lines if (r := record_of(line)) and (r["epoch"], r["step"]) <= here]
+        kept = [
+            line for line in lines if (r := record_of(line)) and (r["epoch"], r["step"]) <= here
+        ]
         checkpoint.replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def find(self, name: str, *, epoch: int) -> dict | None:

@@ -12,8 +12,10 @@ from utils import checked, checkpoint, plain_json
 from utils.errors import InputError
 
 NAMED = ("random", "pixels")  # what --weights can be beside a file
+OF, LEFT_OUT = "of", "left_out"  # in a row of results.json: its `Encoder`, and file -> why not
 FIGURE = checked.or_none(checked.real())  # null: not measured, or not finite
-TABLE = checked.table_of(checked.table_of(FIGURE))  # row -> column -> figure
+# Row -> column -> figure.
+TABLE = checked.table_of(checked.table_of(FIGURE))._replace(words="a table of rows of figures")
 
 
 def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:

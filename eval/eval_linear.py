@@ -58,6 +58,9 @@ SETTINGS = (
     *("lr", "lr_schedule", "momentum", "wd", "batch_size", "seed"),
     *("cached", "fine_tune", "mlp"),
 )
+# And what makes its result the same one.
+DECIDING = (*SETTINGS, "epochs", "eval_freq", "bad_images")
+AUTO = Path("auto")  # of --resume
 
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
@@ -109,8 +112,13 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="folder of --cached's features.pth; default: that of --save, else it is not kept",
     )
-    group.add_argument("--resume", type=Path, help="linear.pth to continue after")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        help='linear.pth to continue after; "auto": that of --save, if it is of the same run',
+    )
     group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")
+    options.add_stage_options(group)
     args = options.parse(parser, demo=DEMO)
     if args.demo and not args.fine_tune:
         args.cached = True
@@ -119,8 +127,11 @@ def parse_args() -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """InputError for flags that do not go together; makes the folders to write to."""
-    if args.evaluate and not args.resume:
+    if args.evaluate and (args.resume in (None, AUTO) or args.keep_done):
         raise InputError("--evaluate: name the linear.pth to measure with --resume")
+    for flag, given in (("--resume auto", args.resume == AUTO), ("--keep_done", args.keep_done)):
+        if given and not args.save:
+            raise InputError(f"{flag}: name the folder with --save")
     several = f"--lr {','.join(map(str, args.lr))}: one learning rate only with"
     if len(args.lr) > 1 and (args.fine_tune or args.mlp):
         raise InputError(f"{several} {'--fine-tune' if args.fine_tune else '--mlp'}")
@@ -204,11 +215,34 @@ def cached_features(
     return features
 
 
-def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict:
+def find_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict | None:
+    """What to go on from by --resume, None to begin; "auto" becomes the file in args, or None.
+
+    With "auto" a file of another run, or none that can be read, is said to be replaced.
+    """
+    if args.resume != AUTO:
+        return load_run(args, key, classes) if args.resume else None
+    args.resume = args.save / "linear.pth"
+    try:
+        if args.resume.exists():
+            return load_run(args, key, classes, also_finished=True)
+    except InputError as error:
+        print(f"{error}: replaced", flush=True)
+    args.resume = None
+    return None
+
+
+def load_run(
+    args: argparse.Namespace,
+    key: dict[str, str],
+    classes: list[str],
+    *,
+    also_finished: bool = False,
+) -> dict:
     """The linear.pth that --resume names; InputError unless it goes with the flags and the data.
 
     key: of the features; the saved run must have the same parts. With --evaluate, --lr, --mlp and
-    --fine-tune are as in the file, and written into args.
+    --fine-tune are as in the file, and written into args. also_finished: one with all --epochs too.
     """
     what = f"--resume {args.resume}"
     saved = checkpoint.load(args.resume, flag="--resume")
@@ -226,7 +260,7 @@ def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) 
     for name, value in saved["settings"].items():
         if value != getattr(args, name):
             raise InputError(f"{what}: a run with --{name} {value}, not {getattr(args, name)}")
-    if saved["epoch"] >= args.epochs:
+    if saved["epoch"] >= args.epochs + also_finished:
         raise InputError(
             f"{what}: it has finished epoch {saved['epoch']} of --epochs {args.epochs}"
         )
@@ -262,6 +296,13 @@ def save_run(
         weights = encoder.state_dict()
         state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
     checkpoint.save(args.save / "linear.pth", state)
+
+
+def trained_backbone(args: argparse.Namespace, backbone: Backbone, saved: dict | None) -> Backbone:
+    """The backbone to fine-tune: as saved, with batch norm over all processes."""
+    if saved:
+        checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+    return backbone._replace(module=batch_norm.synchronized(backbone.module, args.device))
 
 
 def train_epoch(
@@ -398,14 +439,14 @@ def main() -> None:
     check_flags(args)
     train, val = read_images(args)
     backbone, state = evaluation.evaluated_backbone(args)
+    wanted = evaluation.identity(args, state, settings=DECIDING, train=train, val=val)
+    if args.check or evaluation.is_done(args, "linear.json", wanted, table="lr"):
+        return
     splits = {} if args.evaluate else {"train": train, "val": val}
     key = evaluation.feature_key(args, state, **splits)
-    saved = load_run(args, key, train.classes) if args.resume else None
-    if saved and args.fine_tune:
-        checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+    saved = find_run(args, key, train.classes)
     if args.fine_tune:
-        module = batch_norm.synchronized(backbone.module, args.device)
-        backbone = backbone._replace(module=module)
+        backbone = trained_backbone(args, backbone, saved)
     backbone.module.to(args.device)
     bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
@@ -448,6 +489,7 @@ def main() -> None:
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
     record = {"epochs": len(history), "protocol": what_was_done}
     record |= evaluation.result_record(args, state, counts=counts, bad_images=bad_images)
+    record |= {} if args.evaluate else wanted
     record["seconds"] = round(time.monotonic() - start, 1)
     report(args, summary, record)
 

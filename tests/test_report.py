@@ -214,7 +214,7 @@ def test_everything_from_files_is_escaped(call_script, tmp_path, left_out):
     for words in (
         f"--{EVIL}topk",
         f"1 of 3 log lines warn, the last in epoch 1, step 4: {EVIL}",
-        f"stopped in epoch 3, step 4 of 4: {EVIL}",
+        f"stopped in epoch 3 of 3, step 4 of 4: {EVIL}",
         name,
     ):
         assert words in page.text

@@ -87,8 +87,8 @@ MAY_IMPORT = {
         "workers",
     },
     "evaluation": {
-        *("bad_images", "checkpoint", "data", "encoders", "errors", "feature_cache", "loaders"),
-        "origin",
+        *("bad_images", "checked", "checkpoint", "data", "distributed", "encoders", "errors"),
+        *("feature_cache", "loaders", "origin", "plain_json", "result_files"),
     },
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import nn
 
-from utils import checkpoint, origin
+from utils import checked, checkpoint, distributed, origin, plain_json, result_files
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.encoders import Backbone, build_backbone, check_image_size
@@ -93,22 +93,77 @@ def feature_key(args: argparse.Namespace, state: dict, **splits: ImageSet) -> di
     }
 
 
-def result_record(
-    args: argparse.Namespace, state: dict, *, counts: dict[str, int], bad_images: BadImages
+def identity(
+    args: argparse.Namespace, state: dict, *, settings: tuple[str, ...], **splits: ImageSet
 ) -> dict:
-    """What every result file says of its origin: checkpoint, sha256, network, counts, command.
+    """What decides a result, by which it can be told from others: see `is_done`.
 
-    counts: of what was used; bad_images: the files that were not, as they cannot be read.
+    The encoder (see `result_files.Encoder`), those of the flags that are its settings, and a digest
+    of the names and labels of each split's images.
     """
-    from_file = bool(state)
+    return encoder_record(args, state) | {
+        "settings": {name: getattr(args, name) for name in settings},
+        "images": {split: images.digest() for split, images in splits.items()},
+    }
+
+
+def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) -> bool:
+    """Whether --keep_done is given and --save has the wanted result, by its `identity`, as `name`.
+
+    Prints it then, and else what becomes of another, as it will be replaced. table: where its
+    figures stand. All processes call it.
+    """
+    done = False
+    if args.keep_done and distributed.is_main():
+        path, found = args.save / name, {}
+        try:
+            if found := result_files.read_json(path):
+                rows = checked.take(found, table, result_files.TABLE, what=str(path))
+        except InputError as error:
+            found = {}
+            print(f"--keep_done: {error}: replaced", flush=True)
+        others = _differing(found, wanted) if found else ""
+        done = bool(found) and not others
+        if others:
+            print(f"--keep_done: {path} has another {others}: replaced", flush=True)
+        elif done:
+            print(f"{path}: there already, nothing to do\n{result_files.format_rows(rows)}")
+    return distributed.any_true(done)
+
+
+def _differing(found: dict, wanted: dict) -> str:
+    """Names of what a result has otherwise than it is wanted, "" if nothing; paths do not count."""
+    wanted = plain_json.loads(plain_json.dumps(wanted))  # lists for tuples
+    by_path = wanted["sha256"] is not None
+    names = [n for n in wanted if found.get(n) != wanted[n] and not (by_path and n == "checkpoint")]
+    if names == ["settings"] and isinstance(found.get("settings"), dict):
+        now, then = wanted["settings"], found["settings"]
+        names = [f"--{n} ({checked.shown(then.get(n))})" for n in now if now[n] != then.get(n)]
+    return ", ".join(names)
+
+
+def encoder_record(args: argparse.Namespace, state: dict) -> dict:
+    """Which encoder a result is of: what `result_files.encoder_of` reads."""
     return {
         "checkpoint": args.weights,
-        "sha256": checkpoint.sha256(args.weights) if from_file else None,
+        "sha256": checkpoint.sha256(args.weights) if state else None,
         "epoch": state.get("epoch"),
         "encoder": encoder_name(args, state),
         "arch": args.arch,
         "image_size": args.image_size,
+        "small_stem": args.small_stem,
         "seed": args.seed,
+    }
+
+
+def result_record(
+    args: argparse.Namespace, state: dict, *, counts: dict[str, int], bad_images: BadImages
+) -> dict:
+    """What every result file says of its origin: encoder, counts, command.
+
+    counts: of what was used; bad_images: the files that were not, as they cannot be read.
+    """
+    return encoder_record(args, state) | {
         "counts": counts,
         "bad_images": bad_images.names,
         "command": origin.command(),

@@ -92,6 +92,15 @@ def read_json(path: Path) -> dict:
     return record
 
 
+def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
+    """The rows of a result as text, a line each; a dash for what was not measured."""
+    lines = []
+    for name, row in rows.items():
+        cells = (f"{column} {'-' if v is None else f'{v:g}'}" for column, v in row.items())
+        lines.append(plain_json.printable(f"{name:>8}: {', '.join(cells)}"))
+    return "\n".join(lines)
+
+
 class Encoder(NamedTuple):
     """Which encoder a result is of, as far as its file says; None: it does not.
 

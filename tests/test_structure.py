@@ -48,7 +48,7 @@ MAY_IMPORT = {
         *("reading", "streams"),
     },
     "loaders": {"one_view", "reading", "two_views"},
-    "safetensors_file": {"errors"},
+    "safetensors_file": {"errors", "plain_json"},
     "checkpoint": {"encoders", "errors", "safetensors_file"},
     "features": {"distributed"},
     "feature_cache": {

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import (
     arguments,
+    checked,
     checkpoint,
     experiment,
-    plain_json,
     result_files,
     run_log,
     running,
@@ -243,7 +243,7 @@ def draw(groups: list[Group], output: Path) -> int:
 
 def literal(text: str) -> str:
     """A text out of a file or a folder's name as it is: matplotlib takes dollars for formulas."""
-    return plain_json.printable(text).replace("$", r"\$")
+    return checked.printable(text).replace("$", r"\$")
 
 
 def parse_args() -> argparse.Namespace:

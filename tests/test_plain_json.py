@@ -48,10 +48,6 @@ def test_files_that_are_none(tmp_path):
     assert plain_json.read_text(tmp_path / "latin") == "\ufffd"
 
 
-def test_printable():
-    assert plain_json.printable("a b\n\x1b[1m\ud800\u2028ä") == "a b??[1m??ä"
-
-
 def test_nothing_else_writes_json():
     """So that no nan gets into a file; digests of JSON's text are no files."""
     for folder in ("utils", "eval", "self_supervised", "semi_supervised", "supervised"):

@@ -51,8 +51,3 @@ def _finite(text: str) -> float | None:
     """A number of a text; 1e999 has no value of its own either."""
     value = float(text)
     return value if math.isfinite(value) else None
-
-
-def printable(text: str) -> str:
-    """A text out of a file in one line that any terminal, page and picture takes."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -270,3 +270,27 @@ def test_table_of_results(call_script, tmp_path, capsys):
     (part / "knn.json").write_text("{")
     code, _, stderr = call_script(COMPARE, f"c={part}")
     assert code == 2 and "no result file" in stderr
+
+
+def test_a_row_has_the_results_of_one_checkpoint(call_script, tmp_path):
+    """Of another there is a line instead of a figure, and a reason in the file."""
+    new, old = ({"checkpoint": "ckpt.pth", "sha256": letter * 64} for letter in "ab")
+    for name, whose in (("linear", old), ("finetune", new), ("early", {})):
+        folder = tmp_path / ("x/linear" if name == "early" else f"run/{name}")
+        folder.mkdir(parents=True)
+        (folder / "linear.json").write_text(json.dumps({"top1": 80.5} | whose))
+    knn = {"k": {"1": {"accuracy": 61.25}, "20": {"accuracy": None}}}
+    (tmp_path / "run" / "knn.json").write_text(json.dumps(knn | new))
+    rows = (f"cmsf={tmp_path / 'run'}", f"early={tmp_path / 'x'}")
+    code, out, _ = call_script(COMPARE, "--save", tmp_path, *rows)
+    assert code == 0
+    named = [f"ckpt.pth (sha256 {letter * 12})" for letter in "ab"]
+    reason = f"of {named[1]}, not of {named[0]} as knn.json"
+    assert f"cmsf: linear/linear.json left out: {reason}" in out.splitlines()
+    assert "early: the files do not say of which checkpoint they are" in out.splitlines()
+    assert "cmsf         61.2           -           -        80.5" in out
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["cmsf"]["linear"] is None and record["cmsf"]["fine-tuned"] == 80.5
+    assert record["cmsf"]["of"]["sha256"] == "a" * 64
+    assert record["cmsf"]["left_out"] == {"linear/linear.json": reason}
+    assert record["early"]["linear"] == 80.5 and record["early"]["of"]["sha256"] is None

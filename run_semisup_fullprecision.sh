@@ -85,6 +85,7 @@ stage() {
   echo "=== $name"
   "$@" &                            # not in front: a signal to this script is passed on at once
   child=$!
+  [ -z "$told" ] || stop            # it came just before
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$? child=''
@@ -101,11 +102,11 @@ stage() {
 
 # differing NAME...: which of these settings the outputs in OUT have otherwise.
 differing() {
-  local name then now
+  local name before now
   [ -n "$made" ] && [ -f "$settings" ] || return
   for name in "$@"; do
-    then=$(sed -n "s/^$name=//p" "$settings") now=$(printf %q "${!name}")
-    [ -z "$then" ] || [ "$then" = "$now" ] || printf '%s=%s, not %s; ' "$name" "$then" "$now"
+    before=$(sed -n "s/^$name=//p" "$settings") now=$(printf %q "${!name}")
+    [ -z "$before" ] || [ "$before" = "$now" ] || printf '%s=%s, not %s; ' "$name" "$before" "$now"
   done
 }
 

@@ -198,7 +198,14 @@ def test_a_signal_to_the_driver_reaches_the_stage_and_home_is_home(tmp_path):
 
 # In which script and after how many lines of its output a run is stopped.
 STAGES = {"training": 2, "linear, semi-supervised": 3, "fine-tuning, semi-supervised": 5}
-LONGER = {"EPOCHS": 3, "LINEAR_EPOCHS": 400, "FT_EPOCHS": 12, "EVAL_FREQ": 1, "BASELINES": 0}
+LONGER = {
+    "EPOCHS": 3,
+    "LINEAR_EPOCHS": 400,
+    "FT_EPOCHS": 12,
+    "EVAL_FREQ": 1,
+    "BASELINES": 0,
+    "REPORT": 0,
+}
 
 
 def driven_until(folder, stage, lines, number, **variables):

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "transfer_data": {"data", "errors", "splits"},
     "transfer": {"distributed", "errors", "logistic", "splits"},
     "label_noise": {"data", "errors", "loaders", "splits", "streams"},
-    "knn": {"distributed", "errors", "features", "loaders"},
+    "knn": {"checked", "distributed", "errors", "features", "loaders"},
     "pictures": {"cropping"},
     "shown_neighbors": {
         *("bad_images", "data", "errors", "memory_bank", "neighbors", "pictures"),

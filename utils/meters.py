@@ -118,10 +118,10 @@ class Log:
         ]
         checkpoint.replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
-    def find(self, name: str, *, epoch: int) -> dict | None:
-        """The last entry `name` that was logged for an epoch, None without one."""
+    def find(self, name: str, kind: checked.Kind, *, epoch: int) -> dict | None:
+        """The last entry `name` of a kind that was logged for an epoch, None without one."""
         records = filter(None, map(record_of, plain_json.read_text(self.path).split("\n")))
-        entries = [r[name] for r in records if r["epoch"] == epoch and name in r]
+        entries = [r[name] for r in records if r["epoch"] == epoch and kind.holds(r.get(name))]
         return entries[-1] if entries else None
 
     def write(self, record: dict) -> None:

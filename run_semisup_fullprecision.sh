@@ -163,54 +163,59 @@ finetune() {
     --save "$2/finetune" "${data[@]}"
 }
 
-mkdir -p "$OUT" || exit
-made=$(find "$OUT" -name 'earlier_*' -prune -o \
-  \( -name 'ckpt_*' -o -name 'linear.*' -o -name knn.json \) -print -quit)
-settle
-# What an evaluation would refuse is refused before the training.
-again=(--check)
-if [ -n "$SPLIT_FILE" ]; then labels=(--train-file "$SPLIT_FILE"); else labels=("${split[@]}"); fi
-if [ "$TRAIN" != 0 ] && [ ! -f "$checkpoint" ]; then
-  evaluate "to be done" "$OUT/semi" random --image_size "$IMAGE_SIZE"
-  finetune "to be done" "$OUT/semi" random "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
-fi
-again=(--keep_done) labels=(--train-file "$labeled")
-
-[ "$TRAIN" = 0 ] || stage "training" \
-  "${run[@]}" "$root/semi_supervised/train_pseudo_cmsf.py" --cos --weak_strong --arch "$ARCH" \
-  --image_size "$IMAGE_SIZE" --batch_size "$BATCH_SIZE" --epochs "$EPOCHS" \
-  --learning_rate "$LEARNING_RATE" --momentum "$MOMENTUM" --topk "$TOPK" --topk_plain "$TOPK_PLAIN" \
-  --constraint_start "$CONSTRAINT_START" --mem_bank_size "$MEM_BANK_SIZE" \
-  --sup_mem_bank_size "$SUP_MEM_BANK_SIZE" --cache_sup --use_conf --conf_th "$CONF_TH" \
-  --mlp_xent "$HEAD" --pseudo_lbl_epochs "$HEAD_EPOCHS" --pseudo_lbl_lr_schedule "$HEAD_SCHEDULE" \
-  --knn_freq -1 --checkpoint_path "$OUT/train" --resume auto "${common[@]}" "${split[@]}" "${data[@]}"
-evaluate "semi-supervised" "$OUT/semi" "$checkpoint"
-finetune "semi-supervised" "$OUT/semi" "$checkpoint" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
-
-rows=()
-if [ "$BASELINES" != 0 ]; then
-  evaluate "raw pixels" "$OUT/pixels" pixels --image_size "$pixels"
-  evaluate "random network" "$OUT/random" random --image_size "$IMAGE_SIZE"
-  rows+=("raw pixels=$OUT/pixels" "random network=$OUT/random")
-  if [ -z "$DATA" ]; then
-    mkdir -p "$OUT/xent"
-    finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE"
-    [ "$TRAIN" = 0 ] || stage "training 2Q" \
-      "${run[@]}" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
-      --checkpoint_path "$OUT/train_2q" --resume auto "${common[@]}" "${data[@]}"
-    evaluate "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth"
-    finetune "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
-    rows+=("the labels alone (cross-entropy)=$OUT/xent" "self-supervised 2Q=$OUT/2q")
+# A function, so that all of the script is read before the first stage, and may change meanwhile.
+main() {
+  mkdir -p "$OUT" || exit
+  made=$(find "$OUT" -name 'earlier_*' -prune -o \
+    \( -name 'ckpt_*' -o -name 'linear.*' -o -name knn.json \) -print -quit)
+  settle
+  # What an evaluation would refuse is refused before the training.
+  again=(--check)
+  if [ -n "$SPLIT_FILE" ]; then labels=(--train-file "$SPLIT_FILE"); else labels=("${split[@]}"); fi
+  if [ "$TRAIN" != 0 ] && [ ! -f "$checkpoint" ]; then
+    evaluate "to be done" "$OUT/semi" random --image_size "$IMAGE_SIZE"
+    finetune "to be done" "$OUT/semi" random "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
   fi
-fi
-rows+=("semi-supervised CMSF=$OUT/semi")
-echo
-echo "accuracy on val/, percent; linear and fine-tuned: with the labeled images only"
-stage "table" "$PYTHON" "$root/eval/compare.py" --save "$OUT" "${rows[@]}"
-if [ "$REPORT" != 0 ] && [ -f "$OUT/train/log.jsonl" ]; then
+  again=(--keep_done) labels=(--train-file "$labeled")
+
+  [ "$TRAIN" = 0 ] || stage "training" \
+    "${run[@]}" "$root/semi_supervised/train_pseudo_cmsf.py" --cos --weak_strong --arch "$ARCH" \
+    --image_size "$IMAGE_SIZE" --batch_size "$BATCH_SIZE" --epochs "$EPOCHS" \
+    --learning_rate "$LEARNING_RATE" --momentum "$MOMENTUM" --topk "$TOPK" --topk_plain "$TOPK_PLAIN" \
+    --constraint_start "$CONSTRAINT_START" --mem_bank_size "$MEM_BANK_SIZE" \
+    --sup_mem_bank_size "$SUP_MEM_BANK_SIZE" --cache_sup --use_conf --conf_th "$CONF_TH" \
+    --mlp_xent "$HEAD" --pseudo_lbl_epochs "$HEAD_EPOCHS" --pseudo_lbl_lr_schedule "$HEAD_SCHEDULE" \
+    --knn_freq -1 --checkpoint_path "$OUT/train" --resume auto "${common[@]}" "${split[@]}" "${data[@]}"
+  evaluate "semi-supervised" "$OUT/semi" "$checkpoint"
+  finetune "semi-supervised" "$OUT/semi" "$checkpoint" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
+
+  rows=()
+  if [ "$BASELINES" != 0 ]; then
+    evaluate "raw pixels" "$OUT/pixels" pixels --image_size "$pixels"
+    evaluate "random network" "$OUT/random" random --image_size "$IMAGE_SIZE"
+    rows+=("raw pixels=$OUT/pixels" "random network=$OUT/random")
+    if [ -z "$DATA" ]; then
+      mkdir -p "$OUT/xent"
+      finetune "the labels alone" "$OUT/xent" random "$XENT_LR" "$XENT_EPOCHS" "$XENT_SCHEDULE"
+      [ "$TRAIN" = 0 ] || stage "training 2Q" \
+        "${run[@]}" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
+        --checkpoint_path "$OUT/train_2q" --resume auto "${common[@]}" "${data[@]}"
+      evaluate "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth"
+      finetune "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
+      rows+=("the labels alone (cross-entropy)=$OUT/xent" "self-supervised 2Q=$OUT/2q")
+    fi
+  fi
+  rows+=("semi-supervised CMSF=$OUT/semi")
   echo
-  stage "neighbors" "$PYTHON" "$root/eval/show_neighbors.py" --weights "$checkpoint" \
-    --output "$OUT/train/neighbors.png" "${common[@]}" "${data[@]}"
-  stage "report" "$PYTHON" "$root/eval/report.py" "$OUT/train" --results "$OUT/semi" \
-    --output "$OUT/report.html"
-fi
+  echo "accuracy on val/, percent; linear and fine-tuned: with the labeled images only"
+  stage "table" "$PYTHON" "$root/eval/compare.py" --save "$OUT" "${rows[@]}"
+  if [ "$REPORT" != 0 ] && [ -f "$OUT/train/log.jsonl" ]; then
+    echo
+    stage "neighbors" "$PYTHON" "$root/eval/show_neighbors.py" --weights "$checkpoint" \
+      --output "$OUT/train/neighbors.png" "${common[@]}" "${data[@]}"
+    stage "report" "$PYTHON" "$root/eval/report.py" "$OUT/train" --results "$OUT/semi" \
+      --output "$OUT/report.html"
+  fi
+}
+
+main; exit

@@ -295,7 +295,7 @@ def save_run(
     if args.fine_tune:
         weights = encoder.state_dict()
         state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
-    checkpoint.save(args.save / "linear.pth", state)
+    checkpoint.save(args.save / "linear.pth", state, flag="--save")
 
 
 def trained_backbone(args: argparse.Namespace, backbone: Backbone, saved: dict | None) -> Backbone:

@@ -99,7 +99,7 @@ def test_stages_switched_off_and_a_second_run(image_tree, tmp_path):
     done = drive(tmp_path, DATA=image_tree, **off)
     assert done.returncode == 0, done.stderr
     assert "=== training" in done.stdout and "=== k-NN" not in done.stdout
-    assert "semi-supervised CMSF" in (tmp_path / "report.html").read_text()
+    assert "PseudoCMSF" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "train" / "neighbors.png").exists()
     done = drive(tmp_path, DATA=image_tree, **{**off, "TRAIN": 0, "KNN": 1})
     assert done.returncode == 0, done.stderr

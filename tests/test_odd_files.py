@@ -98,10 +98,10 @@ def ends_well(result, *, output):
     [
         (COMPARE, 40),
         (REPORT, 100),
-        (PLOT, 5),
+        (PLOT, 3),
         pytest.param(COMPARE, 1000, marks=pytest.mark.slow),
         pytest.param(REPORT, 3000, marks=pytest.mark.slow),
-        pytest.param(PLOT, 200, marks=pytest.mark.slow),
+        pytest.param(PLOT, 100, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:Attempting to set identical")

@@ -35,6 +35,7 @@ from utils.errors import InputError
 from utils.splits import check_every_class
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
+DECIDING = ("k", "temperature", "bad_images")
 PROTOCOL = (
     "backbone features, L2-normalized, exact search, majority vote, ties to the nearer neighbor; "
     "weighted: votes exp(similarity / temperature)"
@@ -76,6 +77,7 @@ def parse_args() -> argparse.Namespace:
         type=arguments.number(int, low=0),
         help="the epoch in that line; default: as the checkpoint says",
     )
+    options.add_stage_options(group)
     return options.parse(parser, demo=DEMO)
 
 
@@ -83,22 +85,15 @@ def check_flags(args: argparse.Namespace, state: dict) -> None:
     """InputError for flags that do not go together; makes the folder to write to."""
     if args.save_features and not args.save:
         raise InputError("--save_features: name the folder with --save")
+    if args.keep_done and (not args.save or args.save_features or args.save_acc):
+        raise InputError("--keep_done: with --save, and without --save_features and --save_acc")
     if args.save_acc:
         args.epoch = state.get("epoch") if args.epoch is None else args.epoch
         if args.epoch is None:
             raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
-        append(args.save_acc, "")
+        result_files.append_line(args.save_acc, "", flag="--save_acc")
     if args.save:
         result_files.make_folder(args.save, flag="--save")
-
-
-def append(path: Path, text: str) -> None:
-    """Append to the file of --save_acc; InputError if that fails."""
-    try:
-        with open(path, "a") as file:
-            file.write(text)
-    except OSError as error:
-        raise InputError(f"--save_acc {path}: {error.strerror}") from error
 
 
 def get_features(
@@ -136,6 +131,9 @@ def main() -> None:
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = evaluation.evaluated_backbone(args)
     check_flags(args, state)
+    wanted = evaluation.identity(args, state, settings=DECIDING, train=train, val=val)
+    if args.check or evaluation.is_done(args, "knn.json", wanted, table="k"):
+        return
     key = None
     if distributed.is_main() and (args.load_cache or args.save_features):
         key = evaluation.feature_key(args, state, contents=True, train=train, val=val)
@@ -159,7 +157,8 @@ def main() -> None:
     print(knn.format_table(figures))
     if args.save_acc:
         accuracies = [row["accuracy"] for row in figures.values()]
-        append(args.save_acc, ",".join(map(str, [args.epoch, *accuracies])) + "\n")
+        line = ",".join(map(str, [args.epoch, *accuracies]))
+        result_files.append_line(args.save_acc, line, flag="--save_acc")
     if args.save:
         counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
@@ -170,6 +169,7 @@ def main() -> None:
             bad_images=bad_images,
             images={"train": train, "val": val},
         )
+        record |= wanted
         record["seconds"] = round(time.monotonic() - start, 1)
         print(result_files.write_json(args.save, "knn.json", record))
 

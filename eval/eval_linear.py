@@ -62,6 +62,9 @@ SETTINGS = (
     *("lr", "lr_schedule", "momentum", "wd", "batch_size", "seed"),
     *("cached", "fine_tune", "mlp"),
 )
+# And what makes its result the same one.
+DECIDING = (*SETTINGS, "epochs", "eval_freq", "bad_images")
+AUTO = Path("auto")  # of --resume
 
 
 # What is in linear.pth beside what every checkpoint has.
@@ -139,9 +142,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--resume",
         type=arguments.path,
-        help="linear.pth to continue after, on images of the same names, sizes and times",
+        help="linear.pth to continue after, on images of the same names, sizes and times; "
+        '"auto": that of --save, if it is of the same run',
     )
     group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")
+    options.add_stage_options(group)
     args = options.parse(parser, demo=DEMO)
     if args.demo and not args.fine_tune:
         args.cached = True
@@ -150,8 +155,11 @@ def parse_args() -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """InputError for flags that do not go together; makes the folders to write to."""
-    if args.evaluate and not args.resume:
+    if args.evaluate and (args.resume in (None, AUTO) or args.keep_done):
         raise InputError("--evaluate: name the linear.pth to measure with --resume")
+    for flag, given in (("--resume auto", args.resume == AUTO), ("--keep_done", args.keep_done)):
+        if given and not args.save:
+            raise InputError(f"{flag}: name the folder with --save")
     several = f"--lr {','.join(map(str, args.lr))}: one learning rate only with"
     if len(args.lr) > 1 and (args.fine_tune or args.mlp):
         raise InputError(f"{several} {'--fine-tune' if args.fine_tune else '--mlp'}")
@@ -239,12 +247,35 @@ def cached_features(
     return features
 
 
-def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict:
+def find_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict | None:
+    """What to go on from by --resume, None to begin; "auto" becomes the file in args, or None.
+
+    With "auto" a file of another run, or none that can be read, is said to be replaced.
+    """
+    if args.resume != AUTO:
+        return load_run(args, key, classes) if args.resume else None
+    args.resume = args.save / "linear.pth"
+    try:
+        if args.resume.exists():
+            return load_run(args, key, classes, also_finished=True)
+    except InputError as error:
+        print(f"{error}: replaced", flush=True)
+    args.resume = None
+    return None
+
+
+def load_run(
+    args: argparse.Namespace,
+    key: dict[str, str],
+    classes: list[str],
+    *,
+    also_finished: bool = False,
+) -> dict:
     """The linear.pth that --resume names; InputError unless it goes with the flags and the data.
 
     key: of the features, by sizes and times of the image files; the saved run must have the same
-    parts. With --evaluate, --lr, --mlp and
-    --fine-tune are as in the file, and written into args.
+    parts. With --evaluate, --lr, --mlp and --fine-tune are as in the file, and written into args.
+    also_finished: one with all --epochs too.
     """
     what = f"--resume {args.resume}"
     saved = checkpoint.load(args.resume, flag="--resume")
@@ -261,7 +292,7 @@ def load_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) 
         raise InputError(f"{what}: a run on other classes than those of {args.data}")
     take_settings(args, saved["settings"], what=what)
     check_history(saved, num_rates=len(args.lr), what=what)
-    if saved["epoch"] >= args.epochs and not args.evaluate:
+    if saved["epoch"] >= args.epochs + also_finished and not args.evaluate:
         raise InputError(
             f"{what}: it has finished epoch {saved['epoch']} of --epochs {args.epochs}"
         )
@@ -328,7 +359,14 @@ def save_run(
     if args.fine_tune:
         weights = encoder.state_dict()
         state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
-    checkpoint.save(args.save / "linear.pth", state)
+    checkpoint.save(args.save / "linear.pth", state, flag="--save")
+
+
+def trained_backbone(args: argparse.Namespace, backbone: Backbone, saved: dict | None) -> Backbone:
+    """The backbone to fine-tune: as saved, with batch norm over all processes."""
+    if saved:
+        checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+    return backbone._replace(module=batch_norm.synchronized(backbone.module, args.device))
 
 
 def train_epoch(
@@ -472,14 +510,14 @@ def main() -> None:
     check_flags(args)
     train, val = read_images(args)
     backbone, state = evaluation.evaluated_backbone(args)
+    wanted = evaluation.identity(args, state, settings=DECIDING, train=train, val=val)
+    if args.check or evaluation.is_done(args, "linear.json", wanted, table="lr"):
+        return
     splits = {} if args.evaluate else {"train": train, "val": val}
     key = evaluation.feature_key(args, state, contents=False, **splits)
-    saved = load_run(args, key, train.classes) if args.resume else None
-    if saved and args.fine_tune:
-        checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+    saved = find_run(args, key, train.classes)
     if args.fine_tune:
-        module = batch_norm.synchronized(backbone.module, args.device)
-        backbone = backbone._replace(module=module)
+        backbone = trained_backbone(args, backbone, saved)
     backbone.module.to(args.device)
     bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
@@ -523,6 +561,7 @@ def main() -> None:
     record |= evaluation.result_record(
         args, state, counts=counts, bad_images=bad_images, images=images
     )
+    record |= {} if args.evaluate else wanted
     record["seconds"] = round(time.monotonic() - start, 1)
     report(args, summary, record)
 

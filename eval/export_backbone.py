@@ -19,7 +19,6 @@ safetensors.torch.load_file, and the metadata as text in its header. All scripts
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from utils import (
     checkpoint,
     evaluation,
     options,
+    plain_json,
     result_files,
     running,
     safetensors_file,
@@ -100,10 +100,10 @@ def write(path: Path, weights: dict[str, Tensor], about: dict) -> None:
     """Write the file in the kind that its ending says, atomically; RunError if that fails."""
     weights = {name: value.contiguous() for name, value in weights.items()}
     if not safetensors_file.has_ending(path):
-        checkpoint.save(path, checkpoint.exported(weights, about))
+        checkpoint.save(path, checkpoint.exported(weights, about), flag="--output")
         return
     data = safetensors_file.encode(weights, about, format=checkpoint.EXPORTED)
-    with checkpoint.atomic_file(path) as file:
+    with checkpoint.atomic_file(path, flag="--output") as file:
         file.write(data)
 
 
@@ -118,7 +118,7 @@ def main() -> None:
     write(args.output, weights, about)
     print(f"{args.output}: {len(weights)} weights")
     for name, value in about.items():
-        print(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+        print(f"  {name}: {value if isinstance(value, str) else plain_json.dumps(value)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ several processes share the work.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -25,7 +24,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, checkpoint, distributed, evaluation, options, result_files, running
+from utils import (
+    arguments,
+    checkpoint,
+    distributed,
+    evaluation,
+    options,
+    plain_json,
+    result_files,
+    running,
+)
 from utils.data import ImageSet, read_any_folder, read_split
 from utils.encoders import Encoder
 from utils.errors import InputError
@@ -95,14 +103,14 @@ def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> Non
     """Write the rows with what they are, atomically; RunError if that fails."""
     images = loader.images
     kept = [number for number in range(len(images)) if number not in loader.left_out]
-    with checkpoint.atomic_file(path) as file:
+    with checkpoint.atomic_file(path, flag="--output") as file:
         np.savez(
             file,
             features=features.numpy(),
             names=np.array([images.name(number) for number in kept], dtype=np.str_),
             labels=images.labels[kept],
             classes=np.array(images.classes, dtype=np.str_),
-            metadata=np.array(json.dumps(record)),
+            metadata=np.array(plain_json.dumps(record)),
         )
 
 
@@ -127,7 +135,6 @@ def main() -> None:
         images={args.split or "images": images},
     )
     record |= {
-        "small_stem": args.small_stem,
         "layer": "projector" if args.projected else "backbone",
         "normalized": args.normalize,
         "view": EvalLoader.VIEW,

@@ -18,7 +18,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, experiment, result_files, run_log, running
+from utils import (
+    arguments,
+    checked,
+    checkpoint,
+    experiment,
+    result_files,
+    run_log,
+    running,
+)
 from utils.errors import InputError
 from utils.run_log import PANELS, Panel, RunLog
 
@@ -60,7 +68,8 @@ class Group:
     def rank_histograms(self) -> dict[float, np.ndarray]:
         """As `RunLog.rank_histograms`, the mean of the runs; {} where they do not go together."""
         each = [run.rank_histograms() for run in self.runs]
-        if any(list(one) != list(each[0]) for one in each):
+        bins = {len(shares) for one in each for shares in one.values()}
+        if any(list(one) != list(each[0]) for one in each) or len(bins) > 1:
             return {}
         return {place: np.mean([one[place] for one in each], axis=0) for place in each[0]}
 
@@ -208,23 +217,33 @@ def draw(groups: list[Group], output: Path) -> int:
         draw_panel(ax, panel, groups)
     for ax, group in zip(axes[len(panels) : count], ranks, strict=True):
         of = f", {group.name}" if len(groups) > 1 else ""
-        draw_ranks(ax, group, f"ranks of constrained neighbors{of}")
+        draw_ranks(ax, group, literal(f"ranks of constrained neighbors{of}"))
     for ax in axes[count:]:
         ax.remove()
     handles = [
         Line2D(
-            [], [], color=COLORS[i % len(COLORS)], linestyle=DASHES[i % len(DASHES)], label=g.label
+            [],
+            [],
+            color=COLORS[i % len(COLORS)],
+            linestyle=DASHES[i % len(DASHES)],
+            label=literal(g.label),
         )
         for i, g in enumerate(groups)
     ]
     if len(groups) > 1:
         figure.legend(handles=handles, loc="outside upper center", ncols=COLUMNS, fontsize=12)
     else:
-        figure.suptitle(groups[0].label, fontsize=14)
+        figure.suptitle(literal(groups[0].label), fontsize=14)
     if any(len(group.runs) > 1 for group in groups):
         figure.supxlabel(BAND, fontsize=11)
-    figure.savefig(output)
+    with checkpoint.atomic_file(output, flag="--output") as file:
+        figure.savefig(file, format="png")
     return count
+
+
+def literal(text: str) -> str:
+    """A text out of a file or a folder's name as it is: matplotlib takes dollars for formulas."""
+    return checked.printable(text).replace("$", r"\$")
 
 
 def parse_args() -> argparse.Namespace:

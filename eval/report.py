@@ -6,13 +6,14 @@
 A single HTML file that opens without a network: curves are SVG, pictures are inside. A run is its
 folder or its log.jsonl, one that still goes on too. Results are knn.json, linear.json and
 results.json (eval_knn.py, eval_linear.py, compare.py) of the run's folder, the one above it, and
-those of --results, and linear/linear.json and finetune/linear.json there.
+those of --results, and linear/linear.json and finetune/linear.json there, as far as they are of the
+run's last checkpoint; what is left out is named.
 """
 
 import argparse
 import base64
 import itertools
-import json
+import os
 import sys
 import time
 from html import escape
@@ -21,15 +22,25 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, checkpoint, health, result_files, run_log, running, svg
+from utils import (
+    arguments,
+    checked,
+    checkpoint,
+    health,
+    plain_json,
+    result_files,
+    run_log,
+    running,
+    svg,
+)
 from utils.errors import InputError
+from utils.result_files import Encoder
 from utils.run_folder import REQUEUE, checkpoints_in
 from utils.run_log import PANELS, RunLog
 
-RESULTS = (
-    *("knn.json", "linear.json", "linear/linear.json", "finetune/linear.json", "results.json"),
-)
-KINDS = {"knn.json": "k-NN", "linear.json": "linear classifier", "results.json": "comparison"}
+COMPARISON = "results.json"
+RESULTS = (*("knn.json", "linear.json", "linear/linear.json", "finetune/linear.json", COMPARISON),)
+KINDS = {"knn.json": "k-NN", "linear.json": "linear classifier", COMPARISON: "comparison"}
 TITLES = {"top1": "top-1", "top5": "top-5", "weighted_top5": "weighted top-5"}
 TITLES |= {"best_top1": "best top-1", "best_epoch": "its epoch"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,7 +71,7 @@ def status(run: RunLog, *, now: float) -> str:
     if run.finished is None:
         return f"up to {place} (without run.json nothing tells how many epochs it is to have)"
     age = max(0, now - run.path.stat().st_mtime)
-    times = [record["seconds"] for record in run.records if "seconds" in record]
+    times = [taken for record in run.records if (taken := record.get("seconds")) is not None]
     gaps = [b - a for a, b in itertools.pairwise(times)] or [600]
     ago = f"the last line was written {duration(age)} before this page"
     if age > PATIENCE * max(60, *gaps):
@@ -76,35 +87,59 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
 
 
-def find_results(folders: list[Path], *, last_sha256: str | None) -> list[Result]:
-    """The result files of some folders, each once; last_sha256: of the run's last checkpoint."""
+def find_results(
+    folders: list[Path], *, last_sha256: str | None
+) -> tuple[list[Result], dict[Path, str]]:
+    """The result files of some folders, each once, of a run's last checkpoint (None: it has none).
+
+    And of those that are not of it the reason why they are left out.
+    """
     found: dict[Path, Result] = {}
-    for folder in folders:
-        for name in RESULTS:
-            path = folder / name
-            if path.is_file() and path.resolve() not in found:
-                found[path.resolve()] = read_result(path, last_sha256=last_sha256)
-    return list(found.values())
+    left_out: dict[Path, str] = {}
+    paths: dict[str, Path] = {}
+    for path in (folder / name for folder in folders for name in RESULTS):
+        paths.setdefault(os.path.realpath(path), path)
+    for path in paths.values():
+        record = result_files.read_json(path)
+        if not record:
+            continue
+        read = read_comparison if path.name == COMPARISON else read_result
+        result, of = read(path, record)
+        if last_sha256 is None:
+            left_out[path] = "the run has no checkpoint yet"
+        elif last_sha256 not in {encoder.sha256 for encoder in of}:
+            whose = " and ".join(dict.fromkeys(map(str, of))) or "nothing"
+            left_out[path] = f"of {whose}, not of the run's last checkpoint ({last_sha256[:12]})"
+        else:
+            found[path] = result
+    return list(found.values()), left_out
 
 
-def read_result(path: Path, *, last_sha256: str | None) -> Result:
-    """One result file; InputError if it is not what its name says."""
-    record = result_files.read_json(path)
-    key = {"knn.json": "k", "linear.json": "lr"}.get(path.name)
-    rows = record if key is None else record.get(key)
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        raise InputError(f"{path}: no result file (it holds no table)")
-    labels = {"k": "{}-NN", "lr": "learning rate {}", None: "{}"}[key]
-    rows = {labels.format(name): row for name, row in rows.items()}
+def read_result(path: Path, record: dict) -> tuple[Result, list[Encoder]]:
+    """What a file of one encoder holds, and which it is; InputError if its table is none."""
+    key, label = {"knn.json": ("k", "{}-NN"), "linear.json": ("lr", "learning rate {}")}[path.name]
+    rows = checked.take(record, key, result_files.TABLE, what=str(path))
+    encoder = result_files.encoder_of(record, what=str(path))
     title = "fine-tuned encoder" if path.parent.name == "finetune" else KINDS[path.name]
-    if key is None:
-        of = "accuracy on the val images, percent"
-    elif record.get("sha256") and record["sha256"] == last_sha256:
-        of = "of this run's last checkpoint"
-    else:
-        epoch = f", epoch {record['epoch']}" if record.get("epoch") else ""
-        of = f"not of this run's last checkpoint, but of {record.get('checkpoint')}{epoch}"
-    return Result(title, rows, of, path)
+    rows = {label.format(name): row for name, row in rows.items()}
+    return Result(title, rows, f"of this run's last checkpoint: {encoder}", path), [encoder]
+
+
+def read_comparison(path: Path, record: dict) -> tuple[Result, list[Encoder]]:
+    """What compare.py has written: rows of several encoders, of which one is the run's."""
+    own = (result_files.OF, result_files.LEFT_OUT)
+    encoders, rows = {}, {}
+    for name in record:
+        row = checked.take(record, name, checked.table_of(checked.ANY), what=str(path))
+        what = f"{path}, {checked.printable(name)}"
+        of = checked.take(row, own[0], checked.table_of(checked.ANY), what=what, default={})
+        encoders[name] = result_files.encoder_of(of, what=what)
+        rows[name] = {column: row[column] for column in row if column not in own}
+        for column in rows[name]:
+            checked.take(row, column, result_files.FIGURE, what=what)
+    whose = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
+    of = f"accuracy on the val images, percent; {whose}"
+    return Result(KINDS[path.name], rows, of, path), list(encoders.values())
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, str] | None:
@@ -117,15 +152,30 @@ def last_checkpoint(folder: Path) -> tuple[Path, str] | None:
     return None
 
 
-def find_pictures(folder: Path, named: list[Path] | None) -> list[Path]:
-    """PNG files of neighbors: the named ones, or neighbors*.png of the run's folder."""
+def find_pictures(
+    folder: Path, named: list[Path] | None, *, last_sha256: str | None
+) -> tuple[list[Path], dict[Path, str]]:
+    """PNG files of neighbors: the named ones, or neighbors*.png of the run's folder.
+
+    And of those that the file beside them says to be of another checkpoint, the reason why not.
+    """
     for path in named or []:
         if not path.is_file():
             raise InputError(f"--neighbors {path}: no such file")
         with path.open("rb") as file:
             if file.read(len(PNG)) != PNG:
                 raise InputError(f"--neighbors {path}: no PNG file")
-    return named or sorted(folder.glob("neighbors*.png"))
+    if named:
+        return named, {}
+    found, left_out = [], {}
+    for path in filter(Path.is_file, sorted(folder.glob("neighbors*.png"))):
+        about = path.with_suffix(".json")
+        encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))
+        if encoder.is_known and encoder.sha256 != last_sha256:
+            left_out[path] = f"of {encoder}, not of the run's last checkpoint"
+        else:
+            found.append(path)
+    return found, left_out
 
 
 def cell(value: object) -> str:
@@ -213,8 +263,8 @@ def card(title: str, content: str, note: str = "") -> str:
     return f'<figure class="card"><h3>{escape(title)}</h3>{content}{caption}</figure>'
 
 
-def results_section(run: RunLog, results: list[Result]) -> str:
-    """The last k-NN figures of the log, and the tables of the result files."""
+def results_section(run: RunLog, results: list[Result], left_out: dict[Path, str]) -> str:
+    """The last k-NN figures of the log, the tables of the result files, what is not among them."""
     boxes = []
     measured = [record for record in run.records if record.get("knn")]
     if measured:
@@ -226,6 +276,10 @@ def results_section(run: RunLog, results: list[Result]) -> str:
         boxes.append(card(result.title, table(result.rows), note))
     if not boxes:
         boxes.append("<p>Nothing has been measured yet (eval_knn.py, eval_linear.py --save).</p>")
+    for path, reason in left_out.items():
+        boxes.append(
+            f'<p class="quiet">Left out: <code>{escape(str(path))}</code>, {escape(reason)}</p>'
+        )
     return f'<h2>Results</h2><div class="stack tables">{"".join(boxes)}</div>'
 
 
@@ -266,7 +320,7 @@ def origin_section(run: RunLog, newest: tuple[Path, str] | None) -> str:
     parts.append(definitions(pairs))
     parts.append(starts_text(run.starts))
     if run.settings:
-        settings = {f"--{name}": json.dumps(value) for name, value in run.settings.items()}
+        settings = {f"--{name}": plain_json.dumps(value) for name, value in run.settings.items()}
         parts.append(f"<details><summary>All flags</summary>{definitions(settings)}</details>")
     return "".join(parts)
 
@@ -281,8 +335,10 @@ def starts_text(starts: list[dict]) -> str:
     lines = []
     for start in starts:
         origin = start.get("resumed_from")
-        place = f", resumed after epoch {origin['epoch']}, step {origin['step']}" if origin else ""
-        lines.append(f"<li>{escape(str(start.get('started')))}{place}</li>")
+        place = ""
+        if origin:
+            place = f", resumed after epoch {origin.get('epoch')}, step {origin.get('step')}"
+        lines.append(f"<li>{escape(str(start.get('started')) + place)}</li>")
     return f"<p>Started:</p><ul>{''.join(lines)}</ul>" if lines else ""
 
 
@@ -290,6 +346,7 @@ def build_page(
     run: RunLog,
     *,
     results: list[Result],
+    left_out: dict[Path, str],
     pictures: list[Path],
     newest: tuple[Path, str] | None,
     now: float,
@@ -311,7 +368,7 @@ def build_page(
             f'<header><h1>{escape(title)}</h1><p class="status">{escape(status(run, now=now))}</p>',
             f'<p class="quiet">{escape("; ".join(facts))}</p></header><main>',
             health_section(run),
-            results_section(run, results),
+            results_section(run, results, left_out),
             curves_section(run),
             pictures_section(pictures),
             origin_section(run, newest),
@@ -352,19 +409,26 @@ def main() -> None:
         if not path.is_dir():
             raise InputError(f"--results {path}: no such folder")
     newest = last_checkpoint(folder)
-    results = find_results(
-        [folder, folder.resolve().parent, *args.results], last_sha256=newest and newest[1]
-    )
-    pictures = find_pictures(folder, args.neighbors)
+    last = newest and newest[1]
+    folders = [folder, folder.resolve().parent, *args.results]
+    results, left_out = find_results(folders, last_sha256=last)
+    pictures, others = find_pictures(folder, args.neighbors, last_sha256=last)
+    left_out |= others
     now = time.time()
-    page = build_page(run, results=results, pictures=pictures, newest=newest, now=now)
+    page = build_page(
+        run, results=results, left_out=left_out, pictures=pictures, newest=newest, now=now
+    )
     result_files.make_folder(output.parent, flag="--output")
     if output.is_dir():
         raise InputError(f"--output {output}: a folder")
-    checkpoint.replace_text(output, page)
-    print(status(run, now=now))
+    # What is no character, as half of a pair or a byte of a file's name, is a question mark there.
+    page = page.encode(errors="replace").decode()
+    checkpoint.replace_text(output, page, flag="--output")
+    print(checked.printable(status(run, now=now)))
     for verdict in health.verdicts(run):
         print(f"{verdict.sign} {verdict.question}: {verdict.word}, {verdict.reason}")
+    for path, reason in left_out.items():
+        print(f"{path} left out: {reason}")
     print(output)
 
 

@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         "--count",
         type=arguments.number(int, low=1, high=100),
         default=8,
-        help="targets drawn by --seed, from a bank such as have a constraint",
+        help="at most so many targets, drawn by --seed, from a bank such as have a constraint",
     )
     group.add_argument(
         *("-k", "--neighbors"),
@@ -192,10 +192,8 @@ def main() -> None:
         side=args.side,
         bad_images=bad_images,
     )
-    try:
-        picture.save(args.output)
-    except OSError as error:
-        raise InputError(f"--output {args.output}: {error.strerror or error}") from error
+    with checkpoint.atomic_file(args.output, flag="--output") as file:
+        picture.save(file, format="PNG")
     record = {
         "targets": targets,
         "constraint": shown.constraint,

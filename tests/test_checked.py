@@ -44,3 +44,9 @@ def test_what_is_taken_and_what_is_said():
         with pytest.raises(InputError) as error:
             checked.take(record, name, kind, what="--weights f")
         assert str(error.value) == words
+
+
+def test_what_a_file_says_is_said_in_one_line():
+    assert checked.printable("a b\n\x1b[1m\ud800\u2028ä") == "a b??[1m??ä"
+    with pytest.raises(InputError, match="^x: a[?]b is 3, not text$"):
+        checked.take({"a\nb": 3}, "a\nb", checked.TEXT, what="x")

@@ -1,6 +1,7 @@
 """Loading every known layout strictly, refusing the rest by name, saving atomically."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -345,3 +346,69 @@ def test_sha256(tmp_path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
     assert checkpoint.sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+# Writes half a file, says so, and waits to be killed or, by a line, to be let go on.
+HALF = """
+import sys
+from pathlib import Path
+from utils import checkpoint
+with checkpoint.atomic_file(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("half", flush=True)
+    sys.stdin.readline()
+    file.write(b" and whole")
+"""
+
+
+@contextlib.contextmanager
+def half_written(path):
+    """A process that has written half of a file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALF, path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout.readline() == "half\n"
+        yield process
+        process.kill()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_one_writes_is_not(tmp_path):
+    path = tmp_path / "features.npz"
+    path.write_bytes(b"old")
+    with half_written(path) as killed:
+        killed.kill()
+    (left,) = set(os.listdir(tmp_path)) - {path.name}
+    assert left == f".features.npz.{killed.pid}.tmp" and path.read_bytes() == b"old"
+    of_another = tmp_path / f".features.npz.1.{killed.pid}.tmp"  # left of the file features.npz.1
+    of_another.touch()
+    with half_written(path) as alive:
+        held = tmp_path / f".features.npz.{alive.pid}.tmp"
+        assert set(tmp_path.iterdir()) == {path, held, of_another}  # it has removed what was left
+        checkpoint.replace_text(path, "new")
+        assert path.read_bytes() == b"new" and of_another.exists()
+        checkpoint.remove_temporaries(tmp_path)
+        assert set(tmp_path.iterdir()) == {path, held}
+        alive.communicate("go on\n")
+    assert path.read_bytes() == b"half and whole" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_that_was_removed_before_it_was_held_is_made_anew(tmp_path, monkeypatch):
+    """Another process may take it for left between the two steps."""
+    path, real, calls = tmp_path / "x", checkpoint.fcntl.lockf, []
+
+    def removed_first(file, *flags):
+        calls.append(file)
+        if len(calls) == 1:
+            (temporary,) = tmp_path.glob(".x.*")
+            temporary.unlink()
+        return real(file, *flags)
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", removed_first)
+    checkpoint.replace_text(path, "whole")
+    assert path.read_text() == "whole" and len(calls) == 2

@@ -228,7 +228,7 @@ def test_the_driver_starts_every_stage_so(image_tree, tmp_path, processes):
     *stages, table = calls.read_text().splitlines()
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes} "
     expected = launcher + str(ROOT) if processes == 4 else str(ROOT)
-    assert len(stages) == 8 and all(stage.startswith(expected) for stage in stages)
+    assert len(stages) == 11 and all(stage.startswith(expected) for stage in stages)
     assert table.startswith(str(ROOT / "eval" / "compare.py"))
 
 

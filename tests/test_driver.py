@@ -3,8 +3,11 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -96,7 +99,7 @@ def test_stages_switched_off_and_a_second_run(image_tree, tmp_path):
     done = drive(tmp_path, DATA=image_tree, **off)
     assert done.returncode == 0, done.stderr
     assert "=== training" in done.stdout and "=== k-NN" not in done.stdout
-    assert "semi-supervised CMSF" in (tmp_path / "report.html").read_text()
+    assert "PseudoCMSF" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "train" / "neighbors.png").exists()
     done = drive(tmp_path, DATA=image_tree, **{**off, "TRAIN": 0, "KNN": 1})
     assert done.returncode == 0, done.stderr
@@ -111,6 +114,146 @@ def test_the_first_failing_stage_is_named_and_stops(image_tree, tmp_path):
     assert "stage 'k-NN, semi-supervised' failed with exit code 2" in done.stderr
     assert "no such file" in done.stderr
     assert "=== linear" not in done.stdout and not (tmp_path / "results.json").exists()
+
+
+def stub(folder, *, body=""):
+    """A python that only notes which script it is to run, with its flags."""
+    path, calls = folder / "python", folder / "calls"
+    path.write_text(f'#!/bin/sh\necho "$(basename "$1")" "$@" >> "{calls}"\n{body}\n')
+    path.chmod(0o755)
+    return path, calls
+
+
+def outputs(folder):
+    """What a run of the driver leaves, as far as the driver looks at it."""
+    for name in ("train/ckpt_epoch_2.pth", "semi/knn.json", "semi/finetune/linear.pth"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_other_settings_are_refused_and_anew_moves_aside_what_they_concern(tmp_path):
+    python, calls = stub(tmp_path)
+    out = tmp_path / "with blanks [1]"
+    common = {"DATA": "/data", "PYTHON": python, "OUT": out, "BASELINES": 0}
+    assert drive(tmp_path, **common).returncode == 0  # notes the settings
+    done = drive(tmp_path, **common, SEED=3)
+    assert done.returncode == 0, "nothing was made yet that could be lost"
+    outputs(out)
+    calls.unlink()
+    for change, words in (
+        ({"SEED": 7}, "SEED=3, not 7;"),
+        ({"SEED": 3, "FT_LR": 5}, "FT_LR=0.001, not 5;"),
+        ({"SEED": 3, "HEAD_SCHEDULE": "1 2"}, r"HEAD_SCHEDULE=15\,30\,40, not 1\ 2;"),
+    ):
+        done = drive(tmp_path, **common, **change)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert words in done.stderr and "ANEW=1" in done.stderr and not calls.exists()
+    # What costs nothing or changes nothing may be otherwise.
+    done = drive(tmp_path, **common, SEED=3, GPUS=2, WORKERS=1, KNN=0, REPORT=0)
+    assert done.returncode == 0, done.stderr
+
+    done = drive(tmp_path, **common, SEED=3, FT_LR=5, ANEW=1)
+    assert done.returncode == 0, done.stderr
+    assert (out / "train" / "ckpt_epoch_2.pth").exists()  # the training is the same
+    assert (out / "earlier_1" / "semi" / "finetune" / "linear.pth").exists()
+    assert "FT_LR=0.001" in (out / "earlier_1" / "settings.txt").read_text()
+    assert not list(out.glob("semi/*.json"))
+    outputs(out)
+    done = drive(tmp_path, **common, SEED=7, FT_LR=5, ANEW=1)
+    assert done.returncode == 0, done.stderr
+    assert (out / "earlier_2" / "train" / "ckpt_epoch_2.pth").exists()
+    assert not (out / "train").exists()
+    assert drive(tmp_path, **common, SEED=7, FT_LR=5).returncode == 0
+
+
+def test_before_the_training_the_evaluations_are_checked(image_tree, tmp_path):
+    """Flags and images that an evaluation refuses end it before the training begins."""
+    done = drive(tmp_path, DATA=image_tree, FT_BATCH_SIZE=1, KNN=0, LINEAR=0)
+    assert done.returncode == 2 and "--batch_size 1" in done.stderr
+    assert "=== fine-tuning, to be done" in done.stdout and "=== training" not in done.stdout
+
+
+def test_a_signal_to_the_driver_reaches_the_stage_and_home_is_home(tmp_path):
+    body = f'trap "echo told >> {tmp_path}/told; exit 75" TERM; touch {tmp_path}/started\n'
+    python, _ = stub(tmp_path, body=body + "while :; do sleep 0.05; done")
+    (tmp_path / "home").mkdir()
+    small = {"PYTHON": python, "DATA": "/data", "OUT": "~/out", "HOME": tmp_path / "home", **SMALL}
+    process = subprocess.Popen(
+        ["bash", ROOT / "run_semisup_fullprecision.sh"],
+        env={**os.environ, **{name: str(value) for name, value in small.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 75 and (tmp_path / "told").read_text() == "told\n"
+    assert "failed with exit code 75" in error and "the same command goes on from here" in error
+    assert (tmp_path / "home" / "out" / "settings.txt").exists()
+    assert not (ROOT / "~").exists()
+
+
+# In which script and after how many lines of its output a run is stopped.
+STAGES = {"training": 2, "linear, semi-supervised": 3, "fine-tuning, semi-supervised": 5}
+LONGER = {
+    "EPOCHS": 3,
+    "LINEAR_EPOCHS": 400,
+    "FT_EPOCHS": 12,
+    "EVAL_FREQ": 1,
+    "BASELINES": 0,
+    "REPORT": 0,
+}
+
+
+def driven_until(folder, stage, lines, number, **variables):
+    """Start the driver, send a signal to the process of a stage in the middle of it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables = {**SMALL, **variables, "OUT": folder, "PYTHON": sys.executable}
+    environment |= {name: str(value) for name, value in variables.items()}
+    process = subprocess.Popen(
+        ["bash", ROOT / "run_semisup_fullprecision.sh"],
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line == f"=== {stage}\n":
+            break
+    for _ in range(lines):
+        process.stdout.readline()
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    (child,) = Path(children).read_text().split()
+    os.kill(int(child), number)
+    _, error = process.communicate(timeout=300)
+    return process.returncode, error
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_it_goes_on_to_the_table_of_an_undisturbed_run(image_tree, tmp_path):
+    """SIGTERM and kill -9 in each of three stages of one run, started again each time."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = drive(tmp_path, DATA=image_tree, OUT=whole, **LONGER)
+    assert done.returncode == 0, done.stderr
+    for stage, lines in STAGES.items():
+        for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, 137)):
+            found, error = driven_until(broken, stage, lines, number, DATA=image_tree, **LONGER)
+            assert found == code, error
+            assert f"stage '{stage}' failed" in error and "the same command goes on" in error
+    done = drive(tmp_path, DATA=image_tree, OUT=broken, **LONGER)
+    assert done.returncode == 0, done.stderr
+    tables = [json.loads((out / "results.json").read_text()) for out in (whole, broken)]
+    for table in tables:
+        for row in table.values():
+            row.pop("of")  # its sha256 tells of the time that the run took
+    assert tables[0] == tables[1]
+    assert not list(broken.glob("train/earlier_*")) and not list(broken.rglob("*.tmp"))
+    done = drive(tmp_path, DATA=image_tree, OUT=broken, **LONGER)  # once more: nothing is left
+    assert done.returncode == 0 and done.stdout.count("there already, nothing to do") == 3
+    assert "epoch 1/" not in done.stdout
 
 
 def test_table_of_results(call_script, tmp_path, capsys):
@@ -134,3 +277,27 @@ def test_table_of_results(call_script, tmp_path, capsys):
     (part / "knn.json").write_text("{")
     code, _, stderr = call_script(COMPARE, f"c={part}")
     assert code == 2 and "no result file" in stderr
+
+
+def test_a_row_has_the_results_of_one_checkpoint(call_script, tmp_path):
+    """Of another there is a line instead of a figure, and a reason in the file."""
+    new, old = ({"checkpoint": "ckpt.pth", "sha256": letter * 64} for letter in "ab")
+    for name, whose in (("linear", old), ("finetune", new), ("early", {})):
+        folder = tmp_path / ("x/linear" if name == "early" else f"run/{name}")
+        folder.mkdir(parents=True)
+        (folder / "linear.json").write_text(json.dumps({"top1": 80.5} | whose))
+    knn = {"k": {"1": {"accuracy": 61.25}, "20": {"accuracy": None}}}
+    (tmp_path / "run" / "knn.json").write_text(json.dumps(knn | new))
+    rows = (f"cmsf={tmp_path / 'run'}", f"early={tmp_path / 'x'}")
+    code, out, _ = call_script(COMPARE, "--save", tmp_path, *rows)
+    assert code == 0
+    named = [f"ckpt.pth (sha256 {letter * 12})" for letter in "ab"]
+    reason = f"of {named[1]}, not of {named[0]} as knn.json"
+    assert f"cmsf: linear/linear.json left out: {reason}" in out.splitlines()
+    assert "early: the files do not say of which checkpoint they are" in out.splitlines()
+    assert "cmsf         61.2           -           -        80.5" in out
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["cmsf"]["linear"] is None and record["cmsf"]["fine-tuned"] == 80.5
+    assert record["cmsf"]["of"]["sha256"] == "a" * 64
+    assert record["cmsf"]["left_out"] == {"linear/linear.json": reason}
+    assert record["early"]["linear"] == 80.5 and record["early"]["of"]["sha256"] is None

@@ -195,9 +195,33 @@ def test_the_epoch_of_the_line_is_the_checkpoints(call_script, image_tree, tmp_p
         (("--save_acc", "/dev/null/x", "--epoch", 1), ("--save_acc /dev/null/x",)),
         (("--save", "/dev/null/x"), ("--save /dev/null/x",)),
         (("--epoch", "x"), ("--epoch", "x")),
+        (("--keep_done",), ("--keep_done", "--save")),
     ],
 )
 def test_flags_that_cannot_work(call_script, image_tree, monkeypatch, flags, words):
     """Refused before the work, not after it."""
     monkeypatch.setattr(feature_cache, "extract", None)
     assert_refused(call_script(KNN, *UNTRAINED, *flags, image_tree), *words)
+
+
+def test_a_result_that_is_there_is_kept(call_script, image_tree, tmp_path, monkeypatch):
+    flags = (*UNTRAINED, "--keep_done", "--save", tmp_path)
+    assert call_script(KNN, *flags, image_tree)[0] == 0
+    path = tmp_path / "knn.json"
+    before, figures = path.read_bytes(), json.loads(path.read_text())["k"]["20"]
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "extract", None)
+        for only in ((), ("--check",)):
+            code, out, _ = call_script(KNN, *flags, *only, image_tree)
+            assert code == 0 and path.read_bytes() == before
+            assert ("there already" in out) == (not only)
+            assert (f"20: accuracy {figures['accuracy']:g}" in out) == (not only)
+    for change, reason in (("--seed", 1), "seed"), (("--temperature", 1), "--temperature (0.07)"):
+        _, out, _ = call_script(KNN, *flags, *change, image_tree)
+        assert f"--keep_done: {path} has another {reason}: replaced" in out
+        assert call_script(KNN, *flags, image_tree)[0] == 0
+    assert json.loads(path.read_text())["k"]["20"] == figures
+    path.write_text("")  # as a full disk left it before files were written whole
+    code, out, _ = call_script(KNN, *flags, image_tree)
+    assert code == 0 and f"{path}: no result file" in out
+    assert json.loads(path.read_text())["k"]["20"] == figures

@@ -589,6 +589,66 @@ def test_measuring_a_saved_probe(run_linear, extractions, tmp_path, flags):
     assert (tmp_path / "linear.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [("--cached",), ("--fine-tune",)])
+def test_resume_auto_goes_on_from_its_own_file(run_linear, tmp_path, flags):
+    """From the middle, from an end of which linear.json was not written, or from nothing."""
+    auto = (*flags, "--resume", "auto")
+    whole_record, console, whole = run_linear(tmp_path / "whole", *auto)
+    assert console.startswith("epoch 1/3")
+    run_linear(tmp_path / "broken", *flags, "--epochs", 2)
+    for first in ("epoch 3/3", "12 val images"):
+        record, console, resumed = run_linear(tmp_path / "broken", *auto)
+        assert console.startswith(first) and record["lr"] == whole_record["lr"]
+        assert_same_bits(whole, resumed)
+        (tmp_path / "broken" / "linear.json").unlink()
+    # The file of another run, of one with more epochs, and none that can be read.
+    saved = tmp_path / "broken" / "linear.pth"
+    for change, reason in ((("--lr", 0.2), "--lr"), (("--epochs", 1), "it has finished epoch 3")):
+        _, console, _ = run_linear(tmp_path / "broken", *auto, *change)
+        (said,) = [line for line in console.splitlines() if line.endswith(": replaced")]
+        assert f"--resume {saved}: " in said and reason in said and "epoch 1/" in console
+        run_linear(tmp_path / "broken", *flags)
+    saved.write_bytes(b"half")
+    record, console, _ = run_linear(tmp_path / "broken", *auto)
+    assert "not a readable checkpoint" in console and record["lr"] == whole_record["lr"]
+
+
+def test_a_result_that_is_there_is_kept(run_linear, weights, image_tree, tmp_path):
+    keep = ("--cached", "--keep_done")
+    first, _, _ = run_linear(tmp_path, *keep)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    moved = tmp_path.parent / "moved.pth"
+    moved.write_bytes(weights.read_bytes())
+    _, console, _ = run_linear(tmp_path, *keep, "--weights", moved, "-j", 1)
+    assert console.startswith(f"{tmp_path / 'linear.json'}: there already, nothing to do\n")
+    assert f"top1 {first['top1']:g}" in console and "epoch 1/" not in console
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    other = write_checkpoint(tmp_path.parent / "other.pth", seed=1)
+    for change, reason in (
+        (("--weights", other), "sha256"),
+        (("--use-target",), "encoder"),
+        (("--label_fraction", 0.5), "images"),
+        (("--wd", 0.5), "--wd (0.0001)"),
+        (("--epochs", 1), "--epochs (3)"),
+    ):
+        _, console, _ = run_linear(tmp_path, *keep, *change)
+        assert f"--keep_done: {tmp_path / 'linear.json'} has another {reason}: replaced" in console
+        assert run_linear(tmp_path, *keep)[0]["lr"] == first["lr"]
+    for text in ("", '{"lr": 3}'):
+        (tmp_path / "linear.json").write_text(text)
+        record, console, _ = run_linear(tmp_path, *keep)
+        assert "linear.json: " in console and ": replaced" in console
+        assert record["lr"] == first["lr"]
+
+
+def test_only_checked(call_script, weights, image_tree, tmp_path):
+    flags = (*QUICK, "--check", "--save", tmp_path)
+    code, out, _ = call_script(LINEAR, *flags, "--weights", weights, image_tree)
+    assert (code, out) == (0, "") and not list(tmp_path.iterdir())
+    assert_refused(call_script(LINEAR, *flags, "--weights", "no.pth", image_tree), "no.pth")
+
+
 # What it refuses.
 
 
@@ -611,6 +671,7 @@ def test_measuring_a_saved_probe(run_linear, extractions, tmp_path, flags):
         (("-b", 1, "--mlp"), ("--batch_size 1",)),
         (("--cache_dir", "x"), ("--cache_dir x", "--cached")),
         (("--evaluate",), ("--evaluate", "--resume")),
+        (("--evaluate", "--resume", "auto"), ("--evaluate", "--resume")),
         (("--resume", "no/such.pth"), ("--resume no/such.pth", "no such file")),
         (("--save", "/dev/null/x"), ("--save /dev/null/x",)),
         (("--arch", "resnet18"), ("--arch resnet18", "missing")),

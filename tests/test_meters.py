@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from utils import knn
 from utils.meters import Log, Means, effective_rank, embedding_health, spread
 
 
@@ -72,12 +73,18 @@ def test_resumed_log_keeps_what_was_before(tmp_path):
     assert len(log.path.read_text().splitlines()) == 2
 
 
-def test_find_the_entry_of_an_epoch(tmp_path):
+def test_find_the_figures_of_an_epoch(tmp_path):
+    """What is none, as in a log that another program has changed, counts as not there."""
     log = Log(tmp_path / "log.jsonl")
+    figures = {"1": {"accuracy": 3.0, "top5": None}}
     log.write({"epoch": 1, "step": 4})
-    log.write({"epoch": 1, "step": 4, "knn": {"1": 3.0}})
-    assert log.find("knn", epoch=1) == {"1": 3.0}
-    assert log.find("knn", epoch=2) is None
+    log.write({"epoch": 1, "step": 4, "knn": figures})
+    for odd in (3, {}, {"1": 3.0}, {"x": {"accuracy": 1.0}}, {"1": {"accuracy": None}}, {"1": {}}):
+        log.write({"epoch": 1, "step": 4, "knn": odd})
+    with log.path.open("a") as file:
+        file.write('[1]\n{"epoch": "1", "step": 2}\n{"epo')
+    assert log.find("knn", knn.LOGGED, epoch=1) == figures
+    assert log.find("knn", knn.LOGGED, epoch=2) is None
 
 
 def test_means_go_on_from_their_state():

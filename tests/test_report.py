@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import checkpoint, run_log
+from utils import checkpoint, result_files, run_log
 
 SCRIPT = importlib.import_module("eval.report")
 CHROMIUM = shutil.which("chromium")
@@ -75,9 +75,8 @@ def folder(tmp_path):
     last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
     origin = {"checkpoint": "ckpt_epoch_3.pth", "sha256": last, "epoch": 3}
     (folder / "knn.json").write_text(json.dumps({"k": KNN} | origin))
-    other = {"checkpoint": "<i>other</i>.pth", "sha256": "b" * 64, "epoch": 2}
     (folder.parent / "finetune").mkdir()
-    (folder.parent / "finetune" / "linear.json").write_text(json.dumps({"lr": LINEAR} | other))
+    (folder.parent / "finetune" / "linear.json").write_text(json.dumps({"lr": LINEAR} | origin))
     Image.new("RGB", (1600, 400), "teal").save(folder / "neighbors_val.png")
     return folder
 
@@ -99,7 +98,10 @@ def shown(value):
 
 
 def test_numbers_on_the_page_are_those_of_the_files(call_script, folder):
-    (folder.parent / "results.json").write_text(json.dumps({"a <row>": {"1-NN": 29.3, "x": None}}))
+    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    rows = {"a <row>": {"1-NN": 29.3, "x": None, "of": {"sha256": last}, "left_out": {}}}
+    rows["random"] = {"1-NN": 8.125, "of": {"checkpoint": "random", "seed": 5}}
+    (folder.parent / "results.json").write_text(json.dumps(rows))
     _, page = report(call_script, folder)
     during, knn, finetune, compared = map(numbers, page.tables)
     assert during == {"1-NN": {"accuracy": "47.25"}, "20-NN": {"accuracy": "48.50"}}
@@ -109,11 +111,39 @@ def test_numbers_on_the_page_are_those_of_the_files(call_script, folder):
     for rate, row in LINEAR.items():
         expected = {"top-1": shown(row["top1"]), "loss": shown(row["loss"])}
         assert finetune[f"learning rate {rate}"] == expected
-    assert compared == {"a <row>": {"1-NN": "29.30", "x": "–"}}
-    assert checkpoint.sha256(folder / "ckpt_epoch_3.pth") in page.text
-    assert "of this run's last checkpoint" in page.text
-    other = "not of this run's last checkpoint, but of <i>other</i>.pth, epoch 2"
-    assert other in page.text and "fine-tuned encoder" in page.text
+    random = {"1-NN": "8.12", "x": "–"}
+    assert compared == {"a <row>": {"1-NN": "29.30", "x": "–"}, "random": random}
+    assert last in page.text and "random: random (seed 5)" in page.text
+    assert "of this run's last checkpoint: ckpt_epoch_3.pth" in page.text
+    assert "fine-tuned encoder" in page.text and "Left out" not in page.text
+
+
+OTHERS = {
+    "another checkpoint": {"checkpoint": "<i>other.pth", "sha256": "b" * 64, "epoch": 2},
+    "random weights": {"checkpoint": "random", "sha256": None, "seed": 5},
+    "an early version's, of which nothing is known": {},
+}
+
+
+@pytest.mark.parametrize("whose", OTHERS.values(), ids=OTHERS)
+def test_what_is_not_of_the_last_checkpoint_is_left_out_and_named(call_script, folder, whose):
+    """Of every kind of file, a picture too; the run's own k-NN stays."""
+    (folder.parent / "results.json").write_text(json.dumps({"a row": {"1-NN": 29.3, "of": whose}}))
+    others = ["results.json", "finetune/linear.json"]
+    (folder.parent / others[1]).write_text(json.dumps({"lr": LINEAR} | whose))
+    (folder / "neighbors_val.json").write_text(json.dumps(whose))
+    others += ["run/neighbors_val.png"] if whose else []  # a picture may be of anywhere
+    out, page = report(call_script, folder)
+    assert [list(numbers(t)) for t in page.tables] == [["1-NN", "20-NN"]] * 2
+    words = whose.get("checkpoint", "an encoder that it does not name")
+    for name in others:
+        (line,) = [line for line in out.splitlines() if f"{name} left out: of {words}" in line]
+        assert line in page.text.replace("Left out: ", "").replace(" , of", " left out: of")
+    assert ("img" in [tag for tag, _ in page.attributes]) == (not whose)
+    for path in folder.glob("ckpt_*"):
+        path.unlink()
+    _, page = report(call_script, folder)  # there is nothing that they could be of
+    assert len(page.tables) == 1 and "the run has no checkpoint yet" in page.text
 
 
 def test_the_page_says_what_was_run(call_script, folder):
@@ -139,19 +169,55 @@ def test_the_page_needs_no_network_and_is_well_formed(call_script, folder):
     assert "http" not in text and "url(" not in text and "@import" not in text
 
 
-def test_everything_from_files_is_escaped(call_script, tmp_path):
-    evil = "<script>alert(1)</script>"
-    start = logs.start(method=evil, command=evil, device=evil, versions={evil: evil})
-    start |= {"script": evil, "started": evil, "counts": {evil: 3}, "data": {evil: evil}}
-    start["settings"] |= {evil: evil}
-    lines = [logs.record(1, 4, warning=evil), {"epoch": 1, "step": 4, "error": evil}]
-    lines.insert(1, {"epoch": 1, "step": 4, "knn": {evil: {evil: evil}}})
-    folder = logs.write(tmp_path / "run", lines, starts=[start])
-    (folder / "knn.json").write_text(json.dumps({"k": {evil: {evil: evil}}, "checkpoint": evil}))
-    (folder / "results.json").write_text(json.dumps({evil: {evil: evil}}))
+EVIL = "<script>alert(1)</script>"
+
+
+def evil(value):
+    """A record of which every text, also that of keys, becomes a script."""
+    if isinstance(value, dict):
+        fixed = ("method", "settings", "k", "lr", "of", "sha256", "accuracy", "resumed_from")
+        return {
+            key if key in fixed or key in FIELDS else f"{EVIL}{key}": evil(part)
+            for key, part in value.items()
+        }
+    if isinstance(value, list):
+        return [evil(part) for part in value]
+    return EVIL if isinstance(value, str) and len(value) != 64 else value
+
+
+FIELDS = {*logs.start(), *logs.record(1, 1), "warning", "error", "knn", "epoch", "step"}
+FIELDS |= {*result_files.Encoder._fields, result_files.OF, result_files.LEFT_OUT}
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_everything_from_files_is_escaped(call_script, tmp_path, left_out):
+    """Names of files and folders too; with results that are shown, and that are left out."""
+    name = EVIL.replace("/", "\u2215")  # no file can have a slash
+    start = logs.start(resumed_from={"checkpoint": "x", "epoch": 1, "step": 1})
+    lines = [logs.record(1, 4, warning="x", constrained_ranks=["x", 3.0])]
+    lines += logs.records()[-1:] + [{"epoch": 3, "step": 4, "error": "x"}]
+    folder = logs.write(tmp_path / name / name, evil(lines), starts=[evil(start)])
+    checkpoint.save(folder / "ckpt_epoch_3.pth", {"weight": torch.zeros(1)})
+    Image.new("RGB", (8, 8)).save(folder / f"neighbors{name}.png")
+    last = "b" * 64 if left_out else checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    whose = {"checkpoint": "x", "sha256": last, "encoder": "x", "arch": "x"}
+    for path, record in (
+        (folder / "knn.json", {"k": KNN} | whose),
+        (folder / "linear.json", {"lr": LINEAR} | whose),
+        (folder.parent / "results.json", {"x": {"y": 1.0, "of": whose, "left_out": {"x": "y"}}}),
+        (folder / f"neighbors{name}.json", whose),
+    ):
+        path.write_text(json.dumps(evil(record)))
     _, page = report(call_script, folder)
-    assert "script" not in [tag for tag, _ in page.attributes]
-    assert page.text.count(evil) > 15
+    assert not {"script", "i"} & {tag for tag, _ in page.attributes}
+    assert page.text.count(EVIL) > 20 and not page.open
+    for words in (
+        f"--{EVIL}topk",
+        f"1 of 3 log lines warn, the last in epoch 1, step 4: {EVIL}",
+        f"stopped in epoch 3 of 3, step 4 of 4: {EVIL}",
+        name,
+    ):
+        assert words in page.text
 
 
 def test_a_run_that_goes_on(call_script, tmp_path):
@@ -182,7 +248,9 @@ def test_a_run_that_broke(call_script, tmp_path):
 def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "linear").mkdir(parents=True)
-    (elsewhere / "linear" / "linear.json").write_text(json.dumps({"lr": LINEAR}))
+    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    own = {"lr": LINEAR, "sha256": last}
+    (elsewhere / "linear" / "linear.json").write_text(json.dumps(own))
     picture = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
     output = tmp_path / "pages" / "page.html"
@@ -212,7 +280,7 @@ def test_ranks_of_constrained_neighbors(call_script, tmp_path):
         (["run", "--output", "run"], "--output run: a folder"),
         (["run", "--output", "run/log.jsonl/a"], "--output run/log.jsonl: "),
         (["run", "--results", "broken"], "knn.json: no result file"),
-        (["run", "--results", "other"], "linear.json: no result file (it holds no table)"),
+        (["run", "--results", "other"], "linear.json: lr is 3, not a table of rows of figures"),
     ],
 )
 def test_what_it_refuses(call_script, tmp_path, monkeypatch, flags, reason):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -336,7 +337,6 @@ def test_another_data_set_is_refused(call_script, image_tree, tmp_path):
         (("--index", "x"), ("--index", "x")),
         (("--index", "2", "--count", 3), ("--count", "--index")),
         (("--index", ",".join(["0"] * 100), "--side", 512), ("--side 512", "megapixels")),
-        (("--count", 90), ("--count 90", "images to draw from")),
         (("--count", 0), ("--count", "0")),
         (("-k", 0), ("-k", "0")),
         (("--side", 10), ("--side", "10")),
@@ -382,7 +382,20 @@ def test_a_disk_that_is_full_is_one_line(call_script, image_tree, tmp_path, monk
 
     monkeypatch.setattr(Image.Image, "save", full)
     flags = ("--weights", tmp_path / "a.pth", "--output", tmp_path / "x.png", image_tree)
-    assert_refused(call_script(SHOW, *flags), f"--output {tmp_path / 'x.png'}", "No space left")
+    code, _, error = call_script(SHOW, *flags)
+    assert code == 1 and error.count("\n") == 1
+    assert f"--output {tmp_path / 'x.png'} could not be written: No space left" in error
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_small_set_is_shown_whole(call_script, image_tree, tmp_path):
+    """What is drawn can be less than --count; what is named has to be there."""
+    write_checkpoint(tmp_path / "a.pth", image_tree, with_previous=True)
+    flags = ("--weights", tmp_path / "a.pth", "--output", tmp_path / "x.png", image_tree)
+    code, out, _ = call_script(SHOW, *flags, "--count", 16)
+    assert code == 0 and "--count 16: only 12 images to draw from, all are shown" in out
+    targets = json.loads((tmp_path / "x.json").read_text())["targets"]
+    assert len({target["index"] for target in targets}) == len(targets) == 12
 
 
 def test_draws_are_distinct_and_sorted():

@@ -80,7 +80,7 @@ def take(record: Mapping, name: str, kind: Kind, *, what: str, **default: Any) -
     value = record.get(name)
     if name not in record or not kind.holds(value):
         found = shown(value) if name in record else "missing"
-        raise InputError(f"{what}: {name} is {found}, not {kind.words}")
+        raise InputError(f"{what}: {printable(name)} is {found}, not {kind.words}")
     return value
 
 
@@ -99,6 +99,11 @@ def shown(value: Any) -> str:
     """A wrong value, or what it is, in few characters of one line."""
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else ""
     return text if 0 < len(text) <= _SHOWN else f"a {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """A text out of a file in one line that any terminal, page and picture takes."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _limited(words: str, low: float, high: float) -> str:

@@ -14,6 +14,7 @@ checksums. For other readers the file is what torch.save writes.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -78,51 +79,81 @@ class _Sealing:
         self._digest.update(data)
 
 
-def save(path: Path, state: dict) -> None:
+def save(path: Path, state: dict, *, flag: str = "") -> None:
     """Write a sealed checkpoint; RunError if that fails. See `atomic_file`."""
-    with atomic_file(path) as file:
+    with atomic_file(path, flag=flag) as file:
         sealing = _Sealing(file)
         torch.save(state, sealing)
         sealing.seal()
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, flag: str = "") -> Iterator[BinaryIO]:
     """A file to write to so that `path` is at any moment the old file or the whole new one.
 
     The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
     step, which reaches the disk too. Whatever fails, the temporary file is gone and RunError is
-    raised; a process killed meanwhile leaves it behind (`remove_temporaries`).
+    raised, which names the file and, if given, the user's flag. A process killed meanwhile leaves
+    its temporary file behind: the next that writes the same file removes it, here.
     """
+    name = re.escape(path.name)
+    _remove_abandoned(path.parent, re.compile(rf"\.{name}\.\d+{re.escape(_TEMPORARY)}"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
+        with _open_held(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before the lock is given back
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {_reason(error)}") from error
+        what = f"{flag} {path}".strip()
+        raise RunError(f"{what} could not be written: {_reason(error)}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, flag: str = "") -> None:
     """Write a text file as `save` writes a checkpoint: whole, or not at all with RunError.
 
     What UTF-8 cannot hold, as in a name that is no text, is escaped.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path, flag=flag) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a process that was killed while it saved to this folder has left."""
-    for path in folder.glob(f".*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Remove what processes that were killed while they wrote to this folder have left."""
+    _remove_abandoned(folder, re.compile(rf"\..*{re.escape(_TEMPORARY)}", re.DOTALL))
+
+
+def _open_held(path: Path) -> BinaryIO:
+    """An empty file that this process holds by a record lock until it closes it, or ends.
+
+    Whoever had it before may have renamed or removed it before it was held: then once more.
+    """
+    while True:
+        file = open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate()
+                return file
+        file.close()
+
+
+def _remove_abandoned(folder: Path, names: re.Pattern[str]) -> None:
+    """Remove the files of these names that no process holds; none where there are no locks."""
+    with contextlib.suppress(OSError):  # no such folder: whoever writes to it will say so
+        for entry in os.scandir(folder):
+            if not names.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
 
 
 def _flush_folder(path: Path) -> None:

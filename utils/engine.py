@@ -25,7 +25,7 @@ from tqdm import tqdm
 from utils import checked, checkpoint, checkpoint_fields, distributed, experiment, health
 from utils.board import Board
 from utils.errors import InputError, Interrupted, RunError
-from utils.knn import format_comparison
+from utils.knn import LOGGED, format_comparison
 from utils.loaders import Batch, TwoViewLoader
 from utils.loss_watch import LossWatch
 from utils.memory_bank import MemoryBank, PreviousEmbeddings
@@ -293,7 +293,7 @@ class Run:
 
         A signal breaks them off if there is only one process; several would wait for each other.
         """
-        (logged, *_) = distributed.gather_objects(self.log.find("knn", epoch=self.epoch))
+        (logged, *_) = distributed.gather_objects(self.log.find("knn", LOGGED, epoch=self.epoch))
         if logged:
             self.knn = {int(k): figures for k, figures in logged.items()}
             return

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from utils import checkpoint, origin
+from utils import checked, checkpoint, distributed, origin, plain_json, result_files
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.encoders import Backbone, build_backbone, check_image_size
@@ -110,6 +110,73 @@ def feature_key(
     }
 
 
+def identity(
+    args: argparse.Namespace, state: dict, *, settings: tuple[str, ...], **splits: ImageSet
+) -> dict:
+    """What decides a result, by which it can be told from others: see `is_done`.
+
+    The encoder (see `result_files.Encoder`), those of the flags that are its settings, and a digest
+    of names, labels, sizes and times of each split's image files. {} where no result is kept.
+    """
+    if not args.save:
+        return {}
+    missing_ok = args.bad_images == "skip"
+    digests = {
+        split: image_digest(images, missing_ok=missing_ok) for split, images in splits.items()
+    }
+    kept = {name: getattr(args, name) for name in settings}
+    return encoder_record(args, state) | {"settings": kept, "images": digests}
+
+
+def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) -> bool:
+    """Whether --keep_done is given and --save has the wanted result, by its `identity`, as `name`.
+
+    Prints it then, and else what becomes of another, as it will be replaced. table: where its
+    figures stand. All processes call it.
+    """
+    done = False
+    if args.keep_done and distributed.is_main():
+        path, found = args.save / name, {}
+        try:
+            if found := result_files.read_json(path):
+                rows = checked.take(found, table, result_files.TABLE, what=str(path))
+        except InputError as error:
+            found = {}
+            print(f"--keep_done: {error}: replaced", flush=True)
+        others = _differing(found, wanted) if found else ""
+        done = bool(found) and not others
+        if others:
+            print(f"--keep_done: {path} has another {others}: replaced", flush=True)
+        elif done:
+            print(f"{path}: there already, nothing to do\n{result_files.format_rows(rows)}")
+    return distributed.any_true(done)
+
+
+def _differing(found: dict, wanted: dict) -> str:
+    """Names of what a result has otherwise than it is wanted, "" if nothing; paths do not count."""
+    wanted = plain_json.loads(plain_json.dumps(wanted))  # lists for tuples
+    by_path = wanted["sha256"] is not None
+    names = [n for n in wanted if found.get(n) != wanted[n] and not (by_path and n == "checkpoint")]
+    if names == ["settings"] and isinstance(found.get("settings"), dict):
+        now, then = wanted["settings"], found["settings"]
+        names = [f"--{n} ({checked.shown(then.get(n))})" for n in now if now[n] != then.get(n)]
+    return ", ".join(names)
+
+
+def encoder_record(args: argparse.Namespace, state: dict) -> dict:
+    """Which encoder a result is of: what `result_files.encoder_of` reads."""
+    return {
+        "checkpoint": args.weights,
+        "sha256": checkpoint.sha256(args.weights) if state else None,
+        "epoch": state.get("epoch"),
+        "encoder": encoder_name(args, state),
+        "arch": args.arch,
+        "image_size": args.image_size,
+        "small_stem": args.small_stem,
+        "seed": args.seed,
+    }
+
+
 def result_record(
     args: argparse.Namespace,
     state: dict,
@@ -118,20 +185,12 @@ def result_record(
     bad_images: BadImages,
     images: dict[str, ImageSet],
 ) -> dict:
-    """What every result file says of its origin: checkpoint, sha256, network, counts, command.
+    """What every result file says of its origin: encoder, counts, command.
 
     counts: of what was used; bad_images: the files that were not, as they cannot be read. images:
     by split; "left_out" tells what lies among their files and is no image.
     """
-    from_file = bool(state)
-    return {
-        "checkpoint": args.weights,
-        "sha256": checkpoint.sha256(args.weights) if from_file else None,
-        "epoch": state.get("epoch"),
-        "encoder": encoder_name(args, state),
-        "arch": args.arch,
-        "image_size": args.image_size,
-        "seed": args.seed,
+    return encoder_record(args, state) | {
         "counts": counts,
         "left_out": {split: found.left_out.record() for split, found in images.items()},
         "bad_images": bad_images.names,

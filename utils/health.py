@@ -92,8 +92,9 @@ def verdicts(run: RunLog) -> list[Verdict]:
 
 def demo_range(run: RunLog, name: str) -> tuple[float, float]:
     """Lowest and highest of a figure in the demo runs of the run's method, or of all methods."""
-    methods = [run.method] if run.method in DEMO_RANGES else list(DEMO_RANGES)
-    ranges = [DEMO_RANGES[method][name] for method in methods if name in DEMO_RANGES[method]]
+    own = DEMO_RANGES.get(run.method, {})
+    methods = [own] if name in own else DEMO_RANGES.values()
+    ranges = [figures[name] for figures in methods if name in figures]
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
@@ -170,7 +171,7 @@ def _purity(run: RunLog) -> Verdict:
 def _coverage(run: RunLog) -> Verdict:
     """Unlabeled images have a confident pseudo-label; the share grows over the epochs."""
     question, last = "coverage of pseudo-labels", run.last("confident")
-    start = run.settings.get("constraint_start", 1)
+    start = run.settings.get("constraint_start") or 1
     if last is None or run.place[0] < start:
         return _verdict(question, "no figure", f"pseudo-labels count from epoch {start} on")
     enough = _SHARE * demo_range(run, "confident")[0]

@@ -1,5 +1,6 @@
 """k-nearest-neighbor evaluation: exact faiss search, two votes, top-5, purity."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from utils import distributed
+from utils import checked, distributed
 from utils.errors import InputError, RunError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
@@ -19,6 +20,20 @@ KS = (1, 5, 10, 20)
 _GPU_MOST_NEIGHBORS = 2048
 _GPU_LIMITS = {"vectorsMemoryLimit": 2**32, "queriesMemoryLimit": 2**30}
 TEMPERATURE = 0.07  # of the weighted vote, as in Wu et al., arXiv 1805.01978
+
+
+def _are_figures(value: object) -> bool:
+    row = checked.table_of(checked.or_none(checked.real()))
+    named = isinstance(value, dict) and all(re.fullmatch("[1-9][0-9]{0,8}", k) for k in value)
+    return (
+        bool(value)
+        and named
+        and all(row.holds(r) and r.get("accuracy") is not None for r in value.values())
+    )
+
+
+# What `vote_figures` gives, read back from a log: its k are text there.
+LOGGED = checked.Kind("k-NN figures", _are_figures)
 
 
 class Found(NamedTuple):

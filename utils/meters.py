@@ -1,9 +1,7 @@
 """What a run reports: means over an interval, health of the embeddings, log.jsonl, the console."""
 
 import contextlib
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import distributed
+from utils import checked, checkpoint, distributed, plain_json
 from utils.errors import RunError
+
+_PLACE = checked.whole(0)  # an epoch, or a step in it
 
 
 class Means:
@@ -112,16 +112,16 @@ class Log:
         if self.silent or not self.path.exists():
             return
         here = (epoch, math.inf if step is None else step)
-        kept = [line for line in self.path.read_text().splitlines() if _place_of(line) <= here]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, self.path)
+        lines = plain_json.read_text(self.path).split("\n")
+        kept = [
+            line for line in lines if (r := record_of(line)) and (r["epoch"], r["step"]) <= here
+        ]
+        checkpoint.replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
-    def find(self, name: str, *, epoch: int) -> dict | None:
-        """The last entry `name` that was logged for an epoch, None without one."""
-        with open(self.path) as file:
-            records = [json.loads(line) for line in file]
-        entries = [r[name] for r in records if r["epoch"] == epoch and name in r]
+    def find(self, name: str, kind: checked.Kind, *, epoch: int) -> dict | None:
+        """The last entry `name` of a kind that was logged for an epoch, None without one."""
+        records = filter(None, map(record_of, plain_json.read_text(self.path).split("\n")))
+        entries = [r[name] for r in records if r["epoch"] == epoch and kind.holds(r.get(name))]
         return entries[-1] if entries else None
 
     def write(self, record: dict) -> None:
@@ -131,7 +131,7 @@ class Log:
         record = {**record, "seconds": round(self.seconds, 3)}
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+                file.write(plain_json.dumps(record) + "\n")
         except OSError as error:
             raise RunError(f"{self.path} could not be written: {error.strerror}") from error
         if self.also:
@@ -147,19 +147,13 @@ class Log:
                 print(text, flush=True)
 
 
-def _place_of(line: str) -> tuple[float, float]:
-    """Epoch and step of a log line; infinity for what a killed process left half written."""
-    try:
-        record = json.loads(line)
-        return record["epoch"], record["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf, math.inf
+def record_of(line: str) -> dict | None:
+    """The record that a line of a log holds; None for what has no place in a run.
 
-
-def _plain(value):
-    """JSON has no nan or infinity: None stands for them."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    A killed process leaves half a line.
+    """
+    with contextlib.suppress(ValueError):
+        record = plain_json.loads(line)
+        if isinstance(record, dict) and all(map(_PLACE.holds, map(record.get, ("epoch", "step")))):
+            return record
+    return None

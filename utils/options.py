@@ -415,6 +415,18 @@ def _demo_folder(parser: argparse.ArgumentParser) -> Path:
         parser.error(f"--demo: {error}")
 
 
+def add_stage_options(group: argparse._ArgumentGroup) -> None:
+    """What an evaluation needs as one stage of several; group: with --save."""
+    group.add_argument(
+        "--keep_done",
+        action="store_true",
+        help="do nothing if --save holds the result of the same checkpoint, flags and images",
+    )
+    group.add_argument(
+        "--check", action="store_true", help="only see whether flags, checkpoint and images will do"
+    )
+
+
 def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
     """The file that a script writes; see `result_files.check_output`."""
     group = parser.add_argument_group("file")

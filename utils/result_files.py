@@ -1,12 +1,21 @@
 """The files that evaluation scripts write: checks before the work, JSON records after it."""
 
 import argparse
-import json
+import contextlib
+import errno
+import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from utils import checked, checkpoint, plain_json
 from utils.errors import InputError
+
+NAMED = ("random", "pixels")  # what --weights can be beside a file
+OF, LEFT_OUT = "of", "left_out"  # in a row of results.json: its `Encoder`, and file -> why not
+FIGURE = checked.or_none(checked.real())  # null: not measured, or not finite
+# Row -> column -> figure.
+TABLE = checked.table_of(checked.table_of(FIGURE))._replace(words="a table of rows of figures")
 
 
 def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
@@ -38,23 +47,123 @@ def make_folder(folder: Path, *, flag: str) -> None:
 
 
 def write_json(folder: Path, name: str, record: dict[str, Any], *, flag: str = "--save") -> Path:
-    """Write a result to folder/name and return its path; InputError that names the flag if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}") from error
+    """Write a result to folder/name, whole or not at all, and return its path.
+
+    InputError or RunError that names the flag if that fails.
+    """
+    make_folder(folder, flag=flag)
+    checkpoint.replace_text(folder / name, plain_json.dumps(record, indent=2) + "\n", flag=flag)
     return folder / name
+
+
+def append_line(path: Path, line: str, *, flag: str) -> None:
+    """Append a line to a text file, or nothing at all: no half of it stays on a full disk.
+
+    Several processes may do so at once. InputError that names the flag if it fails. "" only tries.
+    """
+    what = f"{flag} {path}"
+    if path.exists() and not path.is_file():
+        raise InputError(f"{what}: not a regular file")
+    try:
+        with open(path, "ab", buffering=0) as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            end, data = file.seek(0, os.SEEK_END), f"{line}\n".encode() if line else b""
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict:
     """A result file, {} where there is none; InputError if it cannot be read."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        record = plain_json.loads(plain_json.read_text(path))
+    except ValueError as error:
         raise InputError(f"{path}: no result file ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{path}: no result file (it holds no object)")
     return record
+
+
+def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
+    """The rows of a result as text, a line each; a dash for what was not measured."""
+    lines = []
+    for name, row in rows.items():
+        cells = (f"{column} {'-' if v is None else f'{v:g}'}" for column, v in row.items())
+        lines.append(checked.printable(f"{name:>8}: {', '.join(cells)}"))
+    return "\n".join(lines)
+
+
+class Encoder(NamedTuple):
+    """Which encoder a result is of, as far as its file says; None: it does not.
+
+    checkpoint: the file, "random" or "pixels". sha256: of the file. seed: of random weights.
+    """
+
+    checkpoint: str | None = None
+    sha256: str | None = None
+    epoch: int | None = None
+    encoder: str | None = None
+    arch: str | None = None
+    image_size: int | None = None
+    small_stem: bool | None = None
+    seed: int | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the file says which weights they were."""
+        return self.sha256 is not None or self.checkpoint in NAMED
+
+    def is_same(self, other: "Encoder") -> bool:
+        """Whether two results are of one encoder; what one of them does not say is not asked.
+
+        One that says nothing of its weights, as of an early version, is of no other's.
+        """
+        asked = ["encoder", "arch", "image_size", "small_stem"]
+        if self.sha256 is None:
+            asked += ["checkpoint", "seed"]
+        pairs = [(getattr(self, name), getattr(other, name)) for name in asked]
+        same_weights = self.is_known == other.is_known and self.sha256 == other.sha256
+        return same_weights and all(a == b for a, b in pairs if a is not None and b is not None)
+
+    def __str__(self) -> str:
+        """In words, in one line."""
+        if not self.is_known:
+            return "an encoder that it does not name"
+        parts = [f"sha256 {self.sha256[:12]}" if self.sha256 else None]
+        if self.checkpoint == "random":
+            parts.append(f"seed {self.seed}")
+        if self.checkpoint != "pixels":
+            parts += [f"epoch {self.epoch}" if self.epoch else None, self.arch]
+            parts.append(f"{self.encoder} encoder" if self.encoder and self.sha256 else None)
+        parts.append(f"{self.image_size} px" if self.image_size else None)
+        parts = [part for part in parts if part]
+        name = Path(self.checkpoint or "a checkpoint").name
+        return checked.printable(f"{name} ({', '.join(parts)})" if parts else name)
+
+
+def encoder_of(record: dict, *, what: str) -> Encoder:
+    """The encoder that a result file tells of; InputError that begins with `what` for odd types."""
+    kinds = {
+        "checkpoint": checked.TEXT,
+        "sha256": checked.TEXT,
+        "epoch": checked.whole(0),
+        "encoder": checked.TEXT,
+        "arch": checked.TEXT,
+        "image_size": checked.whole(1),
+        "small_stem": checked.FLAG,
+        "seed": checked.whole(0),
+    }
+    return Encoder(
+        **{
+            name: checked.take(record, name, checked.or_none(kind), what=what, default=None)
+            for name, kind in kinds.items()
+        }
+    )

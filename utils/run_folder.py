@@ -8,7 +8,6 @@ run is, once for each time it was started.
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from utils import checked, checkpoint, distributed, torch_file
+from utils import checked, checkpoint, distributed, plain_json, torch_file
 from utils.errors import DamagedError, InputError
 from utils.memory_bank import PreviousEmbeddings
 from utils.torch_file import is_finite
@@ -32,6 +31,7 @@ ABOUT_FORMAT = "cmsf-run-1"
 BOARD = "tensorboard"
 _ALONG = ("labeled.txt", "label_noise.txt", ABOUT)  # files that tell what a run was
 _NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
+_STARTS = checked.list_of(checked.table_of(checked.ANY))
 _PART_FORMAT = "cmsf-previous-1"
 # A part of which fewer rows are still current is rewritten with the next one, and can go.
 _WORTH_KEEPING = 0.1
@@ -51,6 +51,8 @@ class RunFolder:
         self._parts_of: dict[Path, set[int]] = {}  # checkpoint -> numbers of the parts it needs
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.log.exists() and not self.log.is_file():  # opening a pipe would never end
+                raise InputError(f"--checkpoint_path {self.path}: {self.log.name} is no file")
             self.log.open("a").close()
         except OSError as error:
             raise InputError(f"--checkpoint_path {self.path}: {error.strerror}") from error
@@ -219,12 +221,14 @@ class RunFolder:
             return
         path = self.path / ABOUT
         try:
-            starts = json.loads(path.read_text())["starts"] if path.exists() else []
-            text = json.dumps({"format": ABOUT_FORMAT, "starts": [*starts, start]}, indent=2)
-        except (ValueError, KeyError, TypeError):
+            starts = plain_json.loads(plain_json.read_text(path))["starts"] if path.exists() else []
+            if not _STARTS.holds(starts):
+                raise TypeError
+        except (InputError, ValueError, KeyError, TypeError):
             self._say(f"WARNING {path} is damaged: it is begun anew")
-            text = json.dumps({"format": ABOUT_FORMAT, "starts": [start]}, indent=2)
-        checkpoint.replace_text(path, text + "\n")
+            starts = []
+        about = {"format": ABOUT_FORMAT, "starts": [*starts, start]}
+        checkpoint.replace_text(path, plain_json.dumps(about, indent=2) + "\n")
 
     def continue_from(self, epoch: int, step: int | None) -> None:
         """Move checkpoints that are farther on aside: the run that goes on makes them again.
@@ -296,7 +300,7 @@ class RunFolder:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run by their names, the one farthest on first."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
     return sorted(found, key=_progress, reverse=True)
 
 

@@ -3,19 +3,37 @@
 What to draw of them, and in which panels, stands here for all who draw.
 """
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from utils import checked, plain_json
 from utils.errors import InputError
+from utils.meters import record_of
+from utils.result_files import TABLE
 from utils.run_folder import ABOUT
 
 LOG = "log.jsonl"
 RANKS = "constrained_ranks"  # see `RunLog.rank_histograms`
 _KNN = "knn_"
+_DRAWN = checked.real(-1e100, 1e100)  # beyond, the axis of a chart overflows
+# What a line of a log, a start of run.json and what stands in it must hold where they hold it.
+FIGURES = {
+    **{"error": checked.TEXT, "warning": checked.TEXT, "seconds": checked.real(0)},
+    **{"knn": TABLE, RANKS: checked.list_of(checked.ANY)},
+}
+START = {
+    **dict.fromkeys(("method", "started", "script", "command", "device"), checked.TEXT),
+    **dict.fromkeys(("epochs", "steps", "processes"), checked.whole(1)),
+    **dict.fromkeys(("settings", "resumed_from"), checked.table_of(checked.ANY)),
+    **dict.fromkeys(("data", "versions"), checked.table_of(checked.TEXT)),
+    "counts": checked.table_of(checked.whole(0)),
+}
+PLACE = {"epoch": checked.whole(0), "step": checked.whole(0)}
+SETTINGS = {"constraint_start": checked.whole(1)}
 
 
 class Panel(NamedTuple):
@@ -144,7 +162,7 @@ class RunLog:
         }
         found = {epoch: shares for epoch, shares in found.items() if np.isfinite(shares).any()}
         used = [np.flatnonzero(shares)[-1] + 1 for shares in found.values() if np.any(shares)]
-        return {epoch: shares[: max(used, default=0)] for epoch, shares in found.items()}
+        return {epoch: shares[: max(used)] for epoch, shares in found.items()} if used else {}
 
 
 def read(path: str | Path) -> RunLog:
@@ -159,49 +177,47 @@ def read(path: str | Path) -> RunLog:
     log = path / LOG if path.is_dir() else path
     if not log.is_file():
         raise InputError(f"{path}: no run, there is no {LOG} in it")
-    lines = _text(log).splitlines()
+    lines = plain_json.read_text(log).rstrip("\n").split("\n")
     records, cut = [], False
     for number, line in enumerate(lines, 1):
-        record = _record(line)
+        record = record_of(line)
         if record is not None:
+            _check(record, FIGURES, what=f"{log}, line {number}")
             records.append(record)
         elif number < len(lines):
             raise InputError(f"{log}: damaged, line {number} is no record of a run")
         else:
-            cut = True
+            cut = line != ""
     if not records:
         raise InputError(f"{log}: empty, the run has not logged anything yet")
     return RunLog(log, records, _starts(log.parent / ABOUT), cut)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-
-
-def _record(line: str) -> dict | None:
-    """A line of a log, None if it is none."""
-    try:
-        record = json.loads(line)
-        epoch, step = record["epoch"], record["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return record if isinstance(epoch, int) and isinstance(step, int) else None
+def _check(record: dict, kinds: dict[str, checked.Kind], *, what: str) -> None:
+    """InputError for a value that is neither null nor of its kind; those without one may be any."""
+    for name, kind in kinds.items():
+        checked.take(record, name, checked.or_none(kind), what=what, default=None)
 
 
 def _starts(path: Path) -> list[dict]:
-    """The starts that a run.json tells of, [] without one; InputError for one that is damaged."""
-    if not path.is_file():
+    """The starts that a run.json tells of, [] without one; InputError for one that is damaged.
+
+    What is null there counts as not there.
+    """
+    if not os.path.lexists(path):
         return []
     try:
-        starts = json.loads(_text(path))["starts"]
+        starts = plain_json.loads(plain_json.read_text(path))["starts"]
         if not all(isinstance(start, dict) for start in starts):
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: damaged, it does not tell of the starts of a run") from None
-    return starts
+    for number, start in enumerate(starts, 1):
+        what = f"{path}, start {number}"
+        _check(start, START, what=what)
+        _check(start.get("resumed_from") or {}, PLACE, what=what)
+        _check(start.get("settings") or {}, SETTINGS, what=what)
+    return [{name: v for name, v in start.items() if v is not None} for start in starts]
 
 
 def _figure(record: dict, name: str) -> float | None:
@@ -214,4 +230,5 @@ def _figure(record: dict, name: str) -> float | None:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else float("nan")
+    """A number that can be drawn, nan for any other value."""
+    return float(value) if _DRAWN.holds(value) else float("nan")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils import plain_json
 from utils.errors import InputError
 
 ENDING = ".safetensors"
@@ -81,12 +82,12 @@ def _as_text(value: Any) -> str:
     """Text as it is unless it could be taken for JSON; anything else as JSON."""
     if isinstance(value, str) and _from_text(value) == value:
         return value
-    return json.dumps(value)
+    return plain_json.dumps(value)
 
 
 def _from_text(text: str) -> Any:
     """What `_as_text` has been given."""
     try:
-        return json.loads(text)
+        return plain_json.loads(text)
     except ValueError:
         return text

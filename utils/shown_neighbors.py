@@ -140,9 +140,15 @@ def with_constraint(state: dict, bank: MemoryBank) -> list[int]:
 
 
 def drawn_numbers(available: Sequence[int], *, count: int, seed: int) -> list[int]:
-    """`count` of the available image numbers at random, sorted; InputError if there are fewer."""
+    """At most `count` of the available image numbers at random, sorted; fewer are said.
+
+    InputError if there is none.
+    """
+    if not len(available):
+        raise InputError(f"--count {count}: no image to draw from")
     if count > len(available):
-        raise InputError(f"--count {count}: only {len(available)} images to draw from")
+        print(f"--count {count}: only {len(available)} images to draw from, all are shown")
+    count = min(count, len(available))
     drawn = np.random.default_rng(seed).choice(np.sort(available), count, replace=False)
     return sorted(drawn.tolist())
 

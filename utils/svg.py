@@ -27,7 +27,8 @@ def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Round numbers that enclose `low` and `high`, about `most` of them and at least 2."""
     size = max(abs(low), abs(high))
     if high - low <= 1e-9 * size + 1e-30:  # one value, as far as a picture shows
-        low, high = low - (size / 10 or 0.5), high + (size / 10 or 0.5)
+        room = size / 10 if size > 1e-30 else 0.5
+        low, high = low - room, high + room
     rough = (high - low) / (most - 2)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))

@@ -20,14 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import (
     arguments,
-    checked,
     checkpoint,
     experiment,
     result_files,
     run_log,
     running,
 )
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.run_log import PANELS, Panel, RunLog
 
 # Okabe and Ito's colors without the yellow, which is faint on white, each with its own dashes.
@@ -243,7 +242,7 @@ def draw(groups: list[Group], output: Path) -> int:
 
 def literal(text: str) -> str:
     """A text out of a file or a folder's name as it is: matplotlib takes dollars for formulas."""
-    return checked.printable(text).replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
 
 
 def parse_args() -> argparse.Namespace:

@@ -33,7 +33,7 @@ from utils import (
     running,
     svg,
 )
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.result_files import Encoder
 from utils.run_folder import REQUEUE, checkpoints_in
 from utils.run_log import PANELS, RunLog
@@ -131,7 +131,7 @@ def read_comparison(path: Path, record: dict) -> tuple[Result, list[Encoder]]:
     encoders, rows = {}, {}
     for name in record:
         row = checked.take(record, name, checked.table_of(checked.ANY), what=str(path))
-        what = f"{path}, {checked.printable(name)}"
+        what = f"{path}, {printable(name)}"
         of = checked.take(row, own[0], checked.table_of(checked.ANY), what=what, default={})
         encoders[name] = result_files.encoder_of(of, what=what)
         rows[name] = {column: row[column] for column in row if column not in own}
@@ -421,10 +421,8 @@ def main() -> None:
     result_files.make_folder(output.parent, flag="--output")
     if output.is_dir():
         raise InputError(f"--output {output}: a folder")
-    # What is no character, as half of a pair or a byte of a file's name, is a question mark there.
-    page = page.encode(errors="replace").decode()
     checkpoint.replace_text(output, page, flag="--output")
-    print(checked.printable(status(run, now=now)))
+    print(printable(status(run, now=now)))
     for verdict in health.verdicts(run):
         print(f"{verdict.sign} {verdict.question}: {verdict.word}, {verdict.reason}")
     for path, reason in left_out.items():

@@ -31,7 +31,7 @@ def test_kinds(kind, right, wrong):
 
 
 def test_what_is_taken_and_what_is_said():
-    record = {"epoch": 3, "long": "x" * 100, "odd": {}}
+    record = {"epoch": 3, "long": "x" * 100, "odd": {}, "huge": 10**5000, "a\nb": 1}
     assert checked.take(record, "epoch", checked.whole(1), what="f") == 3
     assert checked.take(record, "none", checked.TEXT, what="f", default=None) is None
     for name, kind, words in (
@@ -40,13 +40,9 @@ def test_what_is_taken_and_what_is_said():
         ("none", checked.TEXT, "--weights f: none is missing, not text"),
         ("long", checked.whole(), "--weights f: long is a str, not a whole number"),
         ("odd", checked.TEXT, "--weights f: odd is a dict, not text"),
+        ("huge", checked.TEXT, "--weights f: huge is a very large number, not text"),
+        ("a\nb", checked.TEXT, "--weights f: a\\nb is 1, not text"),
     ):
         with pytest.raises(InputError) as error:
             checked.take(record, name, kind, what="--weights f")
         assert str(error.value) == words
-
-
-def test_what_a_file_says_is_said_in_one_line():
-    assert checked.printable("a b\n\x1b[1m\ud800\u2028ä") == "a b??[1m??ä"
-    with pytest.raises(InputError, match="^x: a[?]b is 3, not text$"):
-        checked.take({"a\nb": 3}, "a\nb", checked.TEXT, what="x")

@@ -115,7 +115,7 @@ def test_an_encoder_in_words_and_out_of_a_file():
 
 def test_rows_as_text():
     rows = {"1": {"accuracy": 61.25, "top5": None}, "20\n": {"accuracy": 7}}
-    expected = "       1: accuracy 61.25, top5 -\n     20?: accuracy 7"
+    expected = "       1: accuracy 61.25, top5 -\n     20\\n: accuracy 7"
     assert result_files.format_rows(rows) == expected
 
 

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     },
     "linear": {"errors"},
     "logistic": {"errors"},
-    "image_names": {"data", "errors"},
+    "image_names": {"data", "errors", "plain_json"},
     "splits": {"checkpoint", "data", "errors", "image_names"},
     "transfer_data": {"data", "errors", "splits"},
     "transfer": {"distributed", "errors", "logistic", "splits"},

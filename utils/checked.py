@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from utils.errors import InputError
+from utils.errors import InputError, printable
 
 MOST = 2**63 - 1  # what an int64 tensor holds
 _SHOWN = 40  # characters of a wrong value in a message
@@ -97,13 +97,10 @@ def _is_plain(value: Any, *, deep: int) -> bool:
 
 def shown(value: Any) -> str:
     """A wrong value, or what it is, in few characters of one line."""
+    if type(value) is int and abs(value) > MOST:
+        return "a very large number"
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else ""
     return text if 0 < len(text) <= _SHOWN else f"a {type(value).__name__}"
-
-
-def printable(text: str) -> str:
-    """A text out of a file in one line that any terminal, page and picture takes."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _limited(words: str, low: float, high: float) -> str:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
+from utils import plain_json
 from utils.data import ImageSet
 from utils.errors import InputError
 
@@ -24,7 +25,7 @@ def quoted(name: str) -> str:
     Itself is what is printable, has no blank at an end and no quote in front. A byte that is no
     UTF-8 is an escape from \\\\udc80 to \\\\udcff, as Python reads it.
     """
-    return name if _is_visible(name) and not name.startswith('"') else json.dumps(name)
+    return name if _is_visible(name) and not name.startswith('"') else plain_json.dumps(name)
 
 
 def _is_visible(text: str) -> bool:
@@ -123,5 +124,5 @@ def refuse(faults: dict[str, list[str]], *, what: str, hint: str = "") -> None:
 
 def _shown(entry: str) -> str:
     """An entry so that blanks at its ends and what is not printable can be seen."""
-    text = entry if _is_visible(entry) else json.dumps(entry)
+    text = entry if _is_visible(entry) else plain_json.dumps(entry)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

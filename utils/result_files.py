@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils import checked, checkpoint, plain_json
-from utils.errors import InputError
+from utils.errors import InputError, printable
 
 NAMED = ("random", "pixels")  # what --weights can be beside a file
 OF, LEFT_OUT = "of", "left_out"  # in a row of results.json: its `Encoder`, and file -> why not
@@ -97,7 +97,7 @@ def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
     lines = []
     for name, row in rows.items():
         cells = (f"{column} {'-' if v is None else f'{v:g}'}" for column, v in row.items())
-        lines.append(checked.printable(f"{name:>8}: {', '.join(cells)}"))
+        lines.append(printable(f"{name:>8}: {', '.join(cells)}"))
     return "\n".join(lines)
 
 
@@ -146,7 +146,7 @@ class Encoder(NamedTuple):
         parts.append(f"{self.image_size} px" if self.image_size else None)
         parts = [part for part in parts if part]
         name = Path(self.checkpoint or "a checkpoint").name
-        return checked.printable(f"{name} ({', '.join(parts)})" if parts else name)
+        return printable(f"{name} ({', '.join(parts)})" if parts else name)
 
 
 def encoder_of(record: dict, *, what: str) -> Encoder:

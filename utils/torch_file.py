@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils import checked
 from utils.checked import Kind
-from utils.errors import InputError
+from utils.errors import InputError, printable
 
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
@@ -70,8 +70,7 @@ def reason(error: Exception) -> str:
 
 def one_line(text: str, *, most: int = _NAME) -> str:
     """A text out of a file as an error can show it: printable, no longer than `most`."""
-    if not text.isprintable():
-        text = ascii(text)[1:-1]
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -94,7 +94,7 @@ MAY_IMPORT = {
     "engine": {
         *("board", "checked", "checkpoint", "checkpoint_fields", "distributed", "errors"),
         *("experiment", "health", "knn", "loaders", "loss_watch", "memory_bank", "meters"),
-        *("run_folder", "stop_signals", "workers"),
+        *("run_folder", "stop_signals", "torch_file", "workers"),
     },
     "evaluation": {
         *("bad_images", "checked", "checkpoint", "data", "distributed", "encoders", "errors"),

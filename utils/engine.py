@@ -32,6 +32,7 @@ from utils.memory_bank import MemoryBank, PreviousEmbeddings
 from utils.meters import Log, Means
 from utils.run_folder import BOARD, RunFolder, apart
 from utils.stop_signals import Stopped, StopSignals, ignore
+from utils.torch_file import is_finite
 from utils.workers import worker_failure
 
 
@@ -347,10 +348,7 @@ class Run:
         with apart(self._stores.values(), are_apart=not self._epoch_ended):
             weights = self.model.state_dict()
         for name, value in weights.items():
-            if not value.is_floating_point() or value.is_meta:
-                continue
-            wide = torch.promote_types(value.dtype, torch.float32)  # a sum can be beyond float16
-            if not value.sum(dtype=wide).isfinite():
+            if not value.is_meta and not is_finite(value):
                 raise RunError(f"not saved: {name} is not finite; {self._advice()}")
         return {
             "format": checkpoint.FORMAT,

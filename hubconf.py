@@ -66,7 +66,9 @@ def cmsf(
     try:
         state = {}
         if weights is not None:
-            with _usable(os.fspath(weights), errors.DamagedError, progress=progress) as path:
+            with _usable(
+                os.path.expanduser(weights), errors.DamagedError, progress=progress
+            ) as path:
                 if sha256 and not checkpoint.sha256(path).startswith(sha256.lower()):
                     raise errors.DamagedError(f"weights {weights}: its SHA-256 is not {sha256}")
                 state = checkpoint.load(path, flag="weights")

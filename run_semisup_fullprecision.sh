@@ -89,7 +89,7 @@ stage() {
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$? child=''
-  [ "$code" -ne 0 ] || code=${told:-0}
+  [ "$code" -ne 0 ] && [ "$told" != 130 ] || code=${told:-$code}
   if [ "$code" -ne 0 ]; then
     echo "stage '$name' failed with exit code $code: $*" >&2
     if [ "$code" = 2 ] && [[ $name = training* ]] && [ -n "$made" ]; then

@@ -102,7 +102,7 @@ def get_features(
     train: ImageSet,
     val: ImageSet,
     *,
-    key: dict[str, str] | None,
+    key: dict[str, str],
     bad_images: BadImages,
 ) -> feature_cache.Features | None:
     """Read from --load_cache, whose key is this one, or extracted; None but on the main process."""
@@ -131,21 +131,23 @@ def main() -> None:
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = evaluation.evaluated_backbone(args)
     check_flags(args, state)
-    wanted = evaluation.identity(args, state, settings=DECIDING, train=train, val=val)
-    if args.check or evaluation.is_done(args, "knn.json", wanted, table="k"):
+    if args.check:
         return
-    key = None
-    if distributed.is_main() and (args.load_cache or args.save_features):
-        key = evaluation.feature_key(args, state, contents=True, train=train, val=val)
+    keeps = args.save or args.load_cache
+    digests = evaluation.image_digests(args, train=train, val=val) if keeps else {}
+    wanted = evaluation.identity(args, state, DECIDING, digests)
+    if evaluation.is_done(args, "knn.json", wanted, table="k"):
+        return
+    key = evaluation.feature_key(args, state, digests)
     bad_images = evaluation.build_bad_images(args)
     features = get_features(args, backbone, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
         return
-    what = f"data {args.data}, as far as it can be read"
-    check_every_class(features["train"][1], train.classes, what=what)
     if args.save_features:
         path = args.save / feature_cache.NAME
         feature_cache.save(path, key, features, bad_images=bad_images.names)
+    what = f"data {args.data}, as far as it can be read"
+    check_every_class(features["train"][1], train.classes, what=what)
     counts = {split: len(labels) for split, (_, labels) in features.items()}
     figures = knn.knn_figures(
         *(features["train"], features["val"]),

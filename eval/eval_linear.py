@@ -55,7 +55,7 @@ DEMO = {
     "num_workers": 1,
     "lr": [0.3],
 }
-FORMAT = "cmsf-linear-1"
+FORMAT = "cmsf-linear-2"  # 1 knew images by their sizes and times
 ENCODER = "encoders.query_encoder.backbone."  # a fine-tuned encoder's names in linear.pth
 # What a resumed run must have in common with its beginning.
 SETTINGS = (
@@ -74,12 +74,11 @@ _ROW = {
     "top1": _PERCENT,
     "top5": _PERCENT,
 }
-_TABLE = checked.Kind("a table", lambda value: isinstance(value, dict))
 _FIELDS = {
     "epoch": checked.whole(1),
-    "probe": _TABLE,
-    "optimizer": _TABLE,
-    "history": checked.list_of(_TABLE),
+    "probe": checked.TABLE,
+    "optimizer": checked.TABLE,
+    "history": checked.list_of(checked.TABLE),
     "key": checked.table_of(checked.TEXT),
     "classes": checked.list_of(checked.TEXT),
     "num_images": checked.whole(1),
@@ -142,8 +141,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--resume",
         type=arguments.path,
-        help="linear.pth to continue after, on images of the same names, sizes and times; "
-        '"auto": that of --save, if it is of the same run',
+        help='linear.pth to continue after, on the same images; "auto": that of --save, if it is '
+        "of the same run",
     )
     group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")
     options.add_stage_options(group)
@@ -192,13 +191,13 @@ def build_data(
     train: ImageSet,
     val: ImageSet,
     *,
-    state: dict,
+    key: dict[str, str],
     bad_images: BadImages,
 ) -> FromImages | FromFeatures | None:
-    """Where features come from; state: the checkpoint. None: another process trains on them."""
+    """Where features come from; key: of their cache. None: another process trains on them."""
     loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
-        features = cached_features(args, backbone, *loaders, state=state)
+        features = cached_features(args, backbone, *loaders, key=key)
         return features and FromFeatures(
             features, batch_size=args.batch_size, seed=args.seed, device=args.device
         )
@@ -215,18 +214,20 @@ def build_data(
 
 
 def cached_features(
-    args: argparse.Namespace, backbone: Backbone, train: EvalLoader, val: EvalLoader, *, state: dict
+    args: argparse.Namespace,
+    backbone: Backbone,
+    train: EvalLoader,
+    val: EvalLoader,
+    *,
+    key: dict[str, str],
 ) -> feature_cache.Features | None:
-    """The features of a cache made of the same; extracted, and kept there, where it was not.
+    """The features of a cache that has this key; extracted, and kept there, where it has not.
 
-    state: the checkpoint. None but on the main process.
+    None but on the main process.
     """
     folder = args.cache_dir or args.save
     path = folder and folder / feature_cache.NAME
     bad_images, features = train.bad_images, None
-    if distributed.is_main() and path:
-        splits = {"train": train.images, "val": val.images}
-        key = evaluation.feature_key(args, state, contents=True, **splits)
     if distributed.is_main() and path and path.exists():
         try:
             features = feature_cache.load(
@@ -259,7 +260,7 @@ def find_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) 
         if args.resume.exists():
             return load_run(args, key, classes, also_finished=True)
     except InputError as error:
-        print(f"{error}: replaced", flush=True)
+        print(printable(f"{error}: replaced"), flush=True)
     args.resume = None
     return None
 
@@ -273,9 +274,8 @@ def load_run(
 ) -> dict:
     """The linear.pth that --resume names; InputError unless it goes with the flags and the data.
 
-    key: of the features, by sizes and times of the image files; the saved run must have the same
-    parts. With --evaluate, --lr, --mlp and --fine-tune are as in the file, and written into args.
-    also_finished: one with all --epochs too.
+    key: of the features; the saved run must have the same parts. With --evaluate, --lr, --mlp and
+    --fine-tune are as in the file, and written into args. also_finished: one with all --epochs too.
     """
     what = f"--resume {args.resume}"
     saved = checkpoint.load(args.resume, flag="--resume")
@@ -405,10 +405,13 @@ def train_probe(
 ) -> None:
     """Train up to the last epoch; each adds its figures to history.
 
+    A run that has had its last epoch is measured again: its figures are those of val as it is now.
     Every `eval_freq` epochs and after the last, val is measured, a line printed and the run saved;
     in between top1 and top5 are None. RunError if no learning rate has a finite loss. Of several
     processes all train, and the main one measures.
     """
+    if len(history) >= epochs and (figures := measure(probe, data)):
+        history[-1] |= {name: [row[name] for row in figures] for name in ("top1", "top5")}
     unmeasured = [{"top1": None, "top5": None}] * len(rates)
     for epoch in range(len(history) + 1, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -510,11 +513,14 @@ def main() -> None:
     check_flags(args)
     train, val = read_images(args)
     backbone, state = evaluation.evaluated_backbone(args)
-    wanted = evaluation.identity(args, state, settings=DECIDING, train=train, val=val)
-    if args.check or evaluation.is_done(args, "linear.json", wanted, table="lr"):
+    if args.check:
         return
-    splits = {} if args.evaluate else {"train": train, "val": val}
-    key = evaluation.feature_key(args, state, contents=False, **splits)
+    keeps = (args.save or args.cache_dir or args.resume) and not args.evaluate
+    digests = evaluation.image_digests(args, train=train, val=val) if keeps else {}
+    wanted = evaluation.identity(args, state, DECIDING, digests)
+    if evaluation.is_done(args, "linear.json", wanted, table="lr"):
+        return
+    key = evaluation.feature_key(args, state, digests)
     saved = find_run(args, key, train.classes)
     if args.fine_tune:
         backbone = trained_backbone(args, backbone, saved)
@@ -522,7 +528,7 @@ def main() -> None:
     bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved["bad_images"])
-    data = build_data(args, backbone, train, val, state=state, bad_images=bad_images)
+    data = build_data(args, backbone, train, val, key=key, bad_images=bad_images)
     if args.cached and not args.evaluate:
         distributed.stop(together=True)  # the rest is quick
     if data is None:

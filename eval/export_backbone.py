@@ -77,7 +77,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
     about = {
         **kept,
         "encoder": evaluation.encoder_name(args, state),
-        "checkpoint_sha256": checkpoint.sha256(args.weights),
+        "checkpoint_sha256": args.sha256,
         **checkpoint.metadata(state),
     }
     return about | {

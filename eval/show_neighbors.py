@@ -113,9 +113,8 @@ def shown_from_bank(
     if not args.weights:
         raise InputError("--weights: name the checkpoint to show neighbors of")
     what = f"--weights {args.weights}"
-    if args.weights in ("random", "pixels"):
+    if not (state := evaluation.read_weights(args)):
         raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
-    state = checkpoint.load(args.weights, flag="--weights")
     bank = shown_neighbors.bank_of(state, what=what)
     shown_neighbors.check_same_images(state, bank, images, what=what)
     there = shown_neighbors.newest_rows(bank)

@@ -193,7 +193,7 @@ def test_a_name_beside_its_older_one_is_unknown():
         checkpoint.load_strictly(model, state, what="x")
 
 
-def test_an_epoch_of_others_becomes_a_number(tmp_path):
+def test_an_epoch_of_others_becomes_a_number_or_is_left_out(tmp_path, capsys):
     path = tmp_path / "x.pth"
     for given in (torch.tensor(7), torch.tensor(7.0), 7.0, 7):
         torch.save({"epoch": given}, path)
@@ -201,6 +201,10 @@ def test_an_epoch_of_others_becomes_a_number(tmp_path):
         assert epoch == 7 and type(epoch) is int
     for given in (-1, 7.5, "7", torch.tensor([7]), torch.nan, True, 2**70):
         torch.save({"epoch": given}, path)
+        capsys.readouterr()
+        assert "epoch" not in checkpoint.load(path, flag="--weights")
+        assert f"--weights {path}: its epoch is " in capsys.readouterr().out
+        checkpoint.save(path, {"format": "x", "epoch": given})
         with pytest.raises(InputError, match=f"--weights {path}: epoch is .*, not a whole number"):
             checkpoint.load(path, flag="--weights")
 

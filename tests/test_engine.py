@@ -382,7 +382,7 @@ def test_advice_against_a_bad_loss(tmp_path, save_freq, advised):
         train(make_run(tmp_path, save_freq=save_freq), Loader({(2, 3): float("nan")}))
     last = f"{tmp_path}/ckpt_epoch_1.pth (--resume auto)" if advised else "none yet"
     again = " (with --resume_anyway)" * advised
-    expected = f"; try a lower --learning_rate{again}; last checkpoint: {last}"
+    expected = f"; try a lower --learning_rate (or --weight_decay){again}; last checkpoint: {last}"
     assert str(error.value).endswith(expected)
 
 

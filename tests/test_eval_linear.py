@@ -1,11 +1,11 @@
 """eval_linear.py: the protocol, fine-tuning, the cache, resuming, and what it refuses."""
 
-import hashlib
 import importlib
 import itertools
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -434,29 +434,26 @@ def test_cache_is_used_when_nothing_has_changed(run_linear, extractions, tmp_pat
     assert not (tmp_path / "elsewhere" / "features.pth").exists()
 
 
-@pytest.mark.parametrize("contents", [False, True])
-def test_digest_knows_names_labels_classes_and_files(tmp_path, contents):
-    """With contents every byte and no time; otherwise size and time and no byte."""
-
+def test_digest_knows_names_labels_classes_and_every_byte(tmp_path):
     def write(name, data=b"12345", time=10**9):
         (tmp_path / name).write_bytes(data)
         os.utime(tmp_path / name, ns=(time, time))
 
     def digest(names=("1.png",), labels=(0,), classes=("a", "b"), **options):
         images = ImageSet(tmp_path, list(names), list(labels), list(classes))
-        return feature_cache.image_digest(images, contents=contents, **options)
+        return feature_cache.image_digest(images, **options)
 
     write("1.png")
     write("2.png")
     digests = [digest(), digest(["2.png"]), digest(labels=[1]), digest(classes=["a", "c"])]
     digests.append(digest(["1.png", "2.png"], [0, 0]))
     digests.append(digest(["2.png", "1.png"], [0, 0]))
+    write("1.png", time=10**9 + 1)
+    assert digest() == digests[0]
+    write("1.png", b"12354")
+    digests.append(digest())
     write("1.png", b"123456")
     digests.append(digest())
-    write("1.png", time=10**9 + 1)
-    assert (digest() == digests[0]) == contents
-    write("1.png", b"12354")
-    assert (digest() == digests[0]) != contents
     (tmp_path / "1.png").unlink()
     digests.append(digest(missing_ok=True))
     assert len(set(digests)) == len(digests)
@@ -464,18 +461,25 @@ def test_digest_knows_names_labels_classes_and_files(tmp_path, contents):
         digest()
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 256])
-def test_digest_is_that_of_a_plain_loop(tmp_path, monkeypatch, at_once):
-    """However the files are dealt out to threads."""
-    monkeypatch.setattr(feature_cache, "_AT_ONCE", at_once)
-    expected = hashlib.sha256(repr(["a"]).encode())
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_digest_is_the_same_by_any_number_of_processes(tmp_path, monkeypatch, processes):
+    """Each reads its part; here one after the other, in threads that wait for each other."""
     names = [f"{number}.png" for number in range(40)]
     for name in names:
-        data = name.encode() * 1000
-        (tmp_path / name).write_bytes(data)
-        expected.update(repr((name, hashlib.sha256(data).hexdigest(), 0)).encode())
+        (tmp_path / name).write_bytes(name.encode() * 1000)
     images = ImageSet(tmp_path, names, [0] * 40, ["a"])
-    assert feature_cache.image_digest(images, contents=True) == expected.hexdigest()
+    monkeypatch.setattr(feature_cache, "_AT_ONCE", 7)
+    alone = feature_cache.image_digest(images)
+    shares = []
+    for rank in range(processes):
+        share = range(6 * rank // processes, 6 * (rank + 1) // processes)
+        monkeypatch.setattr(feature_cache.distributed, "own_share", lambda count, s=share: s)
+        monkeypatch.setattr(
+            feature_cache.distributed, "gather_objects", lambda own: shares.append(own) or [own]
+        )
+        feature_cache.image_digest(images)
+    monkeypatch.setattr(feature_cache.distributed, "gather_objects", lambda own: shares)
+    assert feature_cache.image_digest(images) == alone
 
 
 def change_pixels(path):
@@ -645,6 +649,40 @@ def test_a_result_that_is_there_is_kept(run_linear, weights, image_tree, tmp_pat
         record, console, _ = run_linear(tmp_path, *keep)
         assert "linear.json: " in console and ": replaced" in console
         assert record["lr"] == first["lr"]
+
+
+@pytest.mark.parametrize("flags", [("--keep_done", "--cached"), ("--resume", "auto", "--cached")])
+def test_a_result_of_other_pixels_is_not_kept(run_linear, image_tree, tmp_path, flags):
+    """The val images of two classes change places, with the sizes and times of before."""
+    data = shutil.copytree(image_tree, tmp_path / "data")
+    for path in data.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes().ljust(4000, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+    first, _, _ = run_linear(tmp_path, *flags, data=data)
+    for number in range(4):
+        one, two = (data / "val" / name / f"{number}.jpg" for name in "ab")
+        pixels = one.read_bytes(), two.read_bytes()
+        for path, content in zip((two, one), pixels, strict=True):
+            path.write_bytes(content)
+            os.utime(path, ns=(10**18, 10**18))
+    again, console, _ = run_linear(tmp_path, *flags, data=data)
+    assert ": replaced" in console and "epoch 3/3" in console
+    fresh, _, _ = run_linear(tmp_path / "fresh", "--cached", data=data)
+    assert again["lr"] == fresh["lr"] != first["lr"]
+
+
+def test_a_finished_run_is_measured_again(run_linear, image_tree, tmp_path):
+    """So that what is said of val, as an image that cannot be read, is so."""
+    data = shutil.copytree(image_tree, tmp_path / "data")
+    (data / "val" / "a" / "0.jpg").write_text("no image")
+    flags = ("--bad_images", "skip", "--resume", "auto")
+    first, _, _ = run_linear(tmp_path, *flags, data=data)
+    (tmp_path / "linear.json").unlink()
+    again, console, _ = run_linear(tmp_path, *flags, data=data)
+    assert "epoch " not in console
+    for name in ("lr", "counts", "bad_images"):
+        assert again[name] == first[name], name
+    assert again["counts"]["val"] == 11 and len(again["bad_images"]) == 1
 
 
 def test_only_checked(call_script, weights, image_tree, tmp_path):

@@ -221,7 +221,8 @@ def test_available_memory(tmp_path, monkeypatch):
     alone = image_cache.available_memory()
     assert 0 < alone <= total
     monkeypatch.setattr(image_cache, "_CGROUP", tmp_path)
-    for name, text in (("max", "9000"), ("current", "5000"), ("stat", "anon 7\ninactive_file 20")):
+    kinds = "anon 7\ninactive_file 15\nactive_file 5"
+    for name, text in (("max", "9000"), ("current", "5000"), ("stat", kinds)):
         (tmp_path / f"memory.{name}").write_text(text)
     assert image_cache.available_memory() == 4020
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -66,6 +66,7 @@ def or_none(kind: Kind) -> Kind:
 
 
 ANY = Kind("anything", lambda value: True)
+TABLE = Kind("a table", lambda value: isinstance(value, dict))
 PLAIN = Kind("plain values", lambda value: _is_plain(value, deep=4))
 
 

@@ -187,7 +187,8 @@ def load(path: str | Path, *, flag: str) -> dict:
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
-        raise DamagedError(f"{what}: no such file")
+        reason = "a folder" if Path(path).is_dir() else "no such file"
+        raise DamagedError(f"{what}: {reason}")
     is_safetensors = safetensors_file.has_ending(path)
     if is_safetensors:
         safetensors_file.check_library(what)

@@ -22,7 +22,6 @@ NETWORK = {
     "image_size": checked.whole(1, 4096),
     "small_stem": checked.FLAG,
 }
-_TABLE = Kind("a table", lambda value: isinstance(value, dict))
 _BYTES = torch_file.tensor("(n,)", lambda value: True, dims=1, dtype=torch.uint8)
 _SUMS = checked.table_of(torch_file.tensor("(2,)", lambda value: len(value) == 2, dims=1))
 
@@ -54,8 +53,8 @@ _FIELDS = {
         "method": checked.TEXT,
         "epoch": checked.whole(1),
         "step": checked.or_none(checked.whole(0)),
-        "state_dict": _TABLE,
-        "optimizer": _TABLE,
+        "state_dict": checked.TABLE,
+        "optimizer": checked.TABLE,
         "rng_states": checked.list_of(checked.table_of(_BYTES)),
         "means": Kind("sums and their count", _are_means),
         "bad_images": checked.list_of(checked.TEXT),
@@ -65,7 +64,7 @@ _FIELDS = {
         "parts": checked.table_of(Kind("file numbers and their rows", _are_rows)),
     },
     EXPORTED: {
-        "state_dict": _TABLE,
+        "state_dict": checked.TABLE,
         "metadata": Kind("a table of plain values (encoder: query or target)", _is_metadata),
     },
 }
@@ -75,7 +74,8 @@ RUN = tuple(name for name in _FIELDS[FORMAT] if name != "parts")  # what a run n
 def check(state: dict, *, what: str) -> dict:
     """A file's content, if its fields are as they must be; InputError, begun by `what`, if not.
 
-    An epoch that others have saved as a tensor or float becomes an int.
+    An epoch that others have saved as a tensor or float becomes an int; of another kind it is left
+    out of their files, and that is said.
     """
     for name in state:
         if not isinstance(name, str):
@@ -87,6 +87,9 @@ def check(state: dict, *, what: str) -> dict:
         epoch = int(epoch)
     if "epoch" in state:
         state = {**state, "epoch": epoch}
+    if "format" not in state and not checked.or_none(checked.whole(0)).holds(epoch):
+        print(f"{what}: its epoch is {checked.shown(epoch)}, which is not noted", flush=True)
+        del state["epoch"]
     checked.take(state, "epoch", checked.or_none(checked.whole(0)), what=what, default=None)
     fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
     for name, kind in fields.items():
@@ -105,13 +108,13 @@ def load_optimizer(
     what = f"{what}: optimizer"
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     own = optimizer.state_dict()["param_groups"]
-    groups = checked.take(state, "param_groups", checked.list_of(_TABLE), what=what)
+    groups = checked.take(state, "param_groups", checked.list_of(checked.TABLE), what=what)
     if len(groups) != len(own):
         raise InputError(f"{what}: param_groups has {len(groups)} entries, not {len(own)}")
     for group, mine in zip(groups, own, strict=True):
-        for name, value in mine.items():
-            checked.take(group, name, _setting_like(value), what=what)
-    for number, slots in checked.take(state, "state", _TABLE, what=what).items():
+        for name, value in mine.items():  # one that this torch has and that one had not is as new
+            checked.take(group, name, _setting_like(value), what=what, default=value)
+    for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
         if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
         shape = parameters[number].shape

@@ -321,7 +321,7 @@ class Run:
     def _advice(self) -> str:
         """What may help against a loss that is not finite."""
         again = " (with --resume_anyway)" if self._last_saved else ""
-        return f"try a lower --learning_rate{again}"
+        return f"try a lower --learning_rate (or --weight_decay){again}"
 
     def _save_step(self) -> None:
         self._last_saved = self._files.save_step(self._state(), self._stores)

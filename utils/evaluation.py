@@ -10,7 +10,7 @@ from utils import checked, checkpoint, distributed, origin, plain_json, result_f
 from utils.bad_images import BadImages
 from utils.data import ImageSet
 from utils.encoders import Backbone, build_backbone, check_image_size
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.feature_cache import image_digest
 from utils.image_cache import check_memory
 from utils.loaders import EvalLoader
@@ -21,6 +21,20 @@ def build_bad_images(args: argparse.Namespace) -> BadImages:
     return BadImages(skip=args.bad_images == "skip", most=args.max_bad_images)
 
 
+def read_weights(args: argparse.Namespace) -> dict:
+    """The checkpoint that --weights names, {} for "random" and "pixels".
+
+    Its SHA-256 becomes `args.sha256`, None without a file: what a result says is of the file as it
+    was then, whatever becomes of it.
+    """
+    args.sha256 = None
+    if args.weights in result_files.NAMED:
+        return {}
+    state = checkpoint.load(args.weights, flag="--weights")
+    args.sha256 = checkpoint.sha256(args.weights)
+    return state
+
+
 def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
 
@@ -29,8 +43,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     """
     if not args.weights:
         raise InputError("--weights: name the checkpoint to evaluate")
-    named = args.weights in ("random", "pixels")
-    state = {} if named else checkpoint.load(args.weights, flag="--weights")
+    state = read_weights(args)
     said = partial(checkpoint.said, state, what=f"--weights {args.weights}")
     args.arch = args.arch or said("arch") or "resnet50"
     args.image_size = args.image_size or said("image_size") or 224
@@ -40,7 +53,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch, small_stem=args.small_stem)
     check_image_size(backbone, args.arch, args.image_size)
-    if not named:
+    if state:
         what = f"--weights {args.weights} (--arch {args.arch})"
         encoder = "target" if args.use_target else "query"
         checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
@@ -84,46 +97,42 @@ def eval_loaders(
     ]
 
 
-def feature_key(
-    args: argparse.Namespace, state: dict, *, contents: bool, **splits: ImageSet
-) -> dict[str, str]:
-    """All that an encoder's features of these splits ("train", "val") depend on, by name.
+def image_digests(args: argparse.Namespace, **splits: ImageSet) -> dict[str, str]:
+    """A digest of the bytes of each split's image files, names and labels; see `image_digest`.
 
-    args and state: after `evaluated_backbone`. contents: the bytes of all image files count, which
-    are read; otherwise their sizes and times, see `image_digest`. Raises InputError for an image
-    that is gone, unless such images are skipped.
+    All processes call it. Raises InputError for an image that is gone, unless such are skipped.
     """
     missing_ok = args.bad_images == "skip"
-    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
     return {
-        "checkpoint": checkpoint.sha256(args.weights) if state else origin,
-        "encoder": "target" if args.use_target else "query",
-        "arch": args.arch,
-        "stem": "small" if args.small_stem else "as built",
-        "image size": str(args.image_size),
-        "view": EvalLoader.VIEW,
-    } | {
-        f"{split} images": image_digest(
-            images, contents=contents, missing_ok=missing_ok, text=f"digest of {split}"
-        )
+        split: image_digest(images, missing_ok=missing_ok, text=f"digest of {split}")
         for split, images in splits.items()
     }
 
 
+def feature_key(args: argparse.Namespace, state: dict, digests: dict[str, str]) -> dict[str, str]:
+    """All that an encoder's features depend on, by name; after `evaluated_backbone`.
+
+    digests: `image_digests` of the splits ("train", "val").
+    """
+    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
+    return {
+        "checkpoint": args.sha256 or origin,
+        "encoder": encoder_name(args, state),
+        "arch": args.arch,
+        "stem": "small" if args.small_stem else "as built",
+        "image size": str(args.image_size),
+        "view": EvalLoader.VIEW,
+    } | {f"{split} images": digest for split, digest in digests.items()}
+
+
 def identity(
-    args: argparse.Namespace, state: dict, *, settings: tuple[str, ...], **splits: ImageSet
+    args: argparse.Namespace, state: dict, settings: tuple[str, ...], digests: dict[str, str]
 ) -> dict:
     """What decides a result, by which it can be told from others: see `is_done`.
 
-    The encoder (see `result_files.Encoder`), those of the flags that are its settings, and a digest
-    of names, labels, sizes and times of each split's image files. {} where no result is kept.
+    The encoder (see `result_files.Encoder`), those of the flags that are its settings, and
+    `image_digests`.
     """
-    if not args.save:
-        return {}
-    missing_ok = args.bad_images == "skip"
-    digests = {
-        split: image_digest(images, missing_ok=missing_ok) for split, images in splits.items()
-    }
     kept = {name: getattr(args, name) for name in settings}
     return encoder_record(args, state) | {"settings": kept, "images": digests}
 
@@ -142,7 +151,7 @@ def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) ->
                 rows = checked.take(found, table, result_files.TABLE, what=str(path))
         except InputError as error:
             found = {}
-            print(f"--keep_done: {error}: replaced", flush=True)
+            print(printable(f"--keep_done: {error}: replaced"), flush=True)
         others = _differing(found, wanted) if found else ""
         done = bool(found) and not others
         if others:
@@ -167,7 +176,7 @@ def encoder_record(args: argparse.Namespace, state: dict) -> dict:
     """Which encoder a result is of: what `result_files.encoder_of` reads."""
     return {
         "checkpoint": args.weights,
-        "sha256": checkpoint.sha256(args.weights) if state else None,
+        "sha256": args.sha256,
         "epoch": state.get("epoch"),
         "encoder": encoder_name(args, state),
         "arch": args.arch,

@@ -9,8 +9,6 @@ before the features are made: of a file that changes in between the key has the 
 """
 
 import hashlib
-import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,61 +27,49 @@ from utils.loaders import EvalLoader
 
 FORMAT = "cmsf-features-2"  # 1 had a key of sizes and times
 NAME = "features.pth"
-_THREADS, _AT_ONCE = 8, 256  # that look at files, and files that one takes at a time
+_THREADS, _AT_ONCE = 8, 256  # that read files, and files that one takes at a time
 
 # By split, "train" and "val": features (N, F) float32, not normalized, and labels (N,) int64.
 Features = dict[str, tuple[Tensor, Tensor]]
 
 
-def image_digest(
-    images: ImageSet, *, contents: bool = False, missing_ok: bool = False, text: str = "images"
-) -> str:
-    """A digest (hexadecimal) of the images' names and labels and of their files, in order.
+def image_digest(images: ImageSet, *, missing_ok: bool = False, text: str = "images") -> str:
+    """A digest (hexadecimal) of the images' names, labels and every byte of their files, in order.
 
-    contents: of the files' bytes, every one of which is read; otherwise of sizes and times of
-    change, which a copy may keep though its pictures are others. Of images in memory the pixels
-    count. Raises InputError for a file that is gone, unless missing_ok: then it counts as that.
-    text: what a progress bar says.
+    Of images in memory the pixels count. All processes call it; each reads its part of the files.
+    Raises InputError for a file that is gone, unless missing_ok: then it counts as that. text: what
+    a progress bar says.
     """
     if isinstance(images, PixelSet):
         return images.digest()
-    look = _sha256 if contents else _size_and_time
-
-    def look_at(numbers: range) -> list[bytes]:
-        return [_entry(images, number, look, missing_ok=missing_ok) for number in numbers]
-
     count = len(images)
     parts = [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]
-    digest = hashlib.sha256(repr(images.classes).encode())
+    own = distributed.own_share(len(parts))
+
+    def digest_of(numbers: range) -> bytes:
+        entries = (_entry(images, number, missing_ok=missing_ok) for number in numbers)
+        return hashlib.sha256(b"".join(entries)).digest()
+
+    found = []
     bar = tqdm(desc=text, total=count, leave=False, disable=not distributed.shows_bars())
     with bar, ThreadPoolExecutor(_THREADS) as threads:  # they wait for files, and hash side by side
-        for entries in threads.map(look_at, parts):
-            digest.update(b"".join(entries))
-            bar.update(len(entries))
-    return digest.hexdigest()
+        for digest in threads.map(digest_of, parts[own.start : own.stop]):
+            found.append(digest)
+            bar.update(_AT_ONCE * distributed.world_size())
+    of_all = b"".join(part for some in distributed.gather_objects(found) for part in some)
+    return hashlib.sha256(repr(images.classes).encode() + of_all).hexdigest()
 
 
-def _entry(
-    images: ImageSet, number: int, look: Callable[[str], tuple], *, missing_ok: bool
-) -> bytes:
+def _entry(images: ImageSet, number: int, *, missing_ok: bool) -> bytes:
     """What a digest takes of one image; see `image_digest`."""
-    path, seen = images.path(number), (None, None)
+    path, seen = images.path(number), None
     try:
-        seen = look(path)
+        with open(path, "rb", buffering=0) as file:
+            seen = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         if not missing_ok:
             raise InputError(f"data {path}: {error.strerror}") from error
-    return repr((images.name(number), *seen, int(images.labels[number]))).encode()
-
-
-def _sha256(path: str) -> tuple[str]:
-    with open(path, "rb", buffering=0) as file:
-        return (hashlib.file_digest(file, "sha256").hexdigest(),)
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    return repr((images.name(number), seen, int(images.labels[number]))).encode()
 
 
 def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features | None:

@@ -188,7 +188,8 @@ def _of_container() -> int | None:
     try:
         most, used = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
         lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        files = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+        kinds = dict(line.split() for line in lines)
+        files = int(kinds["inactive_file"]) + int(kinds["active_file"])
         return int(most) - int(used) + files  # files are given up for programs
-    except (OSError, StopIteration, ValueError):  # none, of another kind, or without a limit
+    except (OSError, KeyError, ValueError):  # none, of another kind, or without a limit
         return None

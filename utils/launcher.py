@@ -40,9 +40,19 @@ def _remove_folder() -> None:
                 folder.rmdir()
 
 
+def _is_gone(launcher: int) -> bool:
+    """Whether it was killed before this process could see who it was: then it is the first one."""
+    if launcher != 1:
+        return False
+    try:
+        return b"torch" not in Path("/proc/1/cmdline").read_bytes()  # in a container it may be
+    except OSError:
+        return False
+
+
 def _end_with(launcher: int) -> None:
     """Wait until this process has another parent; then ask it to stop, and see that it does."""
-    while os.getppid() == launcher:
+    while os.getppid() == launcher and not _is_gone(launcher):
         time.sleep(_LOOKS_EVERY)
     if os.environ.get("LOCAL_RANK") == "0":
         with suppress(OSError):

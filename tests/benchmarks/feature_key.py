@@ -28,7 +28,7 @@ from utils.feature_cache import image_digest
 
 def digest(images: ImageSet, size: int) -> None:
     """The part of the key that reads the files."""
-    image_digest(images, contents=True)
+    image_digest(images)
 
 
 def decode_and_crop(images: ImageSet, size: int) -> None:

@@ -538,7 +538,7 @@ def main() -> None:
     num_train = saved["num_images"] if saved else data.num_images["train"]
     if args.evaluate:
         what_was_done = saved["protocol"]
-        figures = measure(probe, data)
+        summary = dict(zip(map(str, args.lr), measure(probe, data) or [], strict=False))
     else:
         what_was_done = protocol(args)
         origin = {"key": key, "classes": train.classes, "num_images": num_train}
@@ -555,12 +555,9 @@ def main() -> None:
             seed=args.seed,
             save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
         )
+        summary = linear.summarize(args.lr, history)
     if not distributed.is_main():
         return
-    if args.evaluate:
-        summary = {str(rate): row for rate, row in zip(args.lr, figures, strict=True)}
-    else:
-        summary = linear.summarize(args.lr, history)
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
     record = {"epochs": len(history), "protocol": what_was_done}
     images = {"train": train, "val": val}

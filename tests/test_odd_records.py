@@ -101,7 +101,7 @@ def ends_well(result, *, output):
         (PLOT, 3),
         pytest.param(COMPARE, 1000, marks=pytest.mark.slow),
         pytest.param(REPORT, 3000, marks=pytest.mark.slow),
-        pytest.param(PLOT, 100, marks=pytest.mark.slow),
+        pytest.param(PLOT, 40, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:Attempting to set identical")

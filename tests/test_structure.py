@@ -102,8 +102,8 @@ MAY_IMPORT = {
     },
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),
-        *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "loaders"),
-        *("memory_bank", "options", "origin", "run_folder", "schedule", "splits"),
+        *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "listing"),
+        *("loaders", "memory_bank", "options", "origin", "run_folder", "schedule", "splits"),
     },
 }
 

@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "transfer_data": {"data", "errors", "splits"},
     "transfer": {"distributed", "errors", "logistic", "splits"},
     "label_noise": {"checkpoint", "data", "errors", "image_names", "loaders", "streams"},
-    "knn": {"checked", "distributed", "errors", "features", "loaders"},
+    "knn": {"checked", "distributed", "errors", "features", "loaders", "splits"},
     "pictures": set(),
     "shown_neighbors": {
         *("bad_images", "checked", "checkpoint", "data", "errors", "memory_bank", "neighbors"),

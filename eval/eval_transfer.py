@@ -176,17 +176,11 @@ def evaluate(
     labels = np.concatenate([features[split][1] for split in features if split != "test"])
     what = f"{name}: train images, as far as they can be read"
     check_every_class(labels, images.test.classes, what=what)
-    absent = {
-        split: unreadable_classes(
-            features[split][1], images.test.classes, what=f"{name}: {split} images"
-        )
-        for split in features
-        if split != "train"
-    }
+    classes = images.test.classes
+    absent = unreadable_classes(features["test"][1], classes, what=f"{name}: test images")
     extracted = time.monotonic()
     device = "cpu" if args.device.type == "mps" else args.device  # it needs float64
     metric = "top1" if name == FOLDER else transfer_data.metric(name)
-    classes = images.test.classes
     if args.shots:
         row = transfer.few_shot_figures(
             features,
@@ -207,7 +201,7 @@ def evaluate(
     return row | {
         "metric": metric,
         "counts": counts | {"classes": len(classes)},
-        "classes_without_images": absent,
+        "classes_without_images": {"test": absent},
         "splits": origin if name == FOLDER else transfer_data.protocol(name),
         "seconds": {
             "features": round(extracted - start, 1),

@@ -32,7 +32,7 @@ from utils.bad_images import BadImages
 from utils.data import ImageSet, check_classes, read_split
 from utils.encoders import Backbone
 from utils.errors import InputError
-from utils.splits import check_every_class
+from utils.splits import check_every_class, unreadable_classes
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 DECIDING = ("k", "temperature", "bad_images")
@@ -148,6 +148,7 @@ def main() -> None:
         feature_cache.save(path, key, features, bad_images=bad_images.names)
     what = f"data {args.data}, as far as it can be read"
     check_every_class(features["train"][1], train.classes, what=what)
+    absent = unreadable_classes(features["val"][1], val.classes, what=f"data {val.root}")
     counts = {split: len(labels) for split, (_, labels) in features.items()}
     figures = knn.knn_figures(
         *(features["train"], features["val"]),
@@ -171,7 +172,7 @@ def main() -> None:
             bad_images=bad_images,
             images={"train": train, "val": val},
         )
-        record |= wanted
+        record |= {"classes_without_images": {"val": absent}} | wanted
         record["seconds"] = round(time.monotonic() - start, 1)
         print(result_files.write_json(args.save, "knn.json", record))
 

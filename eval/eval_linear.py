@@ -48,7 +48,7 @@ from utils.labeled_features import FromFeatures, FromImages
 from utils.loaders import EvalLoader, LabeledLoader
 from utils.meters import Log
 from utils.schedule import learning_rate
-from utils.splits import check_every_class
+from utils.splits import check_every_class, unreadable_classes
 
 DEMO = {
     "weights": options.DEMO_CHECKPOINT,
@@ -560,6 +560,8 @@ def main() -> None:
         return
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
     record = {"epochs": len(history), "protocol": what_was_done}
+    absent = unreadable_classes(data.val_labels, val.classes, what=f"data {val.root}")
+    record["classes_without_images"] = {"val": absent}
     images = {"train": train, "val": val}
     record |= evaluation.result_record(
         args, state, counts=counts, bad_images=bad_images, images=images

@@ -39,7 +39,7 @@ from utils.data import check_classes, read_split
 from utils.errors import InputError, printable
 from utils.features import extract_features
 from utils.loaders import EvalLoader
-from utils.splits import check_every_class
+from utils.splits import check_every_class, unreadable_classes
 from utils.transfer_data import Splits
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
@@ -176,10 +176,11 @@ def evaluate(
     labels = np.concatenate([features[split][1] for split in features if split != "test"])
     what = f"{name}: train images, as far as they can be read"
     check_every_class(labels, images.test.classes, what=what)
+    classes = images.test.classes
+    absent = unreadable_classes(features["test"][1], classes, what=f"{name}: test images")
     extracted = time.monotonic()
     device = "cpu" if args.device.type == "mps" else args.device  # it needs float64
     metric = "top1" if name == FOLDER else transfer_data.metric(name)
-    classes = images.test.classes
     if args.shots:
         row = transfer.few_shot_figures(
             features,
@@ -200,6 +201,7 @@ def evaluate(
     return row | {
         "metric": metric,
         "counts": counts | {"classes": len(classes)},
+        "classes_without_images": {"test": absent},
         "splits": origin if name == FOLDER else transfer_data.protocol(name),
         "seconds": {
             "features": round(extracted - start, 1),

@@ -44,7 +44,7 @@ from utils.neighbors import (
     nearest_with_label,
     purity,
 )
-from utils.splits import write_split_file
+from utils.splits import unreadable_classes, write_split_file
 from utils.streams import upload
 
 DEMO = options.DEMO | {
@@ -244,6 +244,12 @@ def main() -> None:
     setup.check_bank(args)
     train, val = setup.read_training_data(args, labeled=True)
     index = setup.labeled_index(args, train, file=args.sup_split_file, flag="--sup_split_file")
+    if args.cache_sup and args.sup_mem_bank_size < len(index):
+        print(
+            f"WARNING --sup_mem_bank_size {args.sup_mem_bank_size}: below the {len(index)} labeled "
+            "images, so that the head is trained on the latest of them only",
+            flush=True,
+        )
     labeled = torch.zeros(len(train), dtype=torch.bool)
     labeled[index] = True
     loader = setup.build_loader(args, train)
@@ -282,9 +288,22 @@ def main() -> None:
 def train_round(
     model: PseudoCMSF, images: EvalLoader, args: argparse.Namespace, *, seed: list[int]
 ) -> dict[str, float]:
-    """Train the head on what is labeled so far; the figures of the round, none below two rows."""
+    """Train the head on what is labeled so far; the figures of the round, none below two rows.
+
+    Warns where there are fewer, and of classes that are not learned as no image can be read.
+    """
     embeddings, labels = model.labeled_embeddings(images)
+    if broken := set(images.bad_images.names):
+        of = images.images
+        kept = [number for number in range(len(of)) if of.path(number) not in broken]
+        so = "the classifier head does not learn it"
+        unreadable_classes(of.labels[kept], of.classes, what="labeled images", so=so)
     if len(labels) < 2:
+        print(
+            f"WARNING the classifier head was not trained: {len(labels)} labeled embeddings, and "
+            "it needs 2",
+            flush=True,
+        )
         return {"head_rows": len(labels)}
     return train_head(
         model.head,

@@ -469,3 +469,57 @@ def test_too_many_broken_files(call_script, broken_tree, tmp_path):
 @pytest.mark.parametrize("flags", [("--bad_images", "drop"), ("--max_bad_images", -1)])
 def test_flags(call_script, image_tree, flags):
     assert_refused(call_script(TRAIN, *FLAGS, *flags, image_tree), *map(str, flags))
+
+
+@pytest.fixture(scope="module")
+def without_a_class(image_tree, tmp_path_factory):
+    """Tells a copy of the image tree in which no image of class b of a split can be read."""
+
+    def make(split):
+        root = shutil.copytree(image_tree, tmp_path_factory.mktemp("classes") / "tree")
+        for path in (root / split / "b").iterdir():
+            path.write_bytes(b"")
+        return root
+
+    return {split: make(split) for split in ("train", "val")}
+
+
+@pytest.mark.parametrize(
+    ("script", "extra", "name", "find"),
+    [
+        ("eval_knn", (), "knn.json", lambda found: found),
+        ("eval_linear", ("--epochs", 1), "linear.json", lambda found: found),
+        ("eval_linear", ("--epochs", 1, "--cached"), "linear.json", lambda found: found),
+        ("eval_transfer", ("--l2", 1), "transfer.json", lambda found: found["sets"]["folder"]),
+    ],
+)
+def test_a_val_class_that_cannot_be_read_is_named(
+    call_script, without_a_class, tmp_path, script, extra, name, find
+):
+    flags = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "--num_workers", 0)
+    flags = (*flags, "--bad_images", "skip", "--save", tmp_path, *extra, without_a_class["val"])
+    code, stdout, stderr = call_script(importlib.import_module(f"eval.{script}"), *flags)
+    assert code == 0, stderr
+    said = "no readable image of 1 of 3 classes: b; figures are over the others"
+    assert stdout.count(said) == 1
+    absent = find(json.loads((tmp_path / name).read_text()))["classes_without_images"]
+    assert absent["test" if script == "eval_transfer" else "val"] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("split", "so"),
+    [("train", "its images count as wrong"), ("val", "figures are over the others")],
+)
+@pytest.mark.parametrize("cache", [(), ("--cache_sup",)])
+def test_training_warns_of_a_class_that_cannot_be_read(
+    call_script, without_a_class, tmp_path, split, so, cache
+):
+    script = importlib.import_module("semi_supervised.train_pseudo_cmsf")
+    flags = (*tiny.FLAGS, "--bad_images", "skip", "--epochs", 1, "--pseudo_lbl_epochs", 1, *cache)
+    root = without_a_class[split]
+    code, stdout, stderr = call_script(script, *flags, "--checkpoint_path", tmp_path, root)
+    assert code == 0, stderr
+    found = "no readable image of 1 of 3 classes: b;"
+    assert f"WARNING data {root / split}: {found} {so}" in stdout
+    head = f"WARNING labeled images: {found} the classifier head does not learn it"
+    assert (head in stdout) == (split == "train")

@@ -91,11 +91,23 @@ def test_gray_levels_are_scaled_by_their_range(tmp_path, dtype, tags, low, high)
     (np.array([[0, 255]], np.int32), {}, "its 32-bit gray levels have no range"),
     (np.array([[0, 256]], np.int32), {281: 255}, "its gray levels are 0 to 256, beyond 0 to 255"),
     (np.array([[0, 1]], np.uint16), {281: 0}, "its tags tell gray levels from 0 to 0"),
+    (np.array([[0, 1]], np.float32), {341: np.inf}, "its tags tell gray levels from 0 to inf"),
+    (np.array([[0, 1]], np.float32), {341: np.nan}, "its tags tell gray levels from 0 to nan"),
+    (np.array([[0, 1]], np.float32), {341: 1.0, 340: -np.inf}, "its tags tell .* from -inf to 1"),
 ])  # fmt: skip
 def test_gray_levels_of_an_unknown_range_are_refused(tmp_path, levels, tags, words):
     write_tiff(tmp_path / "a.tif", levels, tags)
     with pytest.raises(ValueError, match=words):
         decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("clear", [0, 7, 40000])
+def test_the_transparent_level_of_16_bits_shows_white(tmp_path, clear):
+    """Levels whose high byte is the same stay as they are."""
+    levels = np.array([[0, 1, 7, 40000, 40001, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=clear)
+    expected = np.where(levels == clear, 255, levels // 256)
+    assert (decode(tmp_path / "a.png").numpy() == expected).all()
 
 
 def write_tiff(path, levels, tags):

@@ -156,3 +156,52 @@ def test_what_a_folder_without_images_holds_is_said(tmp_path):
     for read in (read_image_folder, read_any_folder):
         with pytest.raises(InputError, match=r"images in it \(but 2 .dcm \(1.dcm, 2.dcm\)\)"):
             read(tmp_path)
+
+
+def test_what_an_empty_class_holds_is_said(tmp_path):
+    write_image(tmp_path / "dog" / "1.jpg", seed=1)
+    (tmp_path / "cat").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "cat" / name).touch()
+    with pytest.raises(InputError, match=r"image: cat \(but 2 without an ending \(x, y\)\)$"):
+        read_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("beside", "inside", "refused"),
+    [(1, [10], True), (3, [1, 1], True), (2, [1, 1], False), (1, [10, 1], False)],
+)
+def test_images_beside_folders_have_one_reading_or_none(tmp_path, beside, inside, refused):
+    for number in range(beside):
+        write_image(tmp_path / "train" / f"{number}.jpg", seed=1)
+    for name, count in zip("ab", inside, strict=False):
+        for number in range(count):
+            write_image(tmp_path / "train" / name / f"{number}.jpg", seed=1)
+    if refused:
+        words = f"{beside} images directly in it and {sum(inside)} in {len(inside)} of its folders"
+        with pytest.raises(InputError, match=rf"data .*/train: {words} \(a"):
+            read_split(tmp_path, "train")
+    else:
+        images = read_split(tmp_path, "train")
+        assert np.bincount(images.labels).tolist() == inside
+        found = images.left_out.record()["images beside the class folders"]
+        assert found["count"] == beside
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "named"),
+    [
+        ("val", "train", "val"),
+        ("val/cat", "train/cat", "val/cat"),
+        ("val/x/y", "train/x", "val/x/y"),
+    ],
+)
+def test_val_images_that_are_training_images_are_refused(tmp_path, link, target, named):
+    for name in ("cat", "dog", "x"):
+        write_image(tmp_path / "train" / name / "1.jpg", seed=1)
+        if link not in ("val", f"val/{name}"):
+            write_image(tmp_path / "val" / name / "2.jpg", seed=1)
+    (tmp_path / link).symlink_to(tmp_path / target)
+    train, val = (read_split(tmp_path, split) for split in ("train", "val"))
+    with pytest.raises(InputError, match=f"data {tmp_path / named}: is the same folder as "):
+        check_classes(train, val)

@@ -235,3 +235,27 @@ def test_what_does_not_fit_the_memory_is_refused_by_name(args, monkeypatch, flag
         build(needed - 1)
     build(max(needed, FREE))
     build(None)
+
+
+@pytest.mark.parametrize(("where", "refused"), [("train/run", True), ("val", True), ("run", False)])
+def test_a_run_folder_among_the_images_is_refused(args, image_tree, tmp_path, where, refused):
+    data = shutil.copytree(image_tree, tmp_path / "tree")
+    (tmp_path / "link").symlink_to(data)
+    given = args(*TINY, "--checkpoint_path", tmp_path / "link" / where)
+    given.data = data
+    if refused:
+        words = f"--checkpoint_path .*/link/{where}: lies in .*/{where.split('/')[0]}, whose"
+        with pytest.raises(InputError, match=words):
+            setup.read_training_data(given)
+    else:
+        assert len(setup.read_training_data(given)[0]) == 30
+
+
+def test_a_val_folder_that_is_a_link_to_nowhere_is_named(args, image_tree, tmp_path):
+    data = shutil.copytree(image_tree, tmp_path / "tree")
+    shutil.rmtree(data / "val")
+    (data / "val").symlink_to("/no/disk")
+    given = args(*TINY)
+    given.data = data
+    with pytest.raises(InputError, match="tree/val: a link to what is not there, /no/disk"):
+        setup.read_training_data(given)

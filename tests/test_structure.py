@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "transfer_data": {"data", "errors", "splits"},
     "transfer": {"distributed", "errors", "logistic", "splits"},
     "label_noise": {"checkpoint", "data", "errors", "image_names", "loaders", "streams"},
-    "knn": {"checked", "distributed", "errors", "features", "loaders"},
+    "knn": {"checked", "distributed", "errors", "features", "loaders", "splits"},
     "pictures": set(),
     "shown_neighbors": {
         *("bad_images", "checked", "checkpoint", "data", "errors", "memory_bank", "neighbors"),
@@ -102,8 +102,8 @@ MAY_IMPORT = {
     },
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),
-        *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "loaders"),
-        *("memory_bank", "options", "origin", "run_folder", "schedule", "splits"),
+        *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "listing"),
+        *("loaders", "memory_bank", "options", "origin", "run_folder", "schedule", "splits"),
     },
 }
 

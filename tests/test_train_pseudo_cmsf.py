@@ -329,3 +329,14 @@ def test_bad_input(call_script, image_tree, tmp_path):
         code, _, stderr = call_script(SCRIPT, *tiny.FLAGS, *flags, image_tree)
         assert code == 2 and stderr.count("\n") == 1
         assert all(word in stderr for word in words), stderr
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_cache_too_small_for_the_head_is_warned_of(call_script, image_tree, tmp_path, rows):
+    """All 30 images are labeled: a cache of one row never trains the head."""
+    flags = (*FLAGS, "--cache_sup", "--sup_mem_bank_size", rows, "--epochs", 1, "--knn_freq", -1)
+    code, stdout, stderr = call_script(SCRIPT, *flags, "--checkpoint_path", tmp_path, image_tree)
+    assert code == 0, stderr
+    warned = rows < 30
+    assert ("WARNING --sup_mem_bank_size 1: below the 30 labeled images" in stdout) == warned
+    assert ("WARNING the classifier head was not trained: 1 labeled" in stdout) == warned

@@ -42,7 +42,7 @@ def decode(path: str | PathLike) -> Tensor:
 
 
 def _gray_levels(image: Image.Image) -> np.ndarray:
-    """A gray picture of integers of more than 8 bits or of floats, (H, W) uint8.
+    """A gray picture of integers of more than 8 bits or of floats, (H, W) uint8, on white.
 
     The range that becomes 0 to 255 is the one that the file states (the TIFF tags Max- and
     MinSampleValue, SMax- and SMinSampleValue), or else that of the integers if they have up to 16
@@ -58,14 +58,18 @@ def _gray_levels(image: Image.Image) -> np.ndarray:
     if high is None:
         low, high = _range_of_kind(image, tags)
     low = low or 0
-    if not high > low:
+    if not (math.isfinite(low) and math.isfinite(high) and high > low):
         raise ValueError(f"its tags tell gray levels from {low} to {high}")
     if not np.isfinite(levels).all() or levels.min() < low or levels.max() > high:
         found = f"{levels.min():g} to {levels.max():g}"
         raise ValueError(f"its gray levels are {found}, beyond {low:g} to {high:g}")
     if (low, high) == (0, 2**16 - 1):
-        return (levels >> 8).astype(np.uint8)  # the high byte, as for 16-bit color
-    return np.rint((levels.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+        scaled = (levels >> 8).astype(np.uint8)  # the high byte, as for 16-bit color
+    else:
+        scaled = np.rint((levels.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
+    if "transparency" in image.info:  # of a PNG: the one level that is transparent
+        scaled[levels == image.info["transparency"]] = 255
+    return scaled
 
 
 def _first(value: Sequence[float] | float) -> float:

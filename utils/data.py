@@ -8,7 +8,7 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class ImageSet:
     paths: relative to root, in the order of torchvision's ImageFolder. labels: (N,) int64, -1
     for an image without one, so throughout where there are no classes. classes: the sorted class
     names, empty where there are none. left_out: what lies among the files and is not in the set.
+    folders: identity of each folder of the files -> its path, as of `listing.Folder.identities`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ImageSet:
         classes: list[str],
         *,
         left_out: LeftOut | None = None,
+        folders: Mapping[tuple[int, int], str] | None = None,
     ) -> None:
         self.root = root
         # One array of bytes instead of a million Python objects: workers share its pages.
@@ -45,6 +47,7 @@ class ImageSet:
         self.labels = np.array(labels, dtype=np.int64)
         self.classes = classes
         self.left_out = left_out or LeftOut()
+        self.folders = folders or {}
 
     def __str__(self) -> str:
         """How many images of how many classes there are, and what is left out."""
@@ -169,7 +172,7 @@ class CachedSet(PixelSet):
     ) -> None:
         self.root, self.classes = images.root, images.classes
         self._paths, self.labels = images._paths, images.labels
-        self.left_out = images.left_out
+        self.left_out, self.folders = images.left_out, images.folders
         self._images, self._broken, self._originals = images, broken, originals
         self.pixels, self.rows = pixels, np.arange(len(images))
 
@@ -213,20 +216,43 @@ def read_image_folder(root: Path) -> ImageSet:
 
     What is an image, and what is hidden: see `listing`. Images beside class folders are no part of
     the set but of its `left_out`; beside folders without any image they are a flat folder. Raises
-    InputError for a missing folder, one without images, and a class without images.
+    InputError for a missing folder, one without images, a class without images, and where either
+    could be meant: images beside a single folder with images, or more of them than in all folders.
     """
     found = listing.Folder(root)
     by_class = found.images_by_folder()
     if not any(by_class.values()) and (found.images or not found.folders):
         return _flat_set(found)
+    _check_one_reading(found, by_class)
     if empty := [name for name, paths in by_class.items() if not paths]:
-        first = ", ".join(empty[:5])
+        first = ", ".join(name + _content(root / name) for name in empty[:5])
         raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
     for name in found.images:
         found.left_out.count("images beside the class folders", name)
     paths = [path for paths in by_class.values() for path in paths]
     labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class.values()])
-    return ImageSet(root, paths, labels, list(by_class), left_out=found.left_out)
+    return _set_of(found, paths, labels, list(by_class))
+
+
+def _set_of(
+    found: listing.Folder, paths: list[str], labels: Sequence[int], classes: list[str]
+) -> ImageSet:
+    return ImageSet(
+        found.root, paths, labels, classes, left_out=found.left_out, folders=found.identities
+    )
+
+
+def _check_one_reading(found: listing.Folder, by_class: dict[str, list[str]]) -> None:
+    """InputError if images beside class folders may be the set, and the folders what is beside."""
+    inside = {name: len(paths) for name, paths in by_class.items() if paths}
+    beside, below = len(found.images), sum(inside.values())
+    if beside and (len(inside) == 1 or beside > below):
+        first = ", ".join([*inside][:5])
+        raise InputError(
+            f"data {found.root}: {beside} images directly in it and {below} in {len(inside)} of "
+            f"its folders ({first}): as a set without classes, move the folders away; as classes, "
+            "move the images beside them away"
+        )
 
 
 def _flat_set(found: listing.Folder) -> ImageSet:
@@ -237,7 +263,14 @@ def _flat_set(found: listing.Folder) -> ImageSet:
     for name in found.folders:
         found.left_out.count("folders", name)
     labels = [-1] * len(found.images)
-    return ImageSet(found.root, found.images, labels, [], left_out=found.left_out)
+    return _set_of(found, found.images, labels, [])
+
+
+def _content(root: Path) -> str:
+    """What the folder of a class without images holds instead."""
+    found = listing.Folder(root)
+    found.images_by_folder()
+    return _only(found)
 
 
 def _only(found: listing.Folder) -> str:
@@ -260,7 +293,7 @@ def read_any_folder(root: Path) -> ImageSet:
     paths = [path for name in classes for path in by_class[name]]
     counts = [len(found.images), *(len(by_class[name]) for name in classes)]
     labels = np.repeat(np.arange(-1, len(classes)), counts)
-    images = ImageSet(root, found.images + paths, labels, classes, left_out=found.left_out)
+    images = _set_of(found, found.images + paths, labels, classes)
     print(printable(str(images)), flush=True)
     return images
 
@@ -287,7 +320,7 @@ def _read_split(data: Path, split: str, *, dataset: str, unlabeled: bool) -> Ima
         pixels, labels, names, classes = archives.read(data, dataset, split, unlabeled=unlabeled)
         return PixelSet(data / split, names, labels, classes, pixels)
     root = data / split
-    if not root.is_dir():
+    if not listing.is_folder(root):
         return _without_split_folder(data, split)
     images = read_image_folder(root)
     if dataset == "imagenet100":
@@ -306,7 +339,7 @@ def _without_split_folder(data: Path, split: str) -> ImageSet:
     found = listing.Folder(data)
     if split == "train" and found.images:
         return _flat_set(found)
-    nearby = [name for name in found.folders if (data / name / split).is_dir()]
+    nearby = [name for name in found.folders if os.path.isdir(data / name / split)]
     hint = ""
     if len(nearby) == 1:
         hint = f"; did you mean {data / nearby[0]}?"
@@ -330,9 +363,10 @@ def _one_class(images: ImageSet) -> str:
 
 
 def check_classes(train: ImageSet, val: ImageSet) -> None:
-    """InputError unless both splits have the same classes, two or more.
+    """InputError unless both splits have the same classes, two or more, and no folder in common.
 
-    Labels are positions among their names. Of a single class any network is right.
+    Labels are positions among their names. Of a single class any network is right, and images that
+    it has in its base are each their own nearest neighbor.
     """
     data = train.root.parent
     if differing := sorted(set(train.classes) ^ set(val.classes)):
@@ -346,3 +380,9 @@ def check_classes(train: ImageSet, val: ImageSet) -> None:
     if len(train.classes) < 2:
         found = _one_class(train) if train.classes else "no class folders in train/ and val/"
         raise InputError(f"data {data}: {found}; an evaluation needs two classes")
+    for folder, path in val.folders.items():
+        if folder in train.folders:
+            raise InputError(
+                f"data {path}: is the same folder as {train.folders[folder]}, so training images "
+                "would be the val images"
+            )

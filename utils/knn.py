@@ -13,6 +13,7 @@ from utils import checked, distributed
 from utils.errors import InputError, RunError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
+from utils.splits import unreadable_classes
 
 KS = (1, 5, 10, 20)
 # faiss's own limit on a GPU, and the memory it may take there for base and queries at a time:
@@ -177,7 +178,8 @@ def evaluate_knn(
 
     Features are those before the projector, backbone in eval mode, L2-normalized. train: the
     labeled base, at least max(ks) images; val: the queries. A k above the number of images that can
-    be read has no figures. Of several processes only the main one has figures, the others None.
+    be read has no figures, and a class without such an image is warned of. Of several processes
+    only the main one has figures, the others None.
     """
     base, queries = (
         extract_features(
@@ -191,6 +193,11 @@ def evaluate_knn(
     )
     if not distributed.is_main():
         return None
+    for labels, images, so in (
+        (base[1], train.images, "its images count as wrong"),
+        (queries[1], val.images, "figures are over the others"),
+    ):
+        unreadable_classes(labels, images.classes, what=f"data {images.root}", so=so)
     ks = [k for k in ks if k <= len(base[1])]
     return knn_figures(base, queries, ks=ks, num_classes=len(train.images.classes))
 

@@ -1,7 +1,7 @@
 """Where a classifier gets features and labels from: images read anew each epoch, or kept features.
 
-Both have the same five: `for_statistics`, `epoch`, `val`, `num_images` and `labels`. F is the
-feature size.
+Both have the same six: `for_statistics`, `epoch`, `val`, `num_images`, `labels` and `val_labels`. F
+is the feature size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -52,6 +52,11 @@ class FromImages:
     def labels(self) -> np.ndarray:
         """Labels (N,) of the training images that `num_images` counts."""
         return np.delete(self._train.images.labels, sorted(self._train.left_out))
+
+    @property
+    def val_labels(self) -> np.ndarray:
+        """Labels (N,) of the val images that `num_images` counts."""
+        return np.delete(self._val.images.labels, sorted(self._val.left_out))
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images in the evaluation view."""
@@ -110,6 +115,11 @@ class FromFeatures:
     def labels(self) -> np.ndarray:
         """Labels (N,) of the training images."""
         return self._labels.cpu().numpy()
+
+    @property
+    def val_labels(self) -> np.ndarray:
+        """Labels (N,) of the val images."""
+        return self._val[1].cpu().numpy()
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images."""

@@ -40,6 +40,7 @@ from utils.evaluation import build_bad_images, check_view_memory, eval_loaders
 from utils.image_cache import cache_images, check_memory
 from utils.knn import evaluate_knn, ks_for
 from utils.label_noise import noisy_labels, read_label_file
+from utils.listing import is_folder
 from utils.loaders import TwoViewLoader
 from utils.memory_bank import MemoryBank
 from utils.schedule import learning_rate
@@ -75,9 +76,10 @@ def read_training_data(
     """The training images, and those of val/ for k-NN figures, None where there can be none.
 
     labeled: the method needs labels; otherwise images without one are added, where a set has such.
-    InputError if it has none, or if k-NN figures are asked for
-    during training but labels or val/ are missing.
+    InputError if it has none, if k-NN figures are asked for during training but labels or val/ are
+    missing, or if the run's folder would lie among the images.
     """
+    _check_run_folder(args)
     train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
     if labeled and not train.classes:
         raise InputError(f"data {args.data}: labels need class folders in train/")
@@ -87,7 +89,7 @@ def read_training_data(
         return train, None
     if len(train.classes) < 2:
         reason = f"the training images have {'one class only' if train.classes else 'no classes'}"
-    elif args.dataset not in archives.NAMES and not (args.data / "val").is_dir():
+    elif args.dataset not in archives.NAMES and not is_folder(args.data / "val"):
         reason = f"{args.data} has no folder val/"
     else:
         val = read_split(args.data, "val", dataset=args.dataset)
@@ -99,6 +101,20 @@ def read_training_data(
         raise InputError(f"--knn_freq {args.knn_freq}: {reason}")
     print(f"no k-NN figures: {reason}", flush=True)
     return train, None
+
+
+def _check_run_folder(args: argparse.Namespace) -> None:
+    """InputError for a --checkpoint_path that the next reading of the images would find."""
+    if args.dataset in archives.NAMES:
+        return
+    folder = Path(os.path.realpath(args.checkpoint_path))
+    for split in ("train", "val"):
+        images = args.data / split
+        if folder.is_relative_to(os.path.realpath(images)):
+            raise InputError(
+                f"--checkpoint_path {args.checkpoint_path}: lies in {images}, whose folders are "
+                "classes of images"
+            )
 
 
 def build_loader(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.checkpoint import replace_text
 from utils.data import ImageSet
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.image_names import ImageNames, quoted, read_lines, refuse
 
 
@@ -72,6 +72,23 @@ def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
     absent = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
     named = ", ".join(quoted(classes[label]) for label in absent[:5])
     return f"{len(absent)} of {len(classes)} classes: {named}" if named else ""
+
+
+def unreadable_classes(
+    labels: np.ndarray | Tensor,
+    classes: Sequence[str],
+    *,
+    what: str,
+    so: str = "figures are over the others",
+) -> list[str]:
+    """Names of the classes that no label of readable images (n,) is of; warns if there are any.
+
+    The warning is one line that begins with `what` and ends in `so`, what follows from it.
+    """
+    labels = np.asarray(labels)
+    if absent := absent_classes(labels, classes):
+        print(printable(f"WARNING {what}: no readable image of {absent}; {so}"), flush=True)
+    return [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
 
 
 def class_balanced_split(images: ImageSet, fraction: float, *, seed: int) -> np.ndarray:

@@ -256,7 +256,10 @@ def parse_args() -> argparse.Namespace:
         help="folder or log.jsonl",
     )
     parser.add_argument(
-        "--output", type=arguments.path, default=Path("training.png"), help="PNG to write"
+        *("--output",),
+        type=arguments.path,
+        default=Path("training.png"),
+        help="PNG to write, replaces only one like it",
     )
     return parser.parse_args()
 
@@ -266,6 +269,12 @@ def main() -> None:
     args = parse_args()
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: a name that ends in .png")
+    result_files.check_own(
+        args.output,
+        flag="--output",
+        kind="picture of curves",
+        is_own=lambda path: result_files.is_png_of(path, "Matplotlib"),  # savefig says so
+    )
     groups = build_groups(args.runs)
     result_files.make_folder(args.output.parent, flag="--output")
     count = draw(groups, args.output)

@@ -43,7 +43,8 @@ RESULTS = (*("knn.json", "linear.json", "linear/linear.json", "finetune/linear.j
 KINDS = {"knn.json": "k-NN", "linear.json": "linear classifier", COMPARISON: "comparison"}
 TITLES = {"top1": "top-1", "top5": "top-5", "weighted_top5": "weighted top-5"}
 TITLES |= {"best_top1": "best top-1", "best_epoch": "its epoch"}
-PNG = b"\x89PNG\r\n\x1a\n"
+ENDINGS = (".html", ".htm")
+QUESTION = "<h2>Is this run healthy?</h2>"  # by which a page of ours is known
 PATIENCE = 5  # intervals between lines after which a run has perhaps been broken off
 STYLE = Path(__file__).with_suffix(".css")
 
@@ -162,9 +163,8 @@ def find_pictures(
     for path in named or []:
         if not path.is_file():
             raise InputError(f"--neighbors {path}: no such file")
-        with path.open("rb") as file:
-            if file.read(len(PNG)) != PNG:
-                raise InputError(f"--neighbors {path}: no PNG file")
+        if not result_files.is_png(path):
+            raise InputError(f"--neighbors {path}: no PNG file")
     if named:
         return named, {}
     found, left_out = [], {}
@@ -224,7 +224,7 @@ def health_section(run: RunLog) -> str:
             f"{last['epoch']}, step {last['step']}: {escape(str(last['warning']))}</p>"
         )
     return (
-        f'<h2>Is this run healthy?</h2><ul class="checks">{"".join(lines)}</ul>{said}'
+        f'{QUESTION}<ul class="checks">{"".join(lines)}</ul>{said}'
         f'<p class="quiet">Ranges: {escape(health.DEMO_RUNS)}. Other data and networks have '
         "others; below half of what the demo runs had is worth a look.</p>"
     )
@@ -384,7 +384,9 @@ def parse_args() -> argparse.Namespace:
         "run", type=arguments.path_text, metavar="RUN", help="the run's folder, or its log.jsonl"
     )
     parser.add_argument(
-        "--output", type=arguments.path, help="HTML to write; default: report.html in RUN"
+        *("--output",),
+        type=arguments.path,
+        help="HTML to write, replaces only a page like it; default: report.html in RUN",
     )
     parser.add_argument(
         *("--results",),
@@ -399,12 +401,28 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was written here."""
+    with path.open(encoding="utf-8") as file:
+        head = file.read(2**20)
+    return head.startswith("<!doctype html>") and QUESTION in head
+
+
+def check_output(path: Path) -> None:
+    """InputError unless the page can be written without loss of another file."""
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"--output {path}: ends in none of {', '.join(ENDINGS)}")
+    result_files.check_own(path, flag="--output", kind="page on a run", is_own=is_page)
+    result_files.make_folder(path.parent, flag="--output")
+
+
 def main() -> None:
     """Write the page and say what it says."""
     args = parse_args()
     run = run_log.read(args.run)
     folder = run.path.parent
     output = args.output or folder / "report.html"
+    check_output(output)
     for path in args.results:
         if not path.is_dir():
             raise InputError(f"--results {path}: no such folder")
@@ -418,9 +436,6 @@ def main() -> None:
     page = build_page(
         run, results=results, left_out=left_out, pictures=pictures, newest=newest, now=now
     )
-    result_files.make_folder(output.parent, flag="--output")
-    if output.is_dir():
-        raise InputError(f"--output {output}: a folder")
     checkpoint.replace_text(output, page, flag="--output")
     print(printable(status(run, now=now)))
     for verdict in health.verdicts(run):

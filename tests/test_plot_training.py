@@ -195,6 +195,17 @@ def test_what_it_refuses(call_script, tmp_path, monkeypatch, run, output, reason
     assert code == 2 and reason in err and err.count("\n") == 1
 
 
+def test_it_replaces_no_image(call_script, tmp_path):
+    """Pictures of its own it does: `test_the_picture` draws one over another."""
+    run = logs.write(tmp_path / "run", logs.records(), starts=[logs.start()])
+    image = tmp_path / "image.png"
+    Image.new("RGB", (8, 8), "teal").save(image)
+    before = image.read_bytes()
+    code, _, err = call_script(SCRIPT, run, "--output", image)
+    assert code == 2 and err.count("\n") == 1 and image.read_bytes() == before
+    assert f"--output {image}: is there already and no picture of curves" in err
+
+
 def test_without_matplotlib(call_script, tmp_path, without_package):
     without_package("matplotlib")
     code, _, err = call_script(SCRIPT, logs.write(tmp_path / "run", logs.records()))

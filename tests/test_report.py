@@ -261,6 +261,13 @@ def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path
     assert str(elsewhere / "linear" / "linear.json") in page.text and "a.png" in page.text
 
 
+def test_a_page_takes_the_place_of_an_older_one(call_script, tmp_path):
+    folder = logs.write(tmp_path / "run", logs.records(2), starts=[logs.start()])
+    assert "epoch 2 of 3" in report(call_script, folder)[1].text
+    logs.write(folder, logs.records(3), starts=[logs.start()])
+    assert "epoch 3 of 3" in report(call_script, folder)[1].text
+
+
 def test_ranks_of_constrained_neighbors(call_script, tmp_path):
     lines = [logs.record(e, 4, constrained_ranks=[70.0, 20.0, 10.0]) for e in (1, 2, 3)]
     _, page = report(call_script, logs.write(tmp_path / "run", lines))
@@ -277,8 +284,12 @@ def test_ranks_of_constrained_neighbors(call_script, tmp_path):
         (["run", "--results", "missing"], "--results missing: no such folder"),
         (["run", "--neighbors", "missing"], "--neighbors missing: no such file"),
         (["run", "--neighbors", "run/log.jsonl"], "--neighbors run/log.jsonl: no PNG file"),
-        (["run", "--output", "run"], "--output run: a folder"),
-        (["run", "--output", "run/log.jsonl/a"], "--output run/log.jsonl: "),
+        (["run", "--output", "run"], "--output run: ends in none of .html, .htm"),
+        (["run", "--output", "run/run.json"], "--output run/run.json: ends in none of"),
+        (["run", "--output", "folder.html"], "--output folder.html: not a regular file"),
+        (["run", "--output", "other.html"], "other.html: is there already and no page on a run"),
+        (["run", "--output", "run/log.jsonl/a.html"], "--output run/log.jsonl: "),
+        (["run", "--output", "/proc/self/a.html"], "--output /proc/self: "),
         (["run", "--results", "broken"], "knn.json: no result file"),
         (["run", "--results", "other"], "linear.json: lr is 3, not a table of rows of figures"),
     ],
@@ -287,12 +298,15 @@ def test_what_it_refuses(call_script, tmp_path, monkeypatch, flags, reason):
     monkeypatch.chdir(tmp_path)
     logs.write(Path("run"), logs.records())
     logs.write(Path("empty"), [])
+    Path("folder.html").mkdir()
+    Path("other.html").write_text("<!doctype html><title>CMSF2Q: run</title>")
     for name, text in (("broken/knn.json", "{"), ("other/linear.json", '{"lr": 3}')):
         Path(name).parent.mkdir()
         Path(name).write_text(text)
     code, out, err = call_script(SCRIPT, *flags)
     assert code == 2 and out == "" and reason in err and err.count("\n") == 1
     assert not Path("run/report.html").exists()
+    assert Path("other.html").read_text() == "<!doctype html><title>CMSF2Q: run</title>"
 
 
 def browse(page, width, tmp_path):

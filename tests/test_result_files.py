@@ -1,10 +1,12 @@
 """Result files: written whole or not at all, read back, refused in one line; whose they are."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import resource
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -23,6 +25,18 @@ def test_write_json(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--save"):
         result_files.write_json(tmp_path / "file", "x.json", {})
+
+
+def test_a_folder_is_tried(tmp_path, monkeypatch):
+    result_files.make_folder(tmp_path / "a" / "b", flag="--save")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(InputError, match=f"^--save {tmp_path}: Permission denied$"):
+        result_files.make_folder(tmp_path, flag="--save")
 
 
 def test_read_json(tmp_path):
@@ -170,6 +184,6 @@ def test_rows_as_text():
 
 def test_a_write_that_fails_is_a_run_error(tmp_path):
     (tmp_path / "x.json").mkdir()
-    with pytest.raises(RunError, match="--save .*x.json could not be written: Is a directory"):
+    with pytest.raises(RunError, match="--save .*x.json could not be written: not a regular file"):
         result_files.write_json(tmp_path, "x.json", {})
     assert os.listdir(tmp_path) == ["x.json"]

@@ -33,6 +33,8 @@ def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
         raise InputError(f"{what}: no folder {path.parent}")
     if path.is_dir():
         raise InputError(f"{what}: is a folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{what}: not a regular file")
     make_folder(path.parent, flag="--output")
     if not path.exists():
         return

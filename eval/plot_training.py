@@ -88,7 +88,10 @@ def build_groups(texts: list[str]) -> list[Group]:
     by_key: dict[Any, list[RunLog]] = {}
     for text in texts:
         name, run = named(text)
-        by_key.setdefault(name or _experiment(run), []).append(run)
+        runs = by_key.setdefault(name or _experiment(run), [])
+        if run.path.resolve() in [other.path.resolve() for other in runs]:
+            raise InputError(f"{text}: a run that is there already, under the same name")
+        runs.append(run)
     unnamed = [runs for key, runs in by_key.items() if not isinstance(key, str)]
     names = dict(zip(map(id, unnamed), _names(unnamed), strict=True))
     groups = []

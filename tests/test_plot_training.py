@@ -65,6 +65,16 @@ def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(tmp_path, capsys):
     assert capsys.readouterr().out == "a: runs up to epoch 3, 2: drawn as far as the shortest\n"
 
 
+def test_no_run_counts_twice(tmp_path):
+    """By whatever path, with a name or without; under two names it may be."""
+    run = logs.write(tmp_path / "run", logs.records(), starts=[logs.start()])
+    (tmp_path / "link").symlink_to("run")
+    for texts in ([run, f"{run}/log.jsonl"], [f"a={run}", f"a={tmp_path / 'link'}"]):
+        with pytest.raises(InputError, match="a run that is there already, under the same name"):
+            SCRIPT.build_groups([str(text) for text in texts])
+    assert len(SCRIPT.build_groups([f"a={run}", f"b={run}"])) == 2
+
+
 def test_a_figure_that_one_run_lacks_is_no_figure_of_the_group(tmp_path):
     """A band of some of the runs would be taken for one of all."""
     one = logs.write(tmp_path / "1", logs.records(loss=None))

@@ -217,3 +217,56 @@ def encoder_of(record: dict, *, what: str) -> Encoder:
             for name, kind in kinds.items()
         }
     )
+
+
+class ValImages(NamedTuple):
+    """Which val images a result was measured on, as far as its file says; None: it does not.
+
+    digest: of all the files. count and classes: how many there were.
+    """
+
+    digest: str | None = None
+    count: int | None = None
+    classes: int | None = None
+
+    def is_same(self, other: "ValImages") -> bool:
+        """Whether they are the same: by digest, or where one has none by what both say."""
+        if self.digest and other.digest:
+            return self.digest == other.digest
+        pairs = [(self.count, other.count), (self.classes, other.classes)]
+        return all(a == b for a, b in pairs if a is not None and b is not None)
+
+    def __str__(self) -> str:
+        """In words, in one line."""
+        count = "unknown" if self.count is None else self.count
+        of = "" if self.classes is None else f" of {self.classes} classes"
+        digest = f" (digest {self.digest[:12]})" if self.digest else ""
+        return printable(f"{count} val images{of}{digest}")
+
+
+def val_images_of(record: dict, *, what: str) -> ValImages:
+    """The val images that a result file tells of; InputError that begins with `what` as above."""
+    table = checked.table_of(checked.ANY)
+    digests = checked.take(record, "images", table, what=what, default={})
+    digest = checked.take(digests, "val", checked.or_none(checked.TEXT), what=what, default=None)
+    counts = checked.take(record, "counts", table, what=what, default={})
+    kind = checked.or_none(checked.whole(0))
+    numbers = (checked.take(counts, n, kind, what=what, default=None) for n in ("val", "classes"))
+    return ValImages(digest, *numbers)
+
+
+def is_fine_tuned(record: dict, *, what: str) -> bool | None:
+    """Whether a linear.json is of an encoder that was trained too; None: it does not say.
+
+    Its settings tell, or, in older files, its protocol in words. InputError as above.
+    """
+    table = checked.table_of(checked.ANY)
+    settings = checked.take(record, "settings", table, what=what, default={})
+    kind = checked.or_none(checked.FLAG)
+    tuned = checked.take(settings, "fine_tune", kind, what=what, default=None)
+    if tuned is None:
+        kind = checked.or_none(checked.TEXT)
+        words = checked.take(record, "protocol", kind, what=what, default=None) or ""
+        said = {"encoder trained too": True, "frozen encoder": False}
+        tuned = next((value for text, value in said.items() if text in words), None)
+    return tuned

@@ -682,6 +682,7 @@ def test_only_checked(call_script, weights, image_tree, tmp_path):
         (("--evaluate", "--resume", "auto"), ("--evaluate", "--resume")),
         (("--resume", "no/such.pth"), ("--resume no/such.pth", "no such file")),
         (("--save", "/dev/null/x"), ("--save /dev/null/x",)),
+        (("--save", "/proc/self"), ("--save /proc/self: ",)),
         (("--arch", "resnet18"), ("--arch resnet18", "missing")),
         (("--train_file", "no/such.txt"), ("--train_file no/such.txt",)),
     ],

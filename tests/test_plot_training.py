@@ -196,6 +196,7 @@ def test_what_is_drawn_is_what_was_logged(tmp_path):
         ("missing", "a.png", "missing: no such file or folder"),
         ("=run", "a.png", "=run: not NAME=RUN, the name is empty"),
         ("run", "a.pdf", "a.pdf: a name that ends in .png"),
+        ("run", "/proc/self/a.png", "--output /proc/self: "),
     ],
 )
 def test_what_it_refuses(call_script, tmp_path, monkeypatch, run, output, reason):

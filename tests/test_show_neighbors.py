@@ -342,6 +342,7 @@ def test_another_data_set_is_refused(call_script, image_tree, tmp_path):
         (("--side", 10), ("--side", "10")),
         (("--output", "x.jpg"), ("--output x.jpg", ".png")),
         (("--output", "/dev/null/x.png"), ("--output /dev/null",)),
+        (("--output", "/proc/self/x.png"), ("--output /proc/self: ",)),
         (("--weights", "no/such.pth"), ("--weights no/such.pth", "no such file")),
         (("--weights", "random"), ("--weights random", "no memory bank", "--from_features")),
     ],

@@ -4,7 +4,8 @@
 
 Each argument names a row and a folder with what eval_knn.py and eval_linear.py wrote: knn.json,
 linear/linear.json (frozen encoder) and finetune/linear.json (fine-tuned encoder). What is not there
-stays empty, and so does what is of another checkpoint than the first of them, which is said.
+stays empty. So does what is of another checkpoint or of other val images than the first of them, or
+in the other's place, which is said.
 """
 
 import argparse
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import arguments, checked, result_files, running
 from utils.errors import InputError
-from utils.result_files import Encoder
+from utils.result_files import Encoder, ValImages
 
 KNN, LINEAR, FINETUNE = "knn.json", "linear/linear.json", "finetune/linear.json"
 # Column -> the file it stands in, and where in it.
@@ -29,33 +30,52 @@ COLUMNS = {
 class Row(NamedTuple):
     """One encoder's figures by column, percent, None: not measured; and what is not of it.
 
-    left_out: file -> why its figures are not in the row.
+    images: which val images they are of. left_out: file -> why its figures are not in the row.
     """
 
     figures: dict[str, float | None]
     encoder: Encoder
+    images: ValImages
     left_out: dict[str, str]
 
 
 def read_row(folder: Path) -> Row:
-    """The results of a folder that are of one encoder: that of its first file."""
+    """The results of a folder that are of one encoder and of one val set: those of its first."""
     there = {name: read(folder / name) for name in (KNN, LINEAR, FINETUNE)}
     there = {name: record for name, record in there.items() if record}
-    encoders = {n: result_files.encoder_of(r, what=str(folder / n)) for n, r in there.items()}
-    first = next(iter(there), "")
-    encoder = encoders.get(first, Encoder())
-    left_out = {
-        name: f"of {other}, not of {encoder} as {first}"
-        for name, other in encoders.items()
-        if not other.is_same(encoder)
-    }
+    first, encoder, images = "", Encoder(), ValImages()
+    left_out = {}
+    for name, record in there.items():
+        what = str(folder / name)
+        own = result_files.encoder_of(record, what=what)
+        seen = result_files.val_images_of(record, what=what)
+        if reason := misplaced(name, record, what=what):
+            left_out[name] = reason
+        elif not first:
+            first, encoder, images = name, own, seen
+        elif not own.is_same(encoder):
+            left_out[name] = f"of {own}, not of {encoder} as {first}"
+        elif not seen.is_same(images):
+            left_out[name] = f"on {seen}, not on {images} as {first}"
     figures = {}
     for column, (name, place) in COLUMNS.items():
         value = {} if name in left_out else there.get(name, {})
         for part in place:
             value = value.get(part) or {} if part != place[-1] else value.get(part)
         figures[column] = value
-    return Row(figures, encoder, left_out)
+    return Row(figures, encoder, images, left_out)
+
+
+def misplaced(name: str, record: dict, *, what: str) -> str:
+    """Why a file's figures do not belong in the column of its place, "" if they do."""
+    if name == KNN:
+        return ""
+    tuned = result_files.is_fine_tuned(record, what=what)
+    if tuned is None:
+        return "it does not say whether the encoder was trained too (--fine-tune)"
+    if tuned != (name == FINETUNE):
+        return f"of {'a fine-tuned' if tuned else 'a frozen'} encoder"
+    return ""
 
 
 def read(path: Path) -> dict:
@@ -84,16 +104,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Print the table and write it."""
-    args = parse_args()
+def read_rows(texts: list[str]) -> dict[str, Row]:
+    """The rows that the command line names; InputError for one that is none or there twice."""
     rows = {}
-    for text in args.rows:
+    for text in texts:
         name, equals, folder = text.partition("=")
         if not equals or not Path(folder).is_dir():
             raise InputError(f"{text}: not NAME=DIR with a folder that is there")
+        if name in rows:
+            raise InputError(f"{text}: there is a row of the name {name!r} already")
         rows[name] = read_row(Path(folder))
+    return rows
+
+
+def main() -> None:
+    """Print the table and write it."""
+    args = parse_args()
+    rows = read_rows(args.rows)
+    if args.save:
+        result_files.make_folder(args.save, flag="--save")
+    first = next(iter(rows))
     for name, row in rows.items():
+        if not row.images.is_same(rows[first].images):
+            print(f"{name}: on {row.images}, {first}: on {rows[first].images}: not comparable")
         for file, reason in row.left_out.items():
             print(f"{name}: {file} left out: {reason}")
         if not row.encoder.is_known and any(v is not None for v in row.figures.values()):

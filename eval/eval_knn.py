@@ -91,6 +91,12 @@ def check_flags(args: argparse.Namespace, state: dict) -> None:
         args.epoch = state.get("epoch") if args.epoch is None else args.epoch
         if args.epoch is None:
             raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
+        result_files.check_own(
+            args.save_acc,
+            flag="--save_acc",
+            kind="list of figures",
+            is_own=result_files.has_figures,
+        )
         result_files.append_line(args.save_acc, "", flag="--save_acc")
     if args.save:
         result_files.make_folder(args.save, flag="--save")

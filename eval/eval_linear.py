@@ -144,7 +144,11 @@ def parse_args() -> argparse.Namespace:
         help='linear.pth to continue after, on the same images; "auto": that of --save, if it is '
         "of the same run",
     )
-    group.add_argument("--evaluate", action="store_true", help="only measure --resume on val/")
+    group.add_argument(
+        *("--evaluate",),
+        action="store_true",
+        help="only measure --resume on val/; --save gets evaluate.json, its linear.json stays",
+    )
     options.add_stage_options(group)
     args = options.parse(parser, demo=DEMO)
     if args.demo and not args.fine_tune:
@@ -495,7 +499,7 @@ def build_probe(
 
 
 def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> None:
-    """Print the table of each learning rate's figures; write it and the record to linear.json."""
+    """Print the table of each learning rate's figures; write it and the record to --save."""
     counts = record["counts"]
     print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
     print(linear.format_table(summary))
@@ -503,11 +507,13 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
         best = linear.best_rate(summary)
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
-        print(result_files.write_json(args.save, "linear.json", record))
+        # Apart from the record of the training, which says more.
+        name = "evaluate.json" if args.evaluate else "linear.json"
+        print(result_files.write_json(args.save, name, record))
 
 
 def main() -> None:
-    """Train a probe or measure a saved one, print a table, write linear.json."""
+    """Train a probe or measure a saved one, print a table, write it."""
     args = parse_args()
     start = time.monotonic()
     check_flags(args)

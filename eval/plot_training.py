@@ -88,7 +88,10 @@ def build_groups(texts: list[str]) -> list[Group]:
     by_key: dict[Any, list[RunLog]] = {}
     for text in texts:
         name, run = named(text)
-        by_key.setdefault(name or _experiment(run), []).append(run)
+        runs = by_key.setdefault(name or _experiment(run), [])
+        if run.path.resolve() in [other.path.resolve() for other in runs]:
+            raise InputError(f"{text}: a run that is there already, under the same name")
+        runs.append(run)
     unnamed = [runs for key, runs in by_key.items() if not isinstance(key, str)]
     names = dict(zip(map(id, unnamed), _names(unnamed), strict=True))
     groups = []
@@ -256,7 +259,10 @@ def parse_args() -> argparse.Namespace:
         help="folder or log.jsonl",
     )
     parser.add_argument(
-        "--output", type=arguments.path, default=Path("training.png"), help="PNG to write"
+        *("--output",),
+        type=arguments.path,
+        default=Path("training.png"),
+        help="PNG to write, replaces only one like it",
     )
     return parser.parse_args()
 
@@ -266,6 +272,12 @@ def main() -> None:
     args = parse_args()
     if args.output.suffix.lower() != ".png":
         raise InputError(f"--output {args.output}: a name that ends in .png")
+    result_files.check_own(
+        args.output,
+        flag="--output",
+        kind="picture of curves",
+        is_own=lambda path: result_files.is_png_of(path, "Matplotlib"),  # savefig says so
+    )
     groups = build_groups(args.runs)
     result_files.make_folder(args.output.parent, flag="--output")
     count = draw(groups, args.output)

@@ -7,7 +7,7 @@ A single HTML file that opens without a network: curves are SVG, pictures are in
 folder or its log.jsonl, one that still goes on too. Results are knn.json, linear.json and
 results.json (eval_knn.py, eval_linear.py, compare.py) of the run's folder, the one above it, and
 those of --results, and linear/linear.json and finetune/linear.json there, as far as they are of the
-run's last checkpoint; what is left out is named.
+run's last checkpoint and on the val images of the first; what is left out is named.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from utils import (
     svg,
 )
 from utils.errors import InputError, printable
-from utils.result_files import Encoder
+from utils.result_files import Encoder, ValImages
 from utils.run_folder import REQUEUE, checkpoints_in
 from utils.run_log import PANELS, RunLog
 
@@ -43,18 +43,23 @@ RESULTS = (*("knn.json", "linear.json", "linear/linear.json", "finetune/linear.j
 KINDS = {"knn.json": "k-NN", "linear.json": "linear classifier", COMPARISON: "comparison"}
 TITLES = {"top1": "top-1", "top5": "top-5", "weighted_top5": "weighted top-5"}
 TITLES |= {"best_top1": "best top-1", "best_epoch": "its epoch"}
-PNG = b"\x89PNG\r\n\x1a\n"
+ENDINGS = (".html", ".htm")
+QUESTION = "<h2>Is this run healthy?</h2>"  # by which a page of ours is known
 PATIENCE = 5  # intervals between lines after which a run has perhaps been broken off
 STYLE = Path(__file__).with_suffix(".css")
 
 
 class Result(NamedTuple):
-    """A result file: what it is of, its table (row -> column -> figure), whose it is, and where."""
+    """A result file: what it is of, its table (row -> column -> figure), whose it is, and where.
+
+    images: the val images that it is of; a comparison does not say.
+    """
 
     title: str
     rows: dict[str, dict]
     of: str
     path: Path
+    images: ValImages = ValImages()
 
 
 def status(run: RunLog, *, now: float) -> str:
@@ -88,31 +93,52 @@ def duration(seconds: float) -> str:
 
 
 def find_results(
-    folders: list[Path], *, last_sha256: str | None
+    named: list[Path], *, also: list[Path], last_sha256: str | None
 ) -> tuple[list[Result], dict[Path, str]]:
     """The result files of some folders, each once, of a run's last checkpoint (None: it has none).
 
-    And of those that are not of it the reason why they are left out.
+    And of those that are not of it, or on other val images than the first, the reason why they are
+    left out. InputError for a file that is none; in the folders `also`, which nobody named, it is
+    left out as well.
     """
     found: dict[Path, Result] = {}
     left_out: dict[Path, str] = {}
     paths: dict[str, Path] = {}
-    for path in (folder / name for folder in folders for name in RESULTS):
+    for path in (folder / name for folder in [*named, *also] for name in RESULTS):
         paths.setdefault(os.path.realpath(path), path)
+    asked = {folder / name for folder in named for name in RESULTS}
     for path in paths.values():
-        record = result_files.read_json(path)
-        if not record:
-            continue
         read = read_comparison if path.name == COMPARISON else read_result
-        result, of = read(path, record)
-        if last_sha256 is None:
-            left_out[path] = "the run has no checkpoint yet"
-        elif last_sha256 not in {encoder.sha256 for encoder in of}:
-            whose = " and ".join(dict.fromkeys(map(str, of))) or "nothing"
-            left_out[path] = f"of {whose}, not of the run's last checkpoint ({last_sha256[:12]})"
+        try:
+            record = result_files.read_json(path)
+            result, of = read(path, record) if record else (None, [])
+        except InputError as error:
+            if path in asked:
+                raise
+            left_out[path] = str(error).removeprefix(f"{path}: ")
+            continue
+        if result is None:
+            continue
+        if reason := why_not(result, of, found, last_sha256=last_sha256):
+            left_out[path] = reason
         else:
             found[path] = result
     return list(found.values()), left_out
+
+
+def why_not(
+    result: Result, of: list[Encoder], found: dict[Path, Result], *, last_sha256: str | None
+) -> str:
+    """Why a result of these encoders is left out, "" if it goes with those found before it."""
+    if last_sha256 is None:
+        return "the run has no checkpoint yet"
+    if last_sha256 not in {encoder.sha256 for encoder in of}:
+        whose = " and ".join(dict.fromkeys(map(str, of))) or "nothing"
+        return f"of {whose}, not of the run's last checkpoint ({last_sha256[:12]})"
+    first = next((other for other in found.values() if other.images != ValImages()), result)
+    if not result.images.is_same(first.images):
+        return f"on {result.images}, not on {first.images} as {first.path}"
+    return ""
 
 
 def read_result(path: Path, record: dict) -> tuple[Result, list[Encoder]]:
@@ -120,9 +146,14 @@ def read_result(path: Path, record: dict) -> tuple[Result, list[Encoder]]:
     key, label = {"knn.json": ("k", "{}-NN"), "linear.json": ("lr", "learning rate {}")}[path.name]
     rows = checked.take(record, key, result_files.TABLE, what=str(path))
     encoder = result_files.encoder_of(record, what=str(path))
-    title = "fine-tuned encoder" if path.parent.name == "finetune" else KINDS[path.name]
+    images = result_files.val_images_of(record, what=str(path))
+    tuned = result_files.is_fine_tuned(record, what=str(path))
+    if tuned is None:
+        tuned = path.parent.name == "finetune"
+    title = "fine-tuned encoder" if tuned else KINDS[path.name]
     rows = {label.format(name): row for name, row in rows.items()}
-    return Result(title, rows, f"of this run's last checkpoint: {encoder}", path), [encoder]
+    of = f"of this run's last checkpoint: {encoder}"
+    return Result(title, rows, of, path, images), [encoder]
 
 
 def read_comparison(path: Path, record: dict) -> tuple[Result, list[Encoder]]:
@@ -154,28 +185,36 @@ def last_checkpoint(folder: Path) -> tuple[Path, str] | None:
 
 def find_pictures(
     folder: Path, named: list[Path] | None, *, last_sha256: str | None
-) -> tuple[list[Path], dict[Path, str]]:
-    """PNG files of neighbors: the named ones, or neighbors*.png of the run's folder.
+) -> tuple[dict[Path, str], dict[Path, str]]:
+    """PNG files of neighbors, each with a note: the named ones, or neighbors*.png of the folder.
 
-    And of those that the file beside them says to be of another checkpoint, the reason why not.
+    And of those in the folder that are not known to be of the last checkpoint, the reason why they
+    are left out; to a named one it is the note.
     """
     for path in named or []:
         if not path.is_file():
             raise InputError(f"--neighbors {path}: no such file")
-        with path.open("rb") as file:
-            if file.read(len(PNG)) != PNG:
-                raise InputError(f"--neighbors {path}: no PNG file")
+        if not result_files.is_png(path):
+            raise InputError(f"--neighbors {path}: no PNG file")
+    paths = named or filter(Path.is_file, sorted(folder.glob("neighbors*.png")))
+    notes = {path: of_another(path, last_sha256=last_sha256) for path in paths}
     if named:
-        return named, {}
-    found, left_out = [], {}
-    for path in filter(Path.is_file, sorted(folder.glob("neighbors*.png"))):
-        about = path.with_suffix(".json")
+        return notes, {}
+    return {p: n for p, n in notes.items() if not n}, {p: n for p, n in notes.items() if n}
+
+
+def of_another(picture: Path, *, last_sha256: str | None) -> str:
+    """Why a picture is not known to be of the last checkpoint, by the JSON beside it; "" if so."""
+    about = picture.with_suffix(".json")
+    try:
         encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))
-        if encoder.is_known and encoder.sha256 != last_sha256:
-            left_out[path] = f"of {encoder}, not of the run's last checkpoint"
-        else:
-            found.append(path)
-    return found, left_out
+    except InputError as error:
+        return f"not known of which checkpoint ({error})"
+    if not encoder.is_known:
+        return f"not known of which checkpoint (no {about.name} beside it that says so)"
+    if encoder.sha256 is None or encoder.sha256 != last_sha256:
+        return f"of {encoder}, not of the run's last checkpoint"
+    return ""
 
 
 def cell(value: object) -> str:
@@ -224,7 +263,7 @@ def health_section(run: RunLog) -> str:
             f"{last['epoch']}, step {last['step']}: {escape(str(last['warning']))}</p>"
         )
     return (
-        f'<h2>Is this run healthy?</h2><ul class="checks">{"".join(lines)}</ul>{said}'
+        f'{QUESTION}<ul class="checks">{"".join(lines)}</ul>{said}'
         f'<p class="quiet">Ranges: {escape(health.DEMO_RUNS)}. Other data and networks have '
         "others; below half of what the demo runs had is worth a look.</p>"
     )
@@ -283,15 +322,15 @@ def results_section(run: RunLog, results: list[Result], left_out: dict[Path, str
     return f'<h2>Results</h2><div class="stack tables">{"".join(boxes)}</div>'
 
 
-def pictures_section(paths: list[Path]) -> str:
-    """Pictures of neighbors, inside the page; "" without any."""
-    if not paths:
+def pictures_section(pictures: dict[Path, str]) -> str:
+    """Pictures of neighbors with their notes, inside the page; "" without any."""
+    if not pictures:
         return ""
     images = [
         '<figure class="card"><img alt="Images with their nearest neighbors" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{escape(path.name)}</figcaption></figure>"
-        for path in paths
+        f"<figcaption>{escape(': '.join(filter(None, (path.name, note))))}</figcaption></figure>"
+        for path, note in pictures.items()
     ]
     return f'<h2>Neighbors</h2><div class="stack">{"".join(images)}</div>'
 
@@ -347,7 +386,7 @@ def build_page(
     *,
     results: list[Result],
     left_out: dict[Path, str],
-    pictures: list[Path],
+    pictures: dict[Path, str],
     newest: tuple[Path, str] | None,
     now: float,
 ) -> str:
@@ -384,7 +423,9 @@ def parse_args() -> argparse.Namespace:
         "run", type=arguments.path_text, metavar="RUN", help="the run's folder, or its log.jsonl"
     )
     parser.add_argument(
-        "--output", type=arguments.path, help="HTML to write; default: report.html in RUN"
+        *("--output",),
+        type=arguments.path,
+        help="HTML to write, replaces only a page like it; default: report.html in RUN",
     )
     parser.add_argument(
         *("--results",),
@@ -399,34 +440,50 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was written here."""
+    with path.open(encoding="utf-8") as file:
+        head = file.read(2**20)
+    return head.startswith("<!doctype html>") and QUESTION in head
+
+
+def check_output(path: Path) -> None:
+    """InputError unless the page can be written without loss of another file."""
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"--output {path}: ends in none of {', '.join(ENDINGS)}")
+    result_files.check_own(path, flag="--output", kind="page on a run", is_own=is_page)
+    result_files.make_folder(path.parent, flag="--output")
+
+
 def main() -> None:
     """Write the page and say what it says."""
     args = parse_args()
     run = run_log.read(args.run)
     folder = run.path.parent
     output = args.output or folder / "report.html"
+    check_output(output)
     for path in args.results:
         if not path.is_dir():
             raise InputError(f"--results {path}: no such folder")
     newest = last_checkpoint(folder)
     last = newest and newest[1]
-    folders = [folder, folder.resolve().parent, *args.results]
-    results, left_out = find_results(folders, last_sha256=last)
+    above = [folder.resolve().parent]
+    results, left_out = find_results([folder, *args.results], also=above, last_sha256=last)
     pictures, others = find_pictures(folder, args.neighbors, last_sha256=last)
     left_out |= others
     now = time.time()
     page = build_page(
         run, results=results, left_out=left_out, pictures=pictures, newest=newest, now=now
     )
-    result_files.make_folder(output.parent, flag="--output")
-    if output.is_dir():
-        raise InputError(f"--output {output}: a folder")
     checkpoint.replace_text(output, page, flag="--output")
     print(printable(status(run, now=now)))
     for verdict in health.verdicts(run):
         print(f"{verdict.sign} {verdict.question}: {verdict.word}, {verdict.reason}")
     for path, reason in left_out.items():
         print(f"{path} left out: {reason}")
+    for path, note in pictures.items():
+        if note:
+            print(f"{path}: {note}")
     print(output)
 
 

@@ -14,9 +14,11 @@ written to a JSON file beside it.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
@@ -39,6 +41,7 @@ from utils.features import extract_features
 from utils.shown_neighbors import Shown
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
+PROGRAM = "CMSF show_neighbors.py"  # what a picture says that it was made by
 RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
 MOST_MEGAPIXELS = 200
 COSINES = "cos: similarity, the cosine of the angle between both."
@@ -81,9 +84,31 @@ def parse_args() -> argparse.Namespace:
         "--output",
         type=arguments.path,
         default=Path("output/neighbors.png"),
-        help="PNG file to write; a JSON file of the same name tells what is in it",
+        help="PNG file to write; a JSON file of the same name tells what is in it; replaces "
+        "no files but its own",
     )
     return options.parse(parser, demo=DEMO)
+
+
+def check_output(path: Path) -> None:
+    """InputError unless picture and JSON can be written without loss of another file."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--output {path}: name a file that ends in .png")
+    about = path.with_suffix(".json")
+    check = partial(result_files.check_own, flag="--output")
+    check(about, kind="record of neighbors", is_own=is_record)
+    check(
+        path,
+        kind="picture of neighbors",  # older ones say nothing themselves
+        is_own=lambda p: (
+            result_files.is_png_of(p, PROGRAM) or (result_files.is_png(p) and is_record(about))
+        ),
+    )
+
+
+def is_record(path: Path) -> bool:
+    """Whether a JSON file is one of those that are written here."""
+    return isinstance(result_files.read_json(path).get("targets"), list)
 
 
 def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | None:
@@ -169,8 +194,7 @@ def shown_from_features(
 def main() -> None:
     """Choose, search, draw, write picture and JSON."""
     args = parse_args()
-    if args.output.suffix.lower() != ".png":
-        raise InputError(f"--output {args.output}: name a file that ends in .png")
+    check_output(args.output)
     images = read_split(args.data, "train", dataset=args.dataset)
     named = named_targets(args, images)
     check_size(args, args.count if named is None else len(named))
@@ -192,7 +216,9 @@ def main() -> None:
         bad_images=bad_images,
     )
     with checkpoint.atomic_file(args.output, flag="--output") as file:
-        picture.save(file, format="PNG")
+        says = PngInfo()
+        says.add_text("Software", PROGRAM)
+        picture.save(file, format="PNG", pnginfo=says)
     record = {
         "targets": targets,
         "constraint": shown.constraint,

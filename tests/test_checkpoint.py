@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import zipfile
@@ -416,3 +417,29 @@ def test_a_file_that_was_removed_before_it_was_held_is_made_anew(tmp_path, monke
     monkeypatch.setattr(checkpoint.fcntl, "lockf", removed_first)
     checkpoint.replace_text(path, "whole")
     assert path.read_text() == "whole" and len(calls) == 2
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    there, to_come = tmp_path / "there.pth", tmp_path / "to_come.pth"
+    for link in (there, to_come):
+        link.symlink_to(Path("disk") / link.name)
+    (tmp_path / "disk" / "there.pth").write_bytes(b"old")
+    for link in (there, to_come):
+        checkpoint.save(link, {"epoch": 7})
+        assert link.is_symlink() and not (tmp_path / "disk" / link.name).is_symlink()
+        assert checkpoint.load(tmp_path / "disk" / link.name, flag="x")["epoch"] == 7
+    assert sorted(os.listdir(tmp_path / "disk")) == ["there.pth", "to_come.pth"]
+    assert sorted(os.listdir(tmp_path)) == ["disk", "there.pth", "to_come.pth"]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "folder", "link"):
+        expected = f"--save {tmp_path / name} could not be written: not a regular file"
+        with pytest.raises(RunError, match=f"^{re.escape(expected)}$"):
+            checkpoint.replace_text(tmp_path / name, "x", flag="--save")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]

@@ -145,9 +145,11 @@ def test_linear_probe_and_fine_tuning(evaluated, processes, kind):
 @PROCESSES
 def test_measuring_a_fine_tuned_encoder(evaluated, processes):
     (one, *_), (several, *_) = evaluated(1), evaluated(processes)
-    figures = [record(folder / "measured")["lr"] for folder in (one, several)]
+    figures = [record(folder / "measured", "evaluate.json")["lr"] for folder in (one, several)]
     assert figures[0] == figures[1]
-    assert record(several / "measured")["top1"] == record(several / "tuned")["top1"]
+    assert (
+        record(several / "measured", "evaluate.json")["top1"] == record(several / "tuned")["top1"]
+    )
 
 
 @PROCESSES

@@ -256,14 +256,18 @@ def test_stopped_and_killed_it_goes_on_to_the_table_of_an_undisturbed_run(image_
     assert "epoch 1/" not in done.stdout
 
 
+FROZEN = {"protocol": "backbone features, frozen encoder; L2-normalized"}  # of an early version
+TUNED = {"settings": {"fine_tune": True}}
+
+
 def test_table_of_results(call_script, tmp_path, capsys):
     full, part = tmp_path / "full", tmp_path / "part"
     for folder in (full / "linear", full / "finetune", part):
         folder.mkdir(parents=True)
     knn = {"k": {"1": {"accuracy": 61.25}, "20": {"accuracy": 70.0}}}
     (full / "knn.json").write_text(json.dumps(knn))
-    (full / "linear" / "linear.json").write_text(json.dumps({"top1": 80.5}))
-    (full / "finetune" / "linear.json").write_text(json.dumps({"top1": 90.75}))
+    (full / "linear" / "linear.json").write_text(json.dumps({"top1": 80.5} | FROZEN))
+    (full / "finetune" / "linear.json").write_text(json.dumps({"top1": 90.75} | TUNED))
     code, stdout, _ = call_script(COMPARE, "--save", tmp_path, f"a b={full}", f"c={part}")
     assert code == 0
     assert "a b        61.2        70.0        80.5        90.8" in stdout
@@ -285,7 +289,8 @@ def test_a_row_has_the_results_of_one_checkpoint(call_script, tmp_path):
     for name, whose in (("linear", old), ("finetune", new), ("early", {})):
         folder = tmp_path / ("x/linear" if name == "early" else f"run/{name}")
         folder.mkdir(parents=True)
-        (folder / "linear.json").write_text(json.dumps({"top1": 80.5} | whose))
+        how = TUNED if name == "finetune" else FROZEN
+        (folder / "linear.json").write_text(json.dumps({"top1": 80.5} | whose | how))
     knn = {"k": {"1": {"accuracy": 61.25}, "20": {"accuracy": None}}}
     (tmp_path / "run" / "knn.json").write_text(json.dumps(knn | new))
     rows = (f"cmsf={tmp_path / 'run'}", f"early={tmp_path / 'x'}")
@@ -301,3 +306,57 @@ def test_a_row_has_the_results_of_one_checkpoint(call_script, tmp_path):
     assert record["cmsf"]["of"]["sha256"] == "a" * 64
     assert record["cmsf"]["left_out"] == {"linear/linear.json": reason}
     assert record["early"]["linear"] == 80.5 and record["early"]["of"]["sha256"] is None
+
+
+VAL = {"counts": {"val": 12, "classes": 3}, "images": {"val": "a" * 64, "train": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("place", "record", "reason"),
+    [
+        ("linear", FROZEN, ""),
+        ("finetune", TUNED, ""),
+        ("linear", {"settings": {"fine_tune": False}} | VAL, ""),
+        ("linear", FROZEN | {"images": {"val": "a" * 64, "train": "y"}}, ""),  # of other labels
+        ("linear", FROZEN | {"counts": {"val": 12, "train": 5}}, ""),
+        ("linear", TUNED, "of a fine-tuned encoder"),
+        (
+            "linear",
+            {"protocol": "features, encoder trained too"},
+            "of a fine-tuned encoder",
+        ),
+        ("finetune", FROZEN, "of a frozen encoder"),
+        ("finetune", {"settings": {"fine_tune": False}} | VAL, "of a frozen encoder"),
+        ("finetune", {}, "it does not say whether the encoder was trained too (--fine-tune)"),
+        ("linear", FROZEN | {"counts": {"val": 11}}, "on 11 val images"),
+        ("linear", FROZEN | {"counts": {"classes": 4}}, "on unknown val images of 4 classes"),
+        ("finetune", TUNED | VAL | {"images": {"val": "b" * 64}}, f"(digest {'b' * 12})"),
+    ],
+)
+def test_a_column_has_results_of_its_kind_on_the_same_images(
+    call_script, tmp_path, place, record, reason
+):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "linear.json").write_text(json.dumps({"top1": 80.5} | record))
+    (tmp_path / "knn.json").write_text(json.dumps({"k": {"1": {"accuracy": 61.25}}} | VAL))
+    code, out, _ = call_script(COMPARE, f"x={tmp_path}", "--save", tmp_path)
+    row = json.loads((tmp_path / "results.json").read_text())["x"]
+    column = {"linear": "linear", "finetune": "fine-tuned"}[place]
+    assert code == 0 and row[column] == (None if reason else 80.5) and row["1-NN"] == 61.25
+    assert list(row["left_out"]) == ([f"{place}/linear.json"] if reason else [])
+    assert reason in out and (f"{place}/linear.json left out: " in out) == bool(reason)
+
+
+def test_rows_have_names_of_their_own(call_script, tmp_path):
+    """And those of other val images are said."""
+    for name, count in (("a", 12), ("b", 12), ("c", 13)):
+        (tmp_path / name).mkdir()
+        knn = {"k": {"1": {"accuracy": 61.25}}, "counts": {"val": count}}
+        (tmp_path / name / "knn.json").write_text(json.dumps(knn))
+    code, out, _ = call_script(COMPARE, *(f"{name}={tmp_path / name}" for name in "abc"))
+    said = [line for line in out.splitlines() if "not comparable" in line]
+    assert code == 0 and said == ["c: on 13 val images, a: on 12 val images: not comparable"]
+    code, _, stderr = call_script(COMPARE, f"a={tmp_path / 'a'}", f"a={tmp_path / 'b'}")
+    assert code == 2 and f"a={tmp_path / 'b'}: there is a row of the name 'a' already" in stderr
+    code, out, stderr = call_script(COMPARE, f"a={tmp_path / 'a'}", "--save", "/proc/self")
+    assert code == 2 and "--save /proc/self: " in stderr and out == ""

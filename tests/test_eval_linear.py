@@ -587,15 +587,17 @@ def test_resumed_run_has_the_bits_of_an_undisturbed_one(run_linear, tmp_path, fl
 @pytest.mark.parametrize("flags", [("--lr", "0.1,1"), ("--mlp",), ("--fine-tune",)])
 def test_measuring_a_saved_probe(run_linear, extractions, tmp_path, flags):
     trained, _, _ = run_linear(tmp_path, *flags, "--label_fraction", 0.5)
-    before = (tmp_path / "linear.pth").read_bytes()
+    files = [tmp_path / "linear.pth", tmp_path / "linear.json"]
+    before = [path.read_bytes() for path in files]
     resume = ("--evaluate", "--resume", tmp_path / "linear.pth")
-    measured, console, _ = run_linear(tmp_path, *resume, "--cached")
+    _, console, _ = run_linear(tmp_path, *resume, "--cached")
+    measured = json.loads((tmp_path / "evaluate.json").read_text())
     assert "epoch" not in console and not extractions  # only val is needed
     for rate, figures in measured["lr"].items():
         assert figures == {name: trained["lr"][rate][name] for name in ("top1", "top5")}
     for name in ("top1", "epochs", "counts", "protocol"):
         assert measured[name] == trained[name]
-    assert (tmp_path / "linear.pth").read_bytes() == before
+    assert [path.read_bytes() for path in files] == before
 
 
 @pytest.mark.parametrize("flags", [("--cached",), ("--fine-tune",)])
@@ -718,6 +720,7 @@ def test_only_checked(call_script, weights, image_tree, tmp_path):
         (("--evaluate", "--resume", "auto"), ("--evaluate", "--resume")),
         (("--resume", "no/such.pth"), ("--resume no/such.pth", "no such file")),
         (("--save", "/dev/null/x"), ("--save /dev/null/x",)),
+        (("--save", "/proc/self"), ("--save /proc/self: ",)),
         (("--arch", "resnet18"), ("--arch resnet18", "missing")),
         (("--train_file", "no/such.txt"), ("--train_file no/such.txt",)),
     ],

@@ -237,6 +237,7 @@ def test_shots_too_large_are_refused_before_the_work(call_script, root, image_tr
         (("--root", ".", "--draws", 3), ("--draws 3", "--shots")),
         (("--root", ".", "--shots", 3, "--l2", "1,2"), ("--l2", "--shots")),
         (("--root", ".", "--save", "/dev/null/x"), ("--save /dev/null/x",)),
+        (("--root", ".", "--save", "/proc/self"), ("--save /proc/self: ",)),
         (("--root", "/dev/null/x", "--download"), ("--root /dev/null/x",)),
     ],
 )

@@ -267,14 +267,17 @@ def test_no_half_file(call_script, tmp_path, monkeypatch, ending):
         ("out", ("out: ends in none",)),
         ("none/out.pth", ("none/out.pth", "no folder")),
         ("folder.pth", ("folder.pth: is a folder",)),
+        ("pipe.pth", ("pipe.pth: not a regular file",)),
+        ("/proc/self/out.pth", ("/proc/self: ",)),
     ],
 )
 def test_outputs_that_cannot_be(call_script, tmp_path, output, words):
     source = write_checkpoint(tmp_path / "ours.pth")
     (tmp_path / "folder.pth").mkdir()
+    os.mkfifo(tmp_path / "pipe.pth")
     refused = call_script(EXPORT, "--weights", source, "--force", "--output", tmp_path / output)
     assert_refused(refused, "--output", *words)
-    assert sorted(os.listdir(tmp_path)) == ["folder.pth", "ours.pth"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.pth", "ours.pth", "pipe.pth"]
 
 
 def test_weights_that_cannot_be(call_script, tmp_path):

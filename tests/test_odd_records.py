@@ -60,10 +60,12 @@ def whole_files(folder):
     last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
     whose = {"checkpoint": "x", "sha256": last, "epoch": 3, "encoder": "query", "arch": "conv4"}
     whose |= {"image_size": 16, "small_stem": False, "seed": 0}
+    whose |= {"counts": {"val": 12, "classes": 3}, "images": {"val": "x"}}
+    whose |= {"settings": {"fine_tune": False}}
     row = {"accuracy": 50.0, "top5": None}
     results = {
         "knn.json": {"k": {"1": row, "20": row}} | whose,
-        "linear/linear.json": {"lr": {"0.1": {"top1": 1.0}}, "top1": 1.0} | whose,
+        "linear/linear.json": {"lr": {"0.1": {"top1": 1.0}}, "top1": 1.0, "protocol": "x"} | whose,
         "results.json": {"a row": {"1-NN": 1.0, "of": whose, "left_out": {}}},
     }
     for name, record in results.items():

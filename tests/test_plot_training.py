@@ -65,6 +65,16 @@ def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(tmp_path, capsys):
     assert capsys.readouterr().out == "a: runs up to epoch 3, 2: drawn as far as the shortest\n"
 
 
+def test_no_run_counts_twice(tmp_path):
+    """By whatever path, with a name or without; under two names it may be."""
+    run = logs.write(tmp_path / "run", logs.records(), starts=[logs.start()])
+    (tmp_path / "link").symlink_to("run")
+    for texts in ([run, f"{run}/log.jsonl"], [f"a={run}", f"a={tmp_path / 'link'}"]):
+        with pytest.raises(InputError, match="a run that is there already, under the same name"):
+            SCRIPT.build_groups([str(text) for text in texts])
+    assert len(SCRIPT.build_groups([f"a={run}", f"b={run}"])) == 2
+
+
 def test_a_figure_that_one_run_lacks_is_no_figure_of_the_group(tmp_path):
     """A band of some of the runs would be taken for one of all."""
     one = logs.write(tmp_path / "1", logs.records(loss=None))
@@ -186,6 +196,7 @@ def test_what_is_drawn_is_what_was_logged(tmp_path):
         ("missing", "a.png", "missing: no such file or folder"),
         ("=run", "a.png", "=run: not NAME=RUN, the name is empty"),
         ("run", "a.pdf", "a.pdf: a name that ends in .png"),
+        ("run", "/proc/self/a.png", "--output /proc/self: "),
     ],
 )
 def test_what_it_refuses(call_script, tmp_path, monkeypatch, run, output, reason):
@@ -193,6 +204,17 @@ def test_what_it_refuses(call_script, tmp_path, monkeypatch, run, output, reason
     logs.write(tmp_path / "run", logs.records())
     code, _, err = call_script(SCRIPT, run, "--output", output)
     assert code == 2 and reason in err and err.count("\n") == 1
+
+
+def test_it_replaces_no_image(call_script, tmp_path):
+    """Pictures of its own it does: `test_the_picture` draws one over another."""
+    run = logs.write(tmp_path / "run", logs.records(), starts=[logs.start()])
+    image = tmp_path / "image.png"
+    Image.new("RGB", (8, 8), "teal").save(image)
+    before = image.read_bytes()
+    code, _, err = call_script(SCRIPT, run, "--output", image)
+    assert code == 2 and err.count("\n") == 1 and image.read_bytes() == before
+    assert f"--output {image}: is there already and no picture of curves" in err
 
 
 def test_without_matplotlib(call_script, tmp_path, without_package):

@@ -78,6 +78,7 @@ def folder(tmp_path):
     (folder.parent / "finetune").mkdir()
     (folder.parent / "finetune" / "linear.json").write_text(json.dumps({"lr": LINEAR} | origin))
     Image.new("RGB", (1600, 400), "teal").save(folder / "neighbors_val.png")
+    (folder / "neighbors_val.json").write_text(json.dumps(origin))
     return folder
 
 
@@ -132,14 +133,15 @@ def test_what_is_not_of_the_last_checkpoint_is_left_out_and_named(call_script, f
     others = ["results.json", "finetune/linear.json"]
     (folder.parent / others[1]).write_text(json.dumps({"lr": LINEAR} | whose))
     (folder / "neighbors_val.json").write_text(json.dumps(whose))
-    others += ["run/neighbors_val.png"] if whose else []  # a picture may be of anywhere
     out, page = report(call_script, folder)
     assert [list(numbers(t)) for t in page.tables] == [["1-NN", "20-NN"]] * 2
     words = whose.get("checkpoint", "an encoder that it does not name")
-    for name in others:
+    unknown = "run/neighbors_val.png left out: not known of which checkpoint"
+    assert (unknown in out) == (not whose)
+    for name in [*others, *(["run/neighbors_val.png"] if whose else [])]:
         (line,) = [line for line in out.splitlines() if f"{name} left out: of {words}" in line]
         assert line in page.text.replace("Left out: ", "").replace(" , of", " left out: of")
-    assert ("img" in [tag for tag, _ in page.attributes]) == (not whose)
+    assert "img" not in [tag for tag, _ in page.attributes]
     for path in folder.glob("ckpt_*"):
         path.unlink()
     _, page = report(call_script, folder)  # there is nothing that they could be of
@@ -261,6 +263,68 @@ def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path
     assert str(elsewhere / "linear" / "linear.json") in page.text and "a.png" in page.text
 
 
+def test_a_page_takes_the_place_of_an_older_one(call_script, tmp_path):
+    folder = logs.write(tmp_path / "run", logs.records(2), starts=[logs.start()])
+    assert "epoch 2 of 3" in report(call_script, folder)[1].text
+    logs.write(folder, logs.records(3), starts=[logs.start()])
+    assert "epoch 3 of 3" in report(call_script, folder)[1].text
+
+
+@pytest.mark.parametrize(
+    ("about", "note"),
+    [
+        ("own", ""),
+        (None, "not known of which checkpoint (no neighbors_val.json beside it that says so)"),
+        ("{}", "not known of which checkpoint (no neighbors_val.json beside it that says so)"),
+        ("{", "neighbors_val.json: no result file"),
+        ('{"sha256": 3}', "neighbors_val.json: sha256 is 3"),
+        (json.dumps({"checkpoint": "x.pth", "sha256": "b" * 64}), "of x.pth (sha256 bbbbbbbbbbbb)"),
+    ],
+)
+def test_a_picture_of_neighbors_is_of_the_last_checkpoint(call_script, folder, about, note):
+    """One found is left out otherwise; one that is named is shown with a note."""
+    picture = folder / "neighbors_val.png"
+    if about is None:
+        picture.with_suffix(".json").unlink()
+    elif about != "own":
+        picture.with_suffix(".json").write_text(about)
+    for flags, between in ((), " left out: "), (("--neighbors", picture), ": "):
+        out, page = report(call_script, folder, *flags)
+        shown = "img" in [tag for tag, _ in page.attributes]
+        assert shown == (bool(flags) or not note)
+        lines = [line for line in out.splitlines() if line.startswith(f"{picture}{between}")]
+        assert len(lines) == bool(note) and all(note in line for line in lines)
+        assert note in page.text
+
+
+BROKEN = {"{": "no result file", "[1]": "it holds no object", '{"a": 3}': "a is 3, not a table"}
+
+
+@pytest.mark.parametrize(("text", "reason"), BROKEN.items())
+def test_what_nobody_named_cannot_end_the_page(call_script, folder, text, reason):
+    path = folder.parent / "results.json"
+    path.write_text(text)
+    out, page = report(call_script, folder)
+    (line,) = [line for line in out.splitlines() if line.startswith(f"{path} left out: ")]
+    assert reason in line and str(path) in page.text and len(page.tables) == 3
+    code, _, err = call_script(SCRIPT, folder, "--results", folder.parent)
+    assert code == 2 and reason in err and str(path) in err
+
+
+def test_results_are_on_the_same_val_images(call_script, folder):
+    """Those of the first; a fine-tuned encoder is told by its file, not by the folder."""
+    last = {"sha256": checkpoint.sha256(folder / "ckpt_epoch_3.pth"), "counts": {"val": 12}}
+    tuned = {"lr": LINEAR, "settings": {"fine_tune": True}} | last
+    (folder / "knn.json").write_text(json.dumps({"k": KNN} | last))
+    (folder / "linear.json").write_text(json.dumps(tuned))
+    path = folder.parent / "finetune" / "linear.json"
+    path.write_text(json.dumps(tuned | {"counts": {"val": 13}}))
+    out, page = report(call_script, folder)
+    where = f"on 13 val images, not on 12 val images as {folder / 'knn.json'}"
+    assert f"{path} left out: {where}" in out.splitlines() and len(page.tables) == 3
+    assert "fine-tuned encoder" in page.text and "linear classifier" not in page.text
+
+
 def test_ranks_of_constrained_neighbors(call_script, tmp_path):
     lines = [logs.record(e, 4, constrained_ranks=[70.0, 20.0, 10.0]) for e in (1, 2, 3)]
     _, page = report(call_script, logs.write(tmp_path / "run", lines))
@@ -277,8 +341,12 @@ def test_ranks_of_constrained_neighbors(call_script, tmp_path):
         (["run", "--results", "missing"], "--results missing: no such folder"),
         (["run", "--neighbors", "missing"], "--neighbors missing: no such file"),
         (["run", "--neighbors", "run/log.jsonl"], "--neighbors run/log.jsonl: no PNG file"),
-        (["run", "--output", "run"], "--output run: a folder"),
-        (["run", "--output", "run/log.jsonl/a"], "--output run/log.jsonl: "),
+        (["run", "--output", "run"], "--output run: ends in none of .html, .htm"),
+        (["run", "--output", "run/run.json"], "--output run/run.json: ends in none of"),
+        (["run", "--output", "folder.html"], "--output folder.html: not a regular file"),
+        (["run", "--output", "other.html"], "other.html: is there already and no page on a run"),
+        (["run", "--output", "run/log.jsonl/a.html"], "--output run/log.jsonl: "),
+        (["run", "--output", "/proc/self/a.html"], "--output /proc/self: "),
         (["run", "--results", "broken"], "knn.json: no result file"),
         (["run", "--results", "other"], "linear.json: lr is 3, not a table of rows of figures"),
     ],
@@ -287,12 +355,15 @@ def test_what_it_refuses(call_script, tmp_path, monkeypatch, flags, reason):
     monkeypatch.chdir(tmp_path)
     logs.write(Path("run"), logs.records())
     logs.write(Path("empty"), [])
+    Path("folder.html").mkdir()
+    Path("other.html").write_text("<!doctype html><title>CMSF2Q: run</title>")
     for name, text in (("broken/knn.json", "{"), ("other/linear.json", '{"lr": 3}')):
         Path(name).parent.mkdir()
         Path(name).write_text(text)
     code, out, err = call_script(SCRIPT, *flags)
     assert code == 2 and out == "" and reason in err and err.count("\n") == 1
     assert not Path("run/report.html").exists()
+    assert Path("other.html").read_text() == "<!doctype html><title>CMSF2Q: run</title>"
 
 
 def browse(page, width, tmp_path):

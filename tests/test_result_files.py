@@ -1,13 +1,18 @@
 """Result files: written whole or not at all, read back, refused in one line; whose they are."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import resource
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from utils import result_files
 from utils.errors import InputError, RunError
@@ -20,6 +25,18 @@ def test_write_json(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--save"):
         result_files.write_json(tmp_path / "file", "x.json", {})
+
+
+def test_a_folder_is_tried(tmp_path, monkeypatch):
+    result_files.make_folder(tmp_path / "a" / "b", flag="--save")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(InputError, match=f"^--save {tmp_path}: Permission denied$"):
+        result_files.make_folder(tmp_path, flag="--save")
 
 
 def test_read_json(tmp_path):
@@ -75,6 +92,52 @@ def test_lines_are_appended_whole(tmp_path):
             result_files.append_line(tmp_path / name, "1", flag="--save_acc")
 
 
+def test_a_line_goes_on_no_other(tmp_path):
+    (tmp_path / "acc.csv").write_text("1,50.5")
+    result_files.append_line(tmp_path / "acc.csv", "2,60", flag="--save_acc")
+    assert (tmp_path / "acc.csv").read_text() == "1,50.5\n2,60\n"
+
+
+def test_only_files_of_its_kind_are_to_be_replaced(tmp_path):
+    path = tmp_path / "x"
+    check = partial(result_files.check_own, path, flag="--output", kind="page")
+    check(is_own=lambda path: False)  # there is none
+    path.touch()
+    check(is_own=lambda path: False)  # empty
+    path.write_text("x")
+    check(is_own=lambda path: path.read_text() == "x")
+    for is_own in (lambda path: False, lambda path: 1 / 0):
+        with pytest.raises(InputError, match=f"^--output {path}: is there already and no page$"):
+            check(is_own=is_own)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=f"^--output {path}: not a regular file$"):
+        check(is_own=lambda path: True)
+
+
+def test_lists_of_figures(tmp_path):
+    path = tmp_path / "acc.csv"
+    for text in ("1,50.5,3e-1\n2,nan,0\n", "3\n", "4,5"):
+        path.write_text(text)
+        assert result_files.has_figures(path)
+    for data in (b"epoch,1\n1,5\n", b"1;2\n", b"1,\n", b"\x89PNG\r\n\x1a\n", b'{"a": 1}\n'):
+        path.write_bytes(data)
+        with pytest.raises(ValueError):
+            result_files.has_figures(path)
+
+
+def test_who_wrote_a_png(tmp_path):
+    about = PngInfo()
+    about.add_text("Software", "painter 3")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png", pnginfo=about)
+    assert result_files.is_png_of(tmp_path / "a.png", "painter")
+    assert not result_files.is_png_of(tmp_path / "a.png", "printer")
+    assert result_files.is_png(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"x" + (tmp_path / "a.png").read_bytes())
+    assert not result_files.is_png_of(tmp_path / "b.png", "painter")
+    assert not result_files.is_png(tmp_path / "b.png")
+
+
 KNOWN = Encoder("a/x.pth", "a" * 64, 3, "query", "conv4", 16, False, 0)
 RANDOM = Encoder("random", None, None, "query", "conv4", 16, False, 0)
 
@@ -121,6 +184,6 @@ def test_rows_as_text():
 
 def test_a_write_that_fails_is_a_run_error(tmp_path):
     (tmp_path / "x.json").mkdir()
-    with pytest.raises(RunError, match="--save .*x.json could not be written: Is a directory"):
+    with pytest.raises(RunError, match="--save .*x.json could not be written: not a regular file"):
         result_files.write_json(tmp_path, "x.json", {})
     assert os.listdir(tmp_path) == ["x.json"]

@@ -342,6 +342,7 @@ def test_another_data_set_is_refused(call_script, image_tree, tmp_path):
         (("--side", 10), ("--side", "10")),
         (("--output", "x.jpg"), ("--output x.jpg", ".png")),
         (("--output", "/dev/null/x.png"), ("--output /dev/null",)),
+        (("--output", "/proc/self/x.png"), ("--output /proc/self: ",)),
         (("--weights", "no/such.pth"), ("--weights no/such.pth", "no such file")),
         (("--weights", "random"), ("--weights random", "no memory bank", "--from_features")),
     ],
@@ -372,6 +373,31 @@ def test_checkpoints_without_a_bank(call_script, image_tree, tmp_path, kind):
     flags = ("--weights", path, "--output", tmp_path / "x.png", image_tree)
     word = "is empty" if kind == "empty bank" else "no memory bank in it (--from_features"
     assert_refused(call_script(SHOW, *flags), f"--weights {path}", word)
+
+
+def test_it_replaces_only_what_it_wrote(call_script, image_tree, tmp_path):
+    """A picture of an early version too, which only the file beside it tells of."""
+    write_checkpoint(tmp_path / "a.pth", image_tree)
+    output = tmp_path / "x.png"
+    flags = ("--weights", tmp_path / "a.pth", "--count", 2, image_tree, "--output")
+    for _ in range(2):
+        assert call_script(SHOW, *flags, output)[0] == 0
+    picture = output.read_bytes()
+    output.with_suffix(".json").unlink()  # as if it had not come to be written
+    assert call_script(SHOW, *flags, output)[0] == 0
+    Image.new("RGB", (8, 8)).save(output)
+    assert call_script(SHOW, *flags, output)[0] == 0 and output.read_bytes() == picture
+    for name, kind in (("run.json", "record"), ("image.png", "picture")):
+        path = tmp_path / name
+        if kind == "record":
+            path.write_text('{"starts": []}')
+        else:
+            Image.new("RGB", (8, 8)).save(path)
+        before = path.read_bytes()
+        words = f"--output {path}: is there already and no {kind} of neighbors"
+        assert_refused(call_script(SHOW, *flags, path.with_suffix(".png")), words)
+        assert path.read_bytes() == before
+    assert not (tmp_path / "run.png").exists() and not (tmp_path / "image.json").exists()
 
 
 def test_a_disk_that_is_full_is_one_line(call_script, image_tree, tmp_path, monkeypatch):

@@ -94,8 +94,13 @@ def atomic_file(path: Path, *, flag: str = "") -> Iterator[BinaryIO]:
     The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
     step, which reaches the disk too. Whatever fails, the temporary file is gone and RunError is
     raised, which names the file and, if given, the user's flag. A process killed meanwhile leaves
-    its temporary file behind: the next that writes the same file removes it, here.
+    its temporary file behind: the next that writes the same file removes it, here. A link stays
+    one: what it leads to is written. A pipe, a device or a folder is not replaced: RunError.
     """
+    what = f"{flag} {path}".strip()
+    path = Path(os.path.realpath(path))
+    if os.path.exists(path) and not path.is_file():
+        raise RunError(f"{what} could not be written: not a regular file")
     name = re.escape(path.name)
     _remove_abandoned(path.parent, re.compile(rf"\.{name}\.\d+{re.escape(_TEMPORARY)}"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
@@ -108,7 +113,6 @@ def atomic_file(path: Path, *, flag: str = "") -> Iterator[BinaryIO]:
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        what = f"{flag} {path}".strip()
         raise RunError(f"{what} could not be written: {_reason(error)}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)

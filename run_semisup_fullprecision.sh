@@ -173,8 +173,8 @@ main() {
   again=(--check)
   if [ -n "$SPLIT_FILE" ]; then labels=(--train-file "$SPLIT_FILE"); else labels=("${split[@]}"); fi
   if [ "$TRAIN" != 0 ] && [ ! -f "$checkpoint" ]; then
-    evaluate "to be done" "$OUT/semi" random --image_size "$IMAGE_SIZE"
-    finetune "to be done" "$OUT/semi" random "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
+    evaluate "checked before the training" "$OUT/semi" random --image_size "$IMAGE_SIZE"
+    finetune "checked before the training" "$OUT/semi" random "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
   fi
   again=(--keep_done) labels=(--train-file "$labeled")
 

@@ -160,6 +160,9 @@ def main() -> None:
     args = parse_args()
     setup.check_bank(args)
     train, val = setup.read_training_data(args)
+    if args.num_clusters > len(train):
+        reason = f"above the {len(train)} training images, each of which becomes a cluster"
+        print(f"WARNING --num_clusters {args.num_clusters}: {reason}", flush=True)
     loader = setup.build_loader(args, train)
     model = CMSFKM(
         setup.build_encoders(args),

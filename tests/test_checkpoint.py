@@ -94,7 +94,7 @@ def test_our_own_checkpoint(tmp_path, backbone, encoders):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_plain_torchvision_state_dict(tmp_path, backbone, wrap, prefix):
     torch.manual_seed(5)
     model = torchvision.models.resnet18(weights=None).eval()

@@ -170,7 +170,10 @@ def test_before_the_training_the_evaluations_are_checked(image_tree, tmp_path):
     """Flags and images that an evaluation refuses end it before the training begins."""
     done = drive(tmp_path, DATA=image_tree, FT_BATCH_SIZE=1, KNN=0, LINEAR=0)
     assert done.returncode == 2 and "--batch_size 1" in done.stderr
-    assert "=== fine-tuning, checked before the training" in done.stdout and "=== training" not in done.stdout
+    assert (
+        "=== fine-tuning, checked before the training" in done.stdout
+        and "=== training" not in done.stdout
+    )
 
 
 def test_a_signal_to_the_driver_reaches_the_stage_and_home_is_home(tmp_path):

@@ -73,6 +73,20 @@ def test_resumed_log_keeps_what_was_before(tmp_path):
     assert len(log.path.read_text().splitlines()) == 2
 
 
+def test_a_damaged_log_is_not_shortened_in_silence(tmp_path, capsys):
+    log = Log(tmp_path / "log.jsonl")
+    good = '{"epoch": 1, "step": 2}\n'
+    for text, damaged in ((good + '{"epoch": 1, "st', 0), (good + "\x00\n[]\n" + good, 2)):
+        log.path.write_text(text)
+        capsys.readouterr()
+        log.resume(1, None, seconds=0)
+        said = capsys.readouterr().out
+        assert said == f"WARNING {log.path}: damaged, 2 lines are no records: left out\n" * (
+            damaged > 0
+        )
+        assert set(log.path.read_text().splitlines()) == {good.strip()}
+
+
 def test_find_the_figures_of_an_epoch(tmp_path):
     """What is none, as in a log that another program has changed, counts as not there."""
     log = Log(tmp_path / "log.jsonl")

@@ -184,3 +184,12 @@ def test_bad_input(call_script, image_tree):
         code, _, stderr = call_script(SCRIPT, *tiny.FLAGS, *flags, image_tree)
         assert code == 2 and stderr.count("\n") == 1
         assert all(word in stderr for word in words), stderr
+
+
+@pytest.mark.parametrize("count", [30, 31])
+def test_more_clusters_than_images_are_warned_of(call_script, image_tree, tmp_path, count):
+    flags = (*FLAGS, "--num_clusters", count, "--epochs", 1, "--knn_freq", -1)
+    code, stdout, stderr = call_script(SCRIPT, *flags, "--checkpoint_path", tmp_path, image_tree)
+    assert code == 0, stderr
+    said = f"WARNING --num_clusters {count}: above the 30 training images"
+    assert (said in stdout) == (count > 30)

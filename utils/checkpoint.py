@@ -316,8 +316,8 @@ def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str
 
 
 def _without_module(name: str) -> str:
-    """Take the "module." that (Distributed)DataParallel adds out of a parameter's name."""
-    return ".".join(part for part in name.split(".") if part != "module")
+    """A parameter's name without what (Distributed)DataParallel and torch.compile add to it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 def _part(name: str, classifier: str) -> str:

@@ -106,15 +106,21 @@ class Log:
     def resume(self, epoch: int, step: int | None, *, seconds: float) -> None:
         """Go on after a place (step None: the end of the epoch), `seconds` after the start.
 
-        Drops the lines of what came later, which is done again, and half-written ones.
+        Drops the lines of what came later, which is done again, and the last one if it is half
+        written; others that are no records too, which is said.
         """
         self._start = time.monotonic() - seconds
         if self.silent or not self.path.exists():
             return
         here = (epoch, math.inf if step is None else step)
-        lines = plain_json.read_text(self.path).split("\n")
+        lines = list(filter(str.strip, plain_json.read_text(self.path).split("\n")))
+        records = [record_of(line) for line in lines]
+        if damaged := records[:-1].count(None):
+            self.say(f"WARNING {self.path}: damaged, {damaged} lines are no records: left out")
         kept = [
-            line for line in lines if (r := record_of(line)) and (r["epoch"], r["step"]) <= here
+            line
+            for line, record in zip(lines, records, strict=True)
+            if record and (record["epoch"], record["step"]) <= here
         ]
         checkpoint.replace_text(self.path, "".join(f"{line}\n" for line in kept))
 

@@ -31,7 +31,7 @@ def test_kinds(kind, right, wrong):
 
 
 def test_what_is_taken_and_what_is_said():
-    record = {"epoch": 3, "long": "x" * 100, "odd": {}, "huge": 10**5000, "a\nb": 1}
+    record = {"epoch": 3, "long": "x" * 100, "odd": {}, "huge": 10**5000, "a\nb": 1, 7: 1.5}
     assert checked.take(record, "epoch", checked.whole(1), what="f") == 3
     assert checked.take(record, "none", checked.TEXT, what="f", default=None) is None
     for name, kind, words in (
@@ -42,6 +42,7 @@ def test_what_is_taken_and_what_is_said():
         ("odd", checked.TEXT, "--weights f: odd is a dict, not text"),
         ("huge", checked.TEXT, "--weights f: huge is a very large number, not text"),
         ("a\nb", checked.TEXT, "--weights f: a\\nb is 1, not text"),
+        (7, checked.TEXT, "--weights f: 7 is 1.5, not text"),
     ):
         with pytest.raises(InputError) as error:
             checked.take(record, name, kind, what="--weights f")

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from conftest import ROOT
 
-from utils import checkpoint
+from utils import checkpoint, checkpoint_fields
 from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import InputError, RunError
 
@@ -357,7 +357,7 @@ def test_sha256(tmp_path):
 HALF = """
 import sys
 from pathlib import Path
-from utils import checkpoint
+from utils import checkpoint, checkpoint_fields
 with checkpoint.atomic_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
@@ -443,3 +443,15 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
             checkpoint.replace_text(tmp_path / name, "x", flag="--save")
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
     assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+def test_a_setting_of_the_optimizer_that_a_file_lacks_is_as_it_is_now():
+    """Another torch has other settings of SGD."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    state = torch.optim.SGD([weight], lr=0.3, momentum=0.5).state_dict()
+    for name in ("momentum", "fused"):
+        del state["param_groups"][0][name]
+    checkpoint_fields.load_optimizer(optimizer, state, what="x")
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["fused"]) == (0.3, 0.9, None)

@@ -70,7 +70,7 @@ TABLE = Kind("a table", lambda value: isinstance(value, dict))
 PLAIN = Kind("plain values", lambda value: _is_plain(value, deep=4))
 
 
-def take(record: Mapping, name: str, kind: Kind, *, what: str, **default: Any) -> Any:
+def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -> Any:
     """record[name], which must be of this kind; InputError that begins with `what` otherwise.
 
     what: names the file, with its flag. default=: what stands for a value that is not there;
@@ -81,7 +81,7 @@ def take(record: Mapping, name: str, kind: Kind, *, what: str, **default: Any) -
     value = record.get(name)
     if name not in record or not kind.holds(value):
         found = shown(value) if name in record else "missing"
-        raise InputError(f"{what}: {printable(name)} is {found}, not {kind.words}")
+        raise InputError(f"{what}: {printable(str(name))} is {found}, not {kind.words}")
     return value
 
 

@@ -112,15 +112,17 @@ def load_optimizer(
     if len(groups) != len(own):
         raise InputError(f"{what}: param_groups has {len(groups)} entries, not {len(own)}")
     for group, mine in zip(groups, own, strict=True):
-        for name, value in mine.items():  # one that this torch has and that one had not is as new
+        for name, value in mine.items():
             checked.take(group, name, _setting_like(value), what=what, default=value)
+    # A setting that this torch has and that one had not is as it is now.
+    groups = [mine | group for group, mine in zip(groups, own, strict=True)]
     for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
         if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
         shape = parameters[number].shape
         for name in slots:
             checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def _setting_like(value: Any) -> Kind:

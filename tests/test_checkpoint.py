@@ -357,7 +357,7 @@ def test_sha256(tmp_path):
 HALF = """
 import sys
 from pathlib import Path
-from utils import checkpoint, checkpoint_fields
+from utils import checkpoint
 with checkpoint.atomic_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()

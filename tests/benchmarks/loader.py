@@ -125,7 +125,8 @@ def crop_sides(images: ImageSet) -> dict[str, Callable[[int], None]]:
     sampler = EpochSampler(len(images), BATCH, 0)
     device = DeviceCrops(
         *(cached(images, "device"), sampler),
-        **{"image_size": SMALL, "seed": 0, "tolerated": 0, "device": torch.device("cpu")},
+        groups=[CropGroup(2, SMALL)],
+        **{"seed": 0, "tolerated": 0, "device": torch.device("cpu")},
     )
 
     def one_at_a_time(images: ImageSet, epoch: int) -> None:

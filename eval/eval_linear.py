@@ -565,16 +565,13 @@ def main() -> None:
     if not distributed.is_main():
         return
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
-    record = {"epochs": len(history), "protocol": what_was_done}
     absent = unreadable_classes(data.val_labels, val.classes, what=f"data {val.root}")
-    record["classes_without_images"] = {"val": absent}
-    images = {"train": train, "val": val}
-    record |= evaluation.result_record(
-        args, state, counts=counts, bad_images=bad_images, images=images
-    )
+    about = {"counts": counts, "bad_images": bad_images, "images": {"train": train, "val": val}}
+    record = {"epochs": len(history), "protocol": what_was_done}
+    record |= {"classes_without_images": {"val": absent}}
+    record |= evaluation.result_record(args, state, **about)
     record |= {} if args.evaluate else wanted
-    record["seconds"] = round(time.monotonic() - start, 1)
-    report(args, summary, record)
+    report(args, summary, record | {"seconds": round(time.monotonic() - start, 1)})
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def main() -> None:
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = evaluation.evaluated_backbone(args)
     check_flags(args, state)
-    if args.check:
+    if evaluation.is_check(args, train, val):
         return
     keeps = args.save or args.load_cache
     digests = evaluation.image_digests(args, train=train, val=val) if keeps else {}

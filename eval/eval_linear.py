@@ -519,7 +519,7 @@ def main() -> None:
     check_flags(args)
     train, val = read_images(args)
     backbone, state = evaluation.evaluated_backbone(args)
-    if args.check:
+    if evaluation.is_check(args, train, val):
         return
     keeps = (args.save or args.cache_dir or args.resume) and not args.evaluate
     digests = evaluation.image_digests(args, train=train, val=val) if keeps else {}
@@ -543,8 +543,8 @@ def main() -> None:
     history = saved["history"] if saved else []
     num_train = saved["num_images"] if saved else data.num_images["train"]
     if args.evaluate:
-        what_was_done = saved["protocol"]
-        summary = dict(zip(map(str, args.lr), measure(probe, data) or [], strict=False))
+        what_was_done, rows = saved["protocol"], measure(probe, data)
+        summary = dict(zip(map(str, args.lr), rows, strict=True)) if rows else {}
     else:
         what_was_done = protocol(args)
         origin = {"key": key, "classes": train.classes, "num_images": num_train}

@@ -14,7 +14,15 @@ import torchvision
 from conftest import write_image
 from test_bad_input import assert_refused
 
-from utils import augment, checkpoint, cropping, evaluation, feature_cache, random_draws
+from utils import (
+    augment,
+    checkpoint,
+    cropping,
+    evaluation,
+    feature_cache,
+    image_cache,
+    random_draws,
+)
 from utils.data import ImageSet, read_split
 from utils.encoders import QueryTargetEncoders, build_backbone
 from utils.errors import InputError
@@ -687,12 +695,15 @@ def test_a_finished_run_is_measured_again(run_linear, image_tree, tmp_path):
     assert again["counts"]["val"] == 11 and len(again["bad_images"]) == 1
 
 
-def test_only_checked(call_script, weights, image_tree, tmp_path):
+def test_only_checked(call_script, weights, image_tree, tmp_path, monkeypatch):
     flags = (*QUICK, "--check", "--save", tmp_path)
     code, out, _ = call_script(LINEAR, *flags, "--weights", weights, image_tree)
     assert code == 0 and all(line.startswith("data ") for line in out.splitlines())
     assert not list(tmp_path.iterdir())
     assert_refused(call_script(LINEAR, *flags, "--weights", "no.pth", image_tree), "no.pth")
+    monkeypatch.setattr(image_cache, "available_memory", lambda: 1000)
+    too_much = call_script(LINEAR, *flags, "--weights", weights, image_tree)
+    assert_refused(too_much, "--batch_size", "--image_size", "1000")
 
 
 # What it refuses.

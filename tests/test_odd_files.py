@@ -64,6 +64,18 @@ def reads(read, content, path):
     return True
 
 
+def mutate(examples, read, content, path):
+    """A reader takes this content of a file, and changed ones or says why not."""
+    assert reads(read, content, path)
+
+    @examples
+    @given(changed(content))
+    def check(content):
+        reads(read, content, path)
+
+    check()
+
+
 # ---- checkpoints as --weights
 
 
@@ -213,14 +225,7 @@ def test_resume(tmp_path, kind, capsys, examples):
         capsys.readouterr()
         go_on(tmp_path / "there" / str(next(there)), resume=str(path))
 
-    assert reads(read, content, changes)
-
-    @examples
-    @given(changed(content))
-    def check(content):
-        reads(read, content, changes)
-
-    check()
+    mutate(examples, read, content, changes)
 
 
 # ---- what eval_linear goes on from, features, and the bank that is shown
@@ -290,14 +295,7 @@ def test_features(tmp_path, examples):
         figures = knn.knn_figures(found["train"], found["val"], ks=[1], num_classes=3)
         json.dumps(figures, allow_nan=False)
 
-    assert reads(read, content, path)
-
-    @examples
-    @given(changed(content))
-    def check(content):
-        reads(read, content, path)
-
-    check()
+    mutate(examples, read, content, path)
 
 
 @pytest.mark.parametrize("kind", ["previous", "clusters", "pseudo-labels"])
@@ -325,11 +323,4 @@ def test_bank(tmp_path, image_tree, kind, examples):
             [records, shown.constraint, state.get("method"), state.get("epoch")], allow_nan=False
         )
 
-    assert reads(read, content, path)
-
-    @examples
-    @given(changed(content))
-    def check(content):
-        reads(read, content, path)
-
-    check()
+    mutate(examples, read, content, path)

@@ -1,0 +1,208 @@
+"""Everything that wants a GPU, in one call of nine minutes: what holds there, and how fast it is.
+
+    python tests/gpu.py --out DIR [--data FOLDER_OR_TAR] [--minutes 9] [--only step,search]
+    python tests/gpu.py --out DIR --tiny
+
+Each part (`PARTS`, in this order) runs in a process of its own and has a time budget of its own.
+One that fails, hangs or dies is reported, and the next one runs. DIR/report.json and DIR/report.md
+are written anew after each. The last part has all the time that is left; what is left after it, the
+first. --data: images in train/<class>/ and val/<class>/, as a folder or a tar file of one; without
+it the demo data. --tiny: toy sizes, on a CPU too, which tell that the parts work and nothing else.
+
+Exit code 0: all that ran holds (goals may be missed); 1: a part failed, hung or died; 2: a mistake
+in the command.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from gpu_parts import report
+from gpu_parts.part import Part, run_module
+
+NOMINAL_MINUTES = 9
+_LEAST = 5  # seconds under which no part is started
+_RESERVE = 5  # seconds for ending a part and writing the report
+_GRACE = 3  # seconds between asking a part to end and killing it
+
+
+class Spec(NamedTuple):
+    """A part: the module with its `run`, and its seconds of nine minutes."""
+
+    module: str
+    seconds: float
+
+
+PARTS = {
+    "tests": Spec("gpu_parts.suite", 90),
+    "agreement": Spec("gpu_parts.agreement", 40),
+    "no_waiting": Spec("gpu_parts.no_waiting", 40),
+    "step": Spec("gpu_parts.step", 110),
+    "search": Spec("gpu_parts.search", 25),
+    "survival": Spec("gpu_parts.survival", 60),
+    "cifar": Spec("gpu_parts.cifar", 175),
+}
+
+
+class Runner:
+    """Runs parts one after the other within `minutes`, and reports after each.
+
+    clock: seconds that only grow; time that passes while nothing runs counts too.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Spec],
+        *,
+        out: Path,
+        scratch: Path,
+        minutes: float = NOMINAL_MINUTES,
+        data: Path | None = None,
+        tiny: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.parts, self.out, self.scratch = parts, out, scratch
+        self.data, self.tiny, self.clock = data, tiny, clock
+        self._scale = minutes / NOMINAL_MINUTES
+        self._start = clock()
+        self._end = self._start + 60 * minutes - _RESERVE
+        self.results: dict[str, dict] = {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        """Seconds until all must have ended."""
+        return self._end - self.clock()
+
+    def budget(self, name: str) -> float:
+        """Seconds that a part which starts now has: its own, the last one all that are left."""
+        if name == list(self.parts)[-1]:
+            return self.left()
+        return min(self.parts[name].seconds * self._scale, self.left())
+
+    def run(self) -> bool:
+        """Run them all, and once more what the first left out for time; whether all holds."""
+        for name in self.parts:
+            print(f"== {name}, {max(self.budget(name), 0):.0f} s", flush=True)
+            self._run_part(name, self.budget(name))
+        first = next(iter(self.parts))
+        if self.results[first]["memory"].get("unfinished") and self.left() >= _LEAST:
+            print(f"== {first}, the rest of it, {self.left():.0f} s", flush=True)
+            self._run_part(first, self.left())
+        print(report.table(self.results), flush=True)
+        return all(r["verdict"] in ("passed", "missed", "left out") for r in self.results.values())
+
+    def _run_part(self, name: str, seconds: float) -> None:
+        folder = self.scratch / name
+        folder.mkdir(exist_ok=True)
+        before = self.results.get(name, {}).get("seconds", 0)
+        if seconds < _LEAST:
+            how = "left out"
+        else:
+            began = self.clock()
+            how = self._process(name, folder, seconds)
+            before += self.clock() - began
+        self.results[name] = report.result(folder, how, seconds=before, budget=seconds)
+        report.write(self.out, self.results, command=sys.argv, whole=self.clock() - self._start)
+
+    def _process(self, name: str, folder: Path, seconds: float) -> str:
+        """Run a part; how it ended, in words that `report.result` knows."""
+        here = Path(__file__).resolve()
+        command = [sys.executable, str(here), "--out", str(self.out), "--part"]
+        command += [self.parts[name].module, str(folder), str(seconds)]
+        command += ["--tiny"] * self.tiny + (["--data", str(self.data)] if self.data else [])
+        with open(folder / report.OUTPUT, "a") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            end = self.clock() + seconds
+            try:
+                while process.poll() is None and self.clock() < end:
+                    time.sleep(0.05)
+                hangs = process.poll() is None
+            finally:
+                _end_group(process)
+        if hangs:
+            return "hung"
+        code = process.returncode
+        return "ended" if code == 0 else f"exit code {code}" if code > 0 else f"signal {-code}"
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """End a part and all processes that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of this script; --part is what it starts its own processes with."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--data", type=Path, help="train/ and val/ in a folder or a tar file")
+    parser.add_argument("--minutes", type=float, default=NOMINAL_MINUTES)
+    parser.add_argument("--only", help=f"parts by name, of {','.join(PARTS)}")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
+    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # module, folder, seconds
+    args = parser.parse_args(argv)
+    args.chosen = args.only.split(",") if args.only else list(PARTS)
+    if unknown := [name for name in args.chosen if name not in PARTS]:
+        parser.error(f"--only {args.only}: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g}: must be above 0")
+    if args.data and not (args.data.is_dir() or _is_archive(args.data)):
+        parser.error(f"--data {args.data}: neither a folder nor a tar file")
+    if not (args.tiny or args.part or torch.cuda.is_available()):
+        parser.error("no GPU here; --tiny runs all parts at toy sizes without one")
+    return args
+
+
+def _is_archive(path: Path) -> bool:
+    return path.is_file() and tarfile.is_tarfile(path)
+
+
+def main() -> None:
+    """Run the parts; or, in a process of its own, one of them."""
+    args = parse_args()
+    if args.part:
+        module, folder, seconds = args.part
+        part = Part(
+            scratch=Path(folder),
+            out=args.out,
+            seconds=float(seconds),
+            data=args.data,
+            tiny=args.tiny,
+        )
+        run_module(module, part)
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part that runs
+    with tempfile.TemporaryDirectory(prefix="cmsf_gpu_") as scratch:
+        runner = Runner(
+            {name: PARTS[name] for name in PARTS if name in args.chosen},
+            out=args.out,
+            scratch=Path(scratch),
+            minutes=args.minutes,
+            data=args.data and args.data.resolve(),
+            tiny=args.tiny,
+        )
+        holds = runner.run()
+    sys.exit(0 if holds else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -119,10 +119,10 @@ METHODS = {
 }
 
 
-def encoders(arch: str, **options: Any) -> QueryTargetEncoders:
-    """On a backbone for small images, always of the same weights; options: of the encoders."""
+def encoders(arch: str, *, small_stem: bool = False, **options: Any) -> QueryTargetEncoders:
+    """On a backbone, always of the same weights; options: of the encoders."""
     torch.manual_seed(0)
-    backbone = build_backbone(arch, small_stem=arch.startswith("resnet"))
+    backbone = build_backbone(arch, small_stem=small_stem)
     return QueryTargetEncoders(
         backbone.module, backbone.feature_dim, momentum=0.9, **{"proj_dim": 64} | options
     )

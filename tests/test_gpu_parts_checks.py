@@ -1,13 +1,18 @@
 """Parts of tests/gpu.py that check: a method that differs, or waits, on purpose is found."""
 
 import json
+import time
 
 import gpu_parts  # noqa: F401  the benchmarks' folder
 import pytest
 import torch
 from every_method import METHODS
-from gpu_parts import agreement
+from gpu_parts import agreement, no_waiting
 from gpu_parts.part import Part
+from spans import Span, Trace
+
+from utils import loss_watch
+from utils.encoders import QueryTargetEncoders
 
 CPU = torch.device("cpu")
 
@@ -161,3 +166,186 @@ def test_what_is_remembered_is_compared_to_the_tolerance():
     assert agreement.unlike(one, {"bank.label": one["bank.label"]}) == ["bank.features"]
     nan = {"bank.features": one["bank.features"] * torch.nan}
     assert agreement.unlike(one, one | nan) == ["bank.features"]
+
+
+# Nothing waits.
+
+
+def watched(part, *names):
+    no_waiting.watch_methods(part, list(names))
+    checks, _, record = found(part)
+    return checks, {left["name"]: left["why"] for left in record["left_out"]}
+
+
+def test_methods_do_not_wait_but_the_one_that_says_so(part):
+    exception = "pseudo-labels, confident in the cache"
+    checks, left_out = watched(part, "2Q, symmetric", "cross-entropy", exception)
+    assert checks["no step waits"] == (True, "3 loops of 3 steps on meta")
+    holds, said = checks[f"{exception}: waits, as its flag's help says"]
+    assert holds and said.startswith("step 1: ") and len(checks) == 2
+    assert left_out == {"copies to the host are asked for a step later": "no GPU"}
+
+
+def changed(monkeypatch, name, forward=None, **fields):
+    """The method with another forward, (model's own, *its arguments) -> loss and figures."""
+    method = METHODS[name]
+
+    def build(encoders, sizes):
+        model = method.build(encoders, sizes)
+        real = model.forward
+        if forward:
+            model.forward = lambda *given: forward(real, *given)
+        return model
+
+    monkeypatch.setitem(METHODS, name, method._replace(build=build, **fields))
+
+
+def test_a_step_that_waits_is_found(part, monkeypatch):
+    def looks_at_its_loss(real, batch):
+        loss, stats = real(batch)
+        return (loss if loss > 0 else -loss), stats
+
+    changed(monkeypatch, "BYOL", looks_at_its_loss)
+    checks, _ = watched(part, "MSF", "BYOL")
+    holds, said = checks["no step waits"]
+    assert not holds and said.startswith("BYOL: step 1: ") and "MSF" not in said
+
+
+def test_an_exception_that_no_longer_waits_is_found(part, monkeypatch):
+    changed(monkeypatch, "BYOL", waits=True)
+    checks, _ = watched(part, "MSF", "BYOL")
+    assert checks["BYOL: waits, as its flag's help says"] == (False, "does not wait")
+    assert checks["no step waits"][0]
+
+
+def test_other_errors_are_no_waiting(part, monkeypatch):
+    def fails(real, batch):
+        raise RuntimeError("shapes do not fit")
+
+    changed(monkeypatch, "BYOL", fails)
+    checks, _ = watched(part, "MSF", "BYOL")
+    assert checks["steps of BYOL"] == (False, "RuntimeError: shapes do not fit")
+    assert checks["no step waits"][0]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_age_of_copies(tmp_path, monkeypatch, later):
+    """A CPU looks at a loss at once; as if it were a GPU, a step later."""
+    monkeypatch.setattr(loss_watch, "_is_read_later", lambda loss: later)
+    monkeypatch.setattr(no_waiting, "WARM_UP", 1)
+    watch = no_waiting.Watch(CPU)
+    waited = no_waiting.waits(METHODS["MSF"], no_waiting._small_encoders(), watch, tmp_path)
+    assert waited == "" and set(watch.ages) == {int(later)}
+    assert len(watch.ages) == watch.last - later
+
+
+def test_the_watch_of_a_gpu_is_on_after_the_warm_up(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    watch = no_waiting.Watch(torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError), watch.on():
+        for step in range(1, watch.last + 1):
+            watch(step)
+            assert modes == ["error"] * (step > no_waiting.WARM_UP)
+        assert watch.last >= no_waiting.WARM_UP + 5
+        1 / 0  # noqa: B018
+    assert modes == ["error", "default"]
+
+
+def steps_of_a_gpu(*, steps=3, pause=0.0, copy="Pinned", stop="cudaEventSynchronize"):
+    """Steps of 1000 us: training, the next batch made beside its second half, two short waits."""
+    marks, device, calls = [], [], []
+    for start in range(0, 1000 * (steps + 1 + no_waiting.SETTLING), 1000):
+        marks.append(Span(1, start, start + 1, "step"))
+        device.append(Span(7, start, start + 500, "gemm"))
+        device.append(Span(7, start + 500, start + 1000 - pause, "gemm"))
+        device.append(Span(20, start + 500, start + 600, f"Memcpy HtoD ({copy} -> Device)"))
+        calls += [Span(1, start + at, start + at + 50, stop) for at in (100, 800)]
+    return Trace(device, calls, marks)
+
+
+def reported(part, trace, **options):
+    no_waiting.report(part, "it", trace, **{"streams": True} | options)
+    checks, figures, record = found(part)
+    short = {name.removeprefix("it: "): value for name, value in figures.items()}
+    return {name for name, (holds, _) in checks.items() if not holds}, short, record
+
+
+def test_figures_of_a_trace(part):
+    failed, figures, record = reported(part, steps_of_a_gpu(pause=100))
+    assert not failed and not record["left_out"]
+    assert figures == pytest.approx(
+        {
+            "a step in the profile": 1.0,
+            "kernels and copies in a step": 3,
+            "device idle": 10,
+            "next batch's work beside training": 100,
+            "host at work in a step": 0.9,
+            "allocations of memory in a step": 0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"copy": "Pageable"}, "all copies are from pinned memory"),
+        ({"stop": "cudaStreamSynchronize"}, "the host waits for no stream"),
+        ({"stop": "cudaMemcpy"}, "the host waits for no stream"),
+    ],
+)
+def test_what_the_watch_does_not_see_is_found_in_a_trace(part, options, what):
+    assert reported(part, steps_of_a_gpu(**options))[0] == {f"it: {what}"}
+
+
+def test_one_more_wait_in_a_step_is_found(part):
+    trace = steps_of_a_gpu()
+    trace.calls.append(Span(1, 3300, 3310, "cudaEventSynchronize"))
+    assert reported(part, trace)[0] == {"it: the host waits for what the step before sent"}
+
+
+def test_a_profile_without_a_devices_work_is_left_out(part):
+    failed, figures, record = reported(part, steps_of_a_gpu()._replace(device=[]))
+    assert not failed and not figures
+    assert record["left_out"] == [
+        {"name": "it: profile", "why": "it shows no work of the device"},
+    ]
+
+
+def test_training_is_profiled(part, monkeypatch):
+    for name in ("WARM_UP", "PLAIN", "SETTLING"):
+        monkeypatch.setattr(no_waiting, name, 1)
+    monkeypatch.setattr(no_waiting.Tracer, "last", 6)
+    (network,) = no_waiting.networks(part)
+    no_waiting.profile_training(part, network)
+    _, figures, record = found(part)
+    what = f"{network.name}, B {network.batch}"
+    assert figures[f"{what}: kernels and copies in a step"] > 500
+    assert 0 < figures[f"{what}: a step without the profile"] < 1e5
+    assert [left["why"] for left in record["left_out"]] == ["no GPU"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compiled_encoders_are_watched_where_there_is_a_compiler(part, monkeypatch, works):
+    def compile_(self):
+        if not works:
+            raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(QueryTargetEncoders, "compile", compile_)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(no_waiting, "WARM_UP", 1)
+    no_waiting.watch_compiled(part)
+    checks, _, record = found(part)
+    assert [holds for holds, _ in checks.values()] == [True] * works
+    left_out = [left["why"] for left in record["left_out"]]
+    assert left_out == ["not compiled: RuntimeError: no compiler"] * (not works)
+
+
+def test_compilation_ends_in_time():
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="longer than 0 s"), no_waiting._within(0.2):
+        time.sleep(20)
+    assert time.monotonic() - start < 10
+    with no_waiting._within(0.2):
+        pass
+    time.sleep(0.3)  # nothing comes after it

@@ -105,7 +105,8 @@ def networks(small: bool) -> list[Network]:
         return tiny.encoders()  # without a convolution there is no memory format
 
     conv4 = partial(Network, "conv4", partial(encoders, "conv4"))
-    resnet = partial(Network, "ResNet-18", partial(encoders, "resnet18"), methods=["2Q"])
+    resnet18 = partial(encoders, "resnet18", small_stem=True)
+    resnet = partial(Network, "ResNet-18", resnet18, methods=["2Q"])
     if small:
         sizes = Sizes(48, bank=64)
         real = [conv4(sizes, batch=12, side=16, small_side=8), resnet(sizes, side=8, steps=3)]

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def part(tmp_path):
-    return Part(scratch=tmp_path, out=tmp_path, seconds=600, data=None, tiny=True)
+    part = Part(scratch=tmp_path, out=tmp_path, seconds=600, data=None, tiny=True)
+    part.device = CPU
+    return part
 
 
 def found(part):
@@ -323,6 +325,12 @@ def test_training_is_profiled(part, monkeypatch):
     assert figures[f"{what}: kernels and copies in a step"] > 500
     assert 0 < figures[f"{what}: a step without the profile"] < 1e5
     assert [left["why"] for left in record["left_out"]] == ["no GPU"]
+
+
+def test_without_time_no_profile_is_begun(part, monkeypatch):
+    monkeypatch.setattr(part, "left", lambda: 3)
+    no_waiting.profile_in_time(part, no_waiting.networks(part)[0])
+    assert found(part)[2]["left_out"] == [{"name": "profile, conv4", "why": "3 s left"}]
 
 
 @pytest.mark.parametrize("works", [True, False])

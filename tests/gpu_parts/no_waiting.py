@@ -12,6 +12,7 @@ Without a GPU a device without data stands for it, on which whatever waits for a
 
 import argparse
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,11 @@ from utils.streams import HostCopy
 WARM_UP, WATCHED = 4, 6  # steps
 PLAIN, SETTLING, TRACED = 6, 2, 8  # steps after a warm-up: without a profile, and with it
 _BATCH, _SIDE, _SMALL = 32, 32, 16
-_COMPILING = 6  # seconds that must be left when compilation ends
+_PROFILE = 8  # seconds that a profile may take
+_AFTER_COMPILATION = 4 + _PROFILE  # seconds that must be left then
 _STEP = "step"
+# Of an operation that waits: a GPU under the watch, and what stands for it.
+_SAYS = re.compile("synchronizing CUDA operation|meta tensor", re.IGNORECASE)
 
 
 class Network(NamedTuple):
@@ -54,25 +58,27 @@ class Network(NamedTuple):
 
 
 def run(part: Part) -> None:
-    """The watch over all methods, profiles, and the watch over compiled encoders."""
+    """The watch over all methods, a profile, the watch over compiled encoders, another profile."""
     watch_methods(part, list(METHODS))
-    for network in networks(part):
-        with part.attempt(f"profile, {network.name}"):
-            profile_training(part, network)
+    first, *others = networks(part)
+    profile_in_time(part, first)
     if part.device.type == "cuda":
         watch_compiled(part)
     else:
         part.leave_out("compiled encoders", "no GPU")
+    for network in others:
+        profile_in_time(part, network)
 
 
 def networks(part: Part) -> list[Network]:
     """What is profiled: the published network, and a small one whose crops come from the host."""
     if part.tiny:
         return [Network("conv4", "conv4", 32, 16, workers=0)]
-    at_work = max(1, min(8, workers.cores() - 1))
+    cutting = max(1, min(14, workers.cores() - 2))
+    small = f"ResNet-18 of 96 px, crops by {cutting} workers"
     return [
         Network("ResNet-50 of 224 px", "resnet50", 224, 256, workers=0, most_idle=5),
-        Network("ResNet-18 of 96 px", "resnet18", 96, 256, workers=at_work),
+        Network(small, "resnet18", 96, 256, workers=cutting),
     ]
 
 
@@ -167,8 +173,8 @@ def waits(
         with watch.on():
             train(model, loader, folder, **steps)
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        if "synchronizing" in text or "meta" in text:  # as a GPU says it, and what stands for it
+        text = (str(error).splitlines() or [""])[0]
+        if _SAYS.search(text):
             return f"step {watch.step}: {text}"
         raise
     return ""
@@ -226,6 +232,16 @@ class Tracer:
     def plain_seconds(self) -> float:
         """A step's, without the profile."""
         return (self.times[WARM_UP + PLAIN] - self.times[WARM_UP]) / PLAIN
+
+
+def profile_in_time(part: Part, network: Network) -> None:
+    """`profile_training`, if there is time for it."""
+    what = f"profile, {network.name}"
+    if part.left() < _PROFILE:
+        part.leave_out(what, f"{part.left():.0f} s left")
+        return
+    with part.attempt(what):
+        profile_training(part, network)
 
 
 def profile_training(part: Part, network: Network) -> None:
@@ -296,7 +312,7 @@ def watch_compiled(part: Part) -> None:
     """CMSF-2Q with compiled encoders, if they are compiled within the time that is left."""
     what, compiled = "compiled encoders do not wait", _small_encoders().to(part.device)
     try:
-        with _within(part.left() - _COMPILING):
+        with _within(part.left() - _AFTER_COMPILATION):
             compiled.compile()
             views = torch.randn(2, _BATCH, 3, _SIDE, _SIDE, device=part.device)
             (compiled.query(views[0]) * compiled.target(views[1])).sum().backward()

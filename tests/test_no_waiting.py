@@ -1,87 +1,55 @@
-"""No step of training waits for the device; what is copied to the host arrives as it was.
-
-The device "meta" stands for a GPU: its tensors have shapes and no data, so that whatever needs to
-know one of their values fails. Host tensors beside it are real.
-"""
+"""No step of training waits for the device; what is copied to the host arrives as it was."""
 
 import contextlib
 
 import pytest
 import tiny
 import torch
+from every_method import METHODS, Method, Sizes, device_of_shapes, placed
 from torch import nn
 
-from self_supervised.train_msf import MSF
-from self_supervised.train_msf_2q import CMSF2Q
-from self_supervised.train_msf_km import CMSFKM
-from semi_supervised.pseudo_label import PseudoLabelHead
-from semi_supervised.train_pseudo_cmsf import PseudoCMSF
-from supervised.train_sup_msf import SupervisedCMSF
-from supervised.train_sup_xent import CrossEntropy
 from utils import loss_watch, memory_bank
-from utils.encoders import SoleBackbone
 from utils.errors import RunError
-from utils.loaders import Batch
 from utils.meters import Means
 from utils.streams import HostCopy, upload
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STEPS = 6
 
 
-def clustered() -> CMSFKM:
-    model = CMSFKM(tiny.encoders(), 12, mem_bank_size=10, topk=3, num_clusters=4)
-    model.clusters = torch.arange(12) % 4
-    return model
+def model_and_batches(method: Method, device: torch.device):
+    """In float32, on a device."""
+    model = method.build(tiny.encoders(), Sizes()).float().to(device)
+    batches = tiny.random_batches(STEPS, small=method.small, symmetric=method.symmetric)
+    return model, [placed(batch, device, torch.float32) for batch in batches]
 
 
-def pseudo(**flags) -> PseudoCMSF:
-    head, labeled = PseudoLabelHead("mlp", 4, 3), torch.arange(12) % 2 == 0
-    return PseudoCMSF(tiny.encoders(), head, labeled, mem_bank_size=10, topk=3, **flags)
-
-
-METHODS = {
-    "msf": lambda: MSF(tiny.encoders(), mem_bank_size=10, topk=3),
-    "km": clustered,
-    "cross-entropy": lambda: CrossEntropy(SoleBackbone(tiny.encoders().query_encoder), 4, 3),
-    "2q": lambda: CMSF2Q(tiny.encoders(), 12, mem_bank_size=10, topk=3, topkp=4),
-    "supervised": lambda: SupervisedCMSF(tiny.encoders(), 3, mem_bank_size=10, topk=3),
-    "top-all": lambda: SupervisedCMSF(tiny.encoders(), 3, mem_bank_size=10, topk=None),
-    "pseudo-labels": lambda: pseudo(conf_th=0.5, cache_size=8),
-    "all pseudo-labels": lambda: pseudo(),
-}
-
-
-class NeverThere:
-    """A `HostCopy` that does not look at what it copies."""
-
-    def __init__(self, tensor):
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-
-    def get(self):
-        return torch.ones(self.shape, dtype=self.dtype)
-
-
-def step(model, optimizer, batch, means):
+def step(model, optimizer, batch, means, **arguments):
     """What the body of a training loop does, and what is read at the print interval is not."""
-    loss, stats = model(batch)
+    loss, stats = model(batch, **arguments)
     tiny.update(optimizer, loss)
     means.add({"loss": loss, **stats})
 
 
 @pytest.fixture
-def meta(monkeypatch):
+def meta():
     """The device "meta" as a device that methods run on."""
-    monkeypatch.setattr(memory_bank, "HostCopy", NeverThere)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    with device_of_shapes() as device:
+        yield device
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_reads_nothing_from_the_device(meta, name):
-    model = METHODS[name]().to("meta").float()
-    optimizer, means = tiny.sgd(model), Means()
-    for batch in tiny.random_batches(5):
-        views = (view.float().to("meta") for view in batch[:2])
-        step(model, optimizer, Batch(*views, batch.index, batch.label.to("meta")), means)
+    """But that with confident images in the cache: their number decides how many rows it writes."""
+    method, means = METHODS[name], Means()
+    model, batches = model_and_batches(method, meta)
+    optimizer = tiny.sgd(model)
+    if method.waits:
+        with pytest.raises(NotImplementedError):
+            model(batches[0])
+        return
+    for batch in batches:
+        step(model, optimizer, batch, means, **method.arguments)
     with pytest.raises(NotImplementedError):  # the watch itself works
         means.read()
 
@@ -99,15 +67,6 @@ def test_the_stand_in_for_a_gpu_refuses_what_waits():
     for wait in waits:
         with pytest.raises((NotImplementedError, RuntimeError)):
             wait()
-
-
-def test_confident_images_in_the_cache_are_the_exception(meta):
-    """Their number decides how many rows are written; the flag's help says so."""
-    model = pseudo(conf_th=0.5, cache_size=8, cache_confident=True).to("meta").float()
-    batch = next(tiny.random_batches(1))
-    views = (view.float().to("meta") for view in batch[:2])
-    with pytest.raises(NotImplementedError):
-        model(Batch(*views, batch.index, batch.label.to("meta")))
 
 
 def test_a_bad_loss_of_a_gpu_is_found_before_anything_is_kept(tmp_path, monkeypatch):
@@ -135,18 +94,17 @@ def test_on_the_cpu_nothing_is_copied():
 @GPU
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_a_gpu_does_not_wait(name):
-    model = METHODS[name]().float().cuda()
-    optimizer, means = tiny.sgd(model), Means()
-    batches = [
-        Batch(b.query_view.float().cuda(), b.target_view.float().cuda(), b.index, b.label.cuda())
-        for b in tiny.random_batches(6)
-    ]
-    step(model, optimizer, batches[0], means)  # libraries are set up
+    method, means = METHODS[name], Means()
+    model, batches = model_and_batches(method, torch.device("cuda"))
+    optimizer = tiny.sgd(model)
+    step(model, optimizer, batches[0], means, **method.arguments)  # libraries are set up
+    waits = pytest.raises(RuntimeError, match="synchronizing")
     torch.cuda.set_sync_debug_mode("error")
     with contextlib.ExitStack() as stack:
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
-        for batch in batches[1:]:
-            step(model, optimizer, batch, means)
+        with waits if method.waits else contextlib.nullcontext():
+            for batch in batches[1:]:
+                step(model, optimizer, batch, means, **method.arguments)
     assert means.read()["loss"] > 0
 
 

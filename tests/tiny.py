@@ -31,31 +31,35 @@ def random_batches(
     *,
     num_images: int = 12,
     size: int = 4,
+    side: int = 2,
     classes: int = 3,
     small: tuple[int, ...] = (),
+    small_side: int = 2,
     symmetric: bool = False,
 ) -> Iterator[Batch]:
     """Epochs of random permutations: batches of `size` images, two views of each, in float64.
 
-    small: numbers of further crops, a group each. symmetric: each image twice, views exchanged.
+    side: of the views, in pixels. small: numbers of further crops, a group each, of `small_side`.
+    symmetric: each image twice, views exchanged.
     """
     generator = torch.Generator().manual_seed(1)
-    base = torch.randn(num_images, 3, 2, 2, generator=generator, dtype=torch.float64)
+    base = torch.randn(num_images, 3, side, side, generator=generator, dtype=torch.float64)
     for step in range(count):
         place = step % (num_images // size)
         if place == 0:
             order = torch.randperm(num_images, generator=generator)
         index = order[place * size : (place + 1) * size]
-        one, two = base[index] + _noise(2, size, generator)
-        crops = tuple(base[index] + _noise(number, size, generator) for number in small)
+        images, corners = base[index], base[index, :, :small_side, :small_side]
+        one, two = images + _noise(2, images.shape, generator)
+        crops = tuple(corners + _noise(number, corners.shape, generator) for number in small)
         if symmetric:
             one, two = torch.stack([one, two], 1).flatten(0, 1), torch.stack([two, one], 1)
             two, index = two.flatten(0, 1), index.repeat_interleave(2)
         yield Batch(one, two, index, index % classes, crops)
 
 
-def _noise(views: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(views, size, 3, 2, 2, generator=generator, dtype=torch.float64) / 3
+def _noise(views: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.randn(views, *shape, generator=generator, dtype=torch.float64) / 3
 
 
 def photo(height: int, width: int, *, seed: int = 0) -> np.ndarray:

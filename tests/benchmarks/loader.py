@@ -17,18 +17,17 @@ and how much of the copies and of the views' work there happens while another st
 import argparse
 import contextlib
 import io
-import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import spans
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
@@ -249,22 +248,10 @@ def measure_overlap(folder: Path) -> None:
             for _ in range(50):
                 matrix = torch.nn.functional.normalize(matrix @ matrix)
         torch.cuda.synchronize()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    spans = [
-        (event["args"]["stream"], event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("cat") in ("kernel", "gpu_memcpy")
-    ]
-    busy = defaultdict(float)
-    for stream, start, end in spans:
-        busy[stream] += end - start
-    busiest = max(busy, key=busy.get)  # the stand-in's
-    training = sorted((a, b) for stream, a, b in spans if stream == busiest)
-    side = [(a, b) for stream, a, b in spans if stream != busiest]
-    total = sum(b - a for a, b in side)
-    beside = sum(max(0, min(b, d) - max(a, c)) for a, b in side for c, d in training)
-    share = 100 * beside / total if total else 0
+    work = spans.spans_of(profile, folder).device
+    training = spans.busiest(work)  # the stand-in's stream
+    total = spans.total(span for span in work if span.stream != training)
+    share = spans.beside(work, training)
     print(
         f"\ncopies and views: {total / 1000:.1f} ms on side streams, {share:.0f}% beside training"
     )

@@ -137,10 +137,10 @@ def make_batch(args: argparse.Namespace, size: int) -> Batch:
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Backward pass and update, as `Run.step`."""
-    optimizer.zero_grad(set_to_none=True)
+    """Backward pass and update; gradients go with their step, as those of CUDA graphs must."""
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def encoder_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -209,13 +209,13 @@ def measure(model: CMSF2Q, optimizer: torch.optim.SGD, batch: Batch, rounds: int
     for name in ("query", "target", "update_target"):
         setattr(encoders, name, clock.timed(name, getattr(encoders, name)))
     backward = clock.timed("backward", lambda loss: loss.backward())
-    update = clock.timed("optimizer", optimizer.step)
+    descend = clock.timed("optimizer", optimizer.step)
 
     def step() -> None:
         loss, _ = model(batch)
-        optimizer.zero_grad(set_to_none=True)
         backward(loss)
-        update()
+        descend()
+        optimizer.zero_grad(set_to_none=True)
 
     step = clock.timed("whole step", step)
     for _ in range(rounds + 1):

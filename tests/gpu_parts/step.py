@@ -71,8 +71,7 @@ def run(part: Part) -> None:
         return
     compiled(study, "compiled", least=40)
     begun(study, "settings of cuDNN", cudnn_settings, least=15)
-    mark = torch.compiler.cudagraph_mark_step_begin
-    compiled(study, "CUDA graphs", least=30, before=mark, mode="reduce-overhead")
+    compiled(study, "CUDA graphs", least=30, cuda_graphs=True)
 
 
 def build_study(part: Part) -> Study:
@@ -95,15 +94,9 @@ def build_study(part: Part) -> Study:
     return Study(part, args, model, optimizer, sides, partial(search.now, part.device))
 
 
-def compare(study: Study, name: str, *, before: Callable[[], object] | None = None) -> None:
-    """Images a second of the sides, in turn; memory; whether the host is what a step waits for.
-
-    before: called before each step.
-    """
-    part, clock = study.part, study.clock
-    sides = study.sides
-    if before:
-        sides = {n: partial(_both, before, side) for n, side in sides.items()}
+def compare(study: Study, name: str, *, memory: bool = True) -> None:
+    """Images a second of the sides, in turn; memory; whether the host is what a step waits for."""
+    part, clock, sides = study.part, study.clock, study.sides
     for _ in range(3):  # libraries are set up, networks compiled, graphs recorded
         losses = {n: side() for n, side in sides.items() if n != "encoders alone"}
         sides["encoders alone"]()
@@ -119,17 +112,12 @@ def compare(study: Study, name: str, *, before: Callable[[], object] | None = No
         part.leave_out("peak memory, device idle in a step", "of a GPU alone")
         return
     for n, side in sides.items():
-        if not before:  # else it lies in the graphs' own pool
+        if memory:
             peak = search.gpu_megabytes(side) / 1024
             part.figure(f"{name}, {n}, peak memory above what stays", peak, "GiB")
     with part.attempt(f"{name}, profile of whole steps"):
         idle = 100 - busy_share(sides["whole step"], part.scratch, clock)
         part.figure(f"{name}, device idle in whole steps", idle, "%")
-
-
-def _both(before: Callable[[], object], side: Callable[[], object]) -> object:
-    before()
-    return side()
 
 
 def note_rates(part: Part, name: str, times: dict[str, list[float]], batch: int) -> None:
@@ -204,17 +192,10 @@ def begun(study: Study, name: str, what: Callable[[Study], None], *, least: floa
         what(study)
 
 
-def compiled(
-    study: Study,
-    name: str,
-    *,
-    least: float,
-    before: Callable[[], object] | None = None,
-    **how: Any,
-) -> None:
+def compiled(study: Study, name: str, *, least: float, **how: Any) -> None:
     """`compare` with encoders that are compiled, if `least` seconds are left.
 
-    how: what `torch.compile` is told.
+    how: what their `compile` is told. Memory of CUDA graphs is a pool of their own.
     """
 
     def what(study: Study) -> None:
@@ -224,7 +205,7 @@ def compiled(
         study.sides["encoders alone"]()
         seconds = study.clock() - start
         study.part.figure(f"{name}, first step of the encoders", seconds, "s")
-        compare(study, name, before=before)
+        compare(study, name, memory="cuda_graphs" not in how)
 
     begun(study, name, what, least=least)
 

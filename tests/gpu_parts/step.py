@@ -95,7 +95,10 @@ def build_study(part: Part) -> Study:
 
 
 def compare(study: Study, name: str, *, memory: bool = True) -> None:
-    """Images a second of the sides, in turn; memory; whether the host is what a step waits for."""
+    """Images a second of the sides, in turn; memory; whether the host is what a step waits for.
+
+    memory: False where it is not allocated step by step.
+    """
     part, clock, sides = study.part, study.clock, study.sides
     for _ in range(3):  # libraries are set up, networks compiled, graphs recorded
         losses = {n: side() for n, side in sides.items() if n != "encoders alone"}
@@ -195,11 +198,12 @@ def begun(study: Study, name: str, what: Callable[[Study], None], *, least: floa
 def compiled(study: Study, name: str, *, least: float, **how: Any) -> None:
     """`compare` with encoders that are compiled, if `least` seconds are left.
 
-    how: what their `compile` is told. Memory of CUDA graphs is a pool of their own.
+    how: what their `compile` is told.
     """
 
     def what(study: Study) -> None:
         torch.compiler.reset()
+        torch.cuda.empty_cache()  # the memory of CUDA graphs is their own
         start = study.clock()
         study.model.encoders.compile(**how)
         study.sides["encoders alone"]()

@@ -66,6 +66,15 @@ def draw_picture(rng: np.random.Generator, height: int = 375, width: int = 500) 
     return Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    """JPEGs of photo size, drawn into the folder."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for path in paths:
+        draw_picture(rng).save(path, quality=90)
+    return paths
+
+
 class PublishedBlur:
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
@@ -193,10 +202,7 @@ def print_speeds(title: str, speeds: dict[str, list[float]]) -> None:
 
 def measure_large(folder: Path, count: int, rounds: int) -> None:
     """Images of photo size, `count` of them drawn into the folder."""
-    rng = np.random.default_rng(0)
-    paths = [folder / f"{number}.jpg" for number in range(count)]
-    for path in paths:
-        draw_picture(rng).save(path, quality=90)
+    paths = write_pictures(folder, count)
     kilobytes = statistics.mean(path.stat().st_size for path in paths) / 1000
     functions = (published, worker_part, everything)
     sides = {

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import search
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,12 +32,14 @@ SMALL_DIM = 64  # of the embeddings of so many images: 2.6 GB
 
 def milliseconds(function: Callable[[], object], rounds: int) -> list[float]:
     """Times of `rounds` calls after a first one."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - start))
-    return times[1:]
+    times = search.in_turn({"": function}, rounds=rounds + 1, clock=time.perf_counter)[""]
+    return [1000 * seconds for seconds in times[1:]]
+
+
+def first_rows(data: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The same with the first rows of the bank alone."""
+    per_row = ("bank", "previous", "row_labels")
+    return {name: values[:rows] if name in per_row else values for name, values in data.items()}
 
 
 def text(times: list[float]) -> str:
@@ -47,12 +50,10 @@ def against_rows(args: argparse.Namespace) -> None:
     """A line for each K."""
     print(f"B {args.batch}, D {args.dim}, ms: median (lowest to highest), n {args.rounds}")
     print(f"{'K':>9}  {'2Q':28}{'us/1000 rows':>13}  {'same label':28}  {'enqueue':28}")
-    everything = search.make_data(
-        argparse.Namespace(bank=args.most_rows, dim=args.dim, batch=args.batch, classes=1000)
-    )
+    sizes = {"bank": args.most_rows, "dim": args.dim, "batch": args.batch, "classes": 1000}
+    everything = search.make_data(argparse.Namespace(**sizes, device="cpu"))
     for rows in (k for k in ROWS if k <= args.most_rows):
-        per_row = ("bank", "previous", "row_labels")
-        data = {n: v[:rows] if n in per_row else v for n, v in everything.items()}
+        data = first_rows(everything, rows)
         sides = [
             milliseconds(partial(side, data, 5, 10), args.rounds)
             for side in (search.ours, search.ours_supervised)

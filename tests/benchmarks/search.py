@@ -13,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,20 +29,19 @@ from utils.neighbors import mean_shift_loss, nearest, nearest_among, nearest_wit
 def make_data(args: argparse.Namespace) -> dict[str, Tensor]:
     """A full bank of unit vectors with its previous embeddings, and a batch of q, t, u."""
     torch.manual_seed(0)
+    sizes = {"bank": args.bank, "previous": args.bank} | dict.fromkeys("qtu", args.batch)
     data = {
-        name: normalize(torch.randn(args.bank, args.dim), dim=1) for name in ("bank", "previous")
+        name: normalize(torch.randn(size, args.dim, device=args.device), dim=1)
+        for name, size in sizes.items()
     }
-    labels = {
-        "labels": torch.randint(args.classes, (args.batch,)),
-        "row_labels": torch.randint(args.classes, (args.bank,)),
+    return data | {
+        name: torch.randint(args.classes, (size,), device=args.device)
+        for name, size in (("labels", args.batch), ("row_labels", args.bank))
     }
-    data |= labels
-    return data | {name: normalize(torch.randn(args.batch, args.dim), dim=1) for name in "qtu"}
 
 
-def published(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
+def published_loss(q: Tensor, data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
     """Clone the banks, full distance matrices of t, q and u, scatter a mask, top-k, gather."""
-    q = data["q"].detach().requires_grad_()
     bank, previous = data["bank"].clone(), data["previous"].clone()
     to_target = 2 - 2 * torch.einsum("bd,kd->bk", data["t"], bank)
     to_query = 2 - 2 * torch.einsum("bd,kd->bk", q, bank)
@@ -51,7 +51,13 @@ def published(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
     _, related = to_previous.topk(candidates, dim=1, largest=False)
     penalty = torch.full_like(to_target, 5.0).scatter_(1, related, 0.0)
     _, far = (to_target + penalty).topk(k, dim=1, largest=False)
-    loss = (loss + to_query.gather(1, far).mean()) / 2
+    return (loss + to_query.gather(1, far).mean()) / 2
+
+
+def published(data: dict[str, Tensor], k: int, candidates: int) -> Tensor:
+    """The published arithmetic, and its backward pass."""
+    q = data["q"].detach().requires_grad_()
+    loss = published_loss(q, data, k, candidates)
     loss.backward()
     return loss.detach()
 
@@ -125,15 +131,49 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def megabytes(name: str, data: dict[str, Tensor], args: argparse.Namespace) -> float:
-    """By how much one step of a side raises the peak: of the GPU, or of a process of its own."""
-    if args.device.type == "cpu":
-        command = [sys.executable, *sys.argv, "--only", name]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+Clock = Callable[[], float]  # seconds, when what was begun before is done
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int = 1,
+    clock: Clock,
+) -> dict[str, list[float]]:
+    """Seconds of one call of each side, in each round: `calls` of one side, then of the next."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            start = clock()
+            for _ in range(calls):
+                side()
+            seconds[name].append((clock() - start) / calls)
+    return seconds
+
+
+def gpu_megabytes(function: Callable[[], object]) -> float:
+    """By how much a call raises the peak of the GPU's memory above what lies there before."""
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    METHODS[args.method][name](data, args.topk, args.topkp)
+    function()
+    torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def megabytes(name: str, function: Callable[[], object], device: torch.device) -> float:
+    """By how much one step of a side raises the peak: of the GPU, or of a process of its own."""
+    if device.type == "cuda":
+        return gpu_megabytes(function)
+    command = [sys.executable, *sys.argv, "--only", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def agree(losses: Mapping[str, Tensor], *, tf32: bool) -> bool:
+    """Whether the losses of both sides are the same but for rounding."""
+    allowed = 1e-3 if tf32 else 1e-6
+    return torch.isclose(losses["ours"], losses["published"], atol=allowed).item()
 
 
 def main() -> None:
@@ -154,22 +194,19 @@ def main() -> None:
         child(args)
         return
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    data, sides = make_data(args), METHODS[args.method]
-    data = {name: value.to(args.device) for name, value in data.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    losses = {name: side(data, args.topk, args.topkp) for name, side in sides.items()}
-    allowed = 1e-3 if args.tf32 else 1e-6
-    assert torch.isclose(losses["ours"], losses["published"], atol=allowed), losses
-    for _ in range(args.rounds):
-        for name, side in sides.items():
-            start = now(args.device)
-            side(data, args.topk, args.topkp)
-            seconds[name].append(now(args.device) - start)
+    data = make_data(args)
+    sides = {
+        name: partial(side, data, args.topk, args.topkp)
+        for name, side in METHODS[args.method].items()
+    }
+    losses = {name: side() for name, side in sides.items()}
+    assert agree(losses, tf32=args.tf32), losses
+    seconds = in_turn(sides, rounds=args.rounds, clock=partial(now, args.device))
     kind = "TF32" if args.tf32 else "float32"
     where = "one thread" if args.device.type == "cpu" else args.device
     print(f"{args.method}, B {args.batch}, K {args.bank}, D {args.dim}, {kind}, {where}")
     for name, times in seconds.items():
-        memory = megabytes(name, data, args)
+        memory = megabytes(name, sides[name], args.device)
         low, middle, high = min(times), statistics.median(times), max(times)
         print(f"{name:10} median {middle:.3f} s ({low:.3f} to {high:.3f}), {memory:.0f} MB on top")
     medians = {name: statistics.median(times) for name, times in seconds.items()}

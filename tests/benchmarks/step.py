@@ -1,37 +1,46 @@
 """Where the time of one training step goes: each part's share, and all that is not the encoders.
 
-    python tests/benchmarks/step.py [--arch resnet50 --image_size 224 --batch 8] [--rounds 5]
+    python tests/benchmarks/step.py --batch_size 8 [--rounds 5]
     python tests/benchmarks/step.py --demo
-    python tests/benchmarks/step.py --device cuda --precision bf16 --batch 256
+    python tests/benchmarks/step.py --device cuda --precision bf16 --channels_last
 
-CMSF-2Q on views that are ready, with a full bank. The parts are timed where the step calls them;
-the rest of the step (bank, previous embeddings, neighbors, loss, figures) is what they leave of the
-whole. Published: the same encoders with the rest in the published arithmetic, in turn with ours. At
-a larger batch (`--scale_to`) the encoders' time grows with it and the rest is measured. One thread;
-medians with lowest and highest; every number waits for the GPU if there is one.
+CMSF-2Q on views that are ready, with a full bank; flags that are not this script's are those of
+`train_msf_2q.py`. The parts are timed where the step calls them; the rest of the step (bank,
+previous embeddings, neighbors, loss, figures) is what they leave of the whole. Published: the same
+encoders with the rest in the published arithmetic, in turn with ours. At a larger batch
+(`--scale_to`) the encoders' time grows with it and the rest is measured. One thread; medians with
+lowest and highest; every number waits for the GPU if there is one.
+
+`training_steps` is the whole of a step on a GPU: from crops that are there, through the loader's
+views and `Run`; the GPU's benchmark (`tests/gpu.py`) holds it against `encoder_step`.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import search
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from self_supervised import train_msf_2q
 from self_supervised.train_msf_2q import CMSF2Q
-from utils import options
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.loaders import Batch
+from utils import setup
+from utils.engine import Run
+from utils.loaders import Batch, TwoViewLoader
+from utils.reading import CropBatch
+from utils.streams import upload
 
 IMAGES = 100_000  # N: what the store of previous embeddings holds
+_NEVER = 10**9  # epochs, images or minutes after which something would happen
 
 
 class Clock:
@@ -58,38 +67,64 @@ class Clock:
         return run
 
 
+def script_flags(*flags: object) -> argparse.Namespace:
+    """What the training script makes of such flags."""
+    before = sys.argv
+    sys.argv = ["train_msf_2q.py", *map(str, flags)]
+    if "--demo" not in flags:
+        sys.argv.append(".")  # a folder of images, which nothing reads
+    try:
+        return train_msf_2q.parse_args()
+    finally:
+        sys.argv = before
+
+
 def build(args: argparse.Namespace) -> tuple[CMSF2Q, torch.optim.SGD]:
-    """The method with a full bank, whose rows all have previous embeddings."""
-    torch.manual_seed(0)
-    backbone = build_backbone(args.arch)
-    encoders = QueryTargetEncoders(
-        backbone.module,
-        backbone.feature_dim,
-        proj_dim=args.proj_dim,
-        hidden_dim=args.hidden_dim,
-        autocast=options.PRECISIONS[args.precision],
-        channels_last=args.device.type == "cuda",
-    )
-    model = CMSF2Q(encoders, IMAGES, mem_bank_size=args.bank, topk=args.topk, topkp=args.topkp)
-    dim = encoders.proj_dim
-    for start in range(0, args.bank, 2**14):
-        rows = normalize(torch.randn(min(2**14, args.bank - start), dim), dim=1)
-        count = len(rows)
-        model.bank.enqueue(
-            rows,
-            previous=rows.flip(0),
-            has_previous=torch.ones(count, dtype=torch.bool),
-            index=torch.zeros(count, dtype=torch.int64),
-            label=torch.zeros(count, dtype=torch.int64),
-        )
-    model.previous.embeddings.normal_()
-    model.previous.embeddings.div_(model.previous.embeddings.norm(dim=1, keepdim=True))
-    model.previous.seen.fill_(True)
-    model.to(args.device)
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9, weight_decay=1e-4
-    )
+    """The method as the script builds it, with a full bank whose rows all have previous ones."""
+    sizes = {"mem_bank_size": args.mem_bank_size, "topk": args.topk, "topkp": args.topkp}
+    model = setup.place(args, CMSF2Q(setup.build_encoders(args), IMAGES, **sizes))
+    optimizer = setup.build_optimizer(args, model)
+    bank, previous = model.bank, model.previous
+    shape, device = bank.features.shape, bank.features.device
+    for start in range(0, shape[0], 2**14):
+        rows = torch.randn(min(2**14, shape[0] - start), shape[1], device=device)
+        rows, none = normalize(rows, dim=1), torch.zeros(len(rows), dtype=torch.int64)
+        columns = {"previous": rows.flip(0), "has_previous": none == 0, "index": none}
+        bank.enqueue(rows, label=none, **columns)
+    previous.embeddings.normal_()
+    previous.embeddings.div_(previous.embeddings.norm(dim=1, keepdim=True))
+    previous.seen.fill_(True)
     return model, optimizer
+
+
+class Published2Q(nn.Module):
+    """The method on the same encoders in the published arithmetic, from the same bank and store.
+
+    As there, the previous embeddings of all images lie on the device, and the bank's size is a
+    multiple of the batch.
+    """
+
+    def __init__(self, model: CMSF2Q) -> None:
+        super().__init__()
+        self.encoders, self.topk, self.topkp = model.encoders, model.topk, model.topkp
+        self.rows, self.older = model.bank.features.clone(), model.bank.previous.clone()
+        self.store = model.previous.embeddings.to(self.rows.device, copy=True)
+        self.place = 0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: the loss, and no figures."""
+        q = self.encoders.query(batch.query_view)
+        with torch.no_grad():
+            self.encoders.update_target()
+            t = self.encoders.target(batch.target_view)
+            index = upload(batch.index, t.device)
+            u = self.store[index]
+            self.store[index] = t
+            place = slice(self.place, self.place + len(t))
+            self.rows[place], self.older[place] = t, u
+            self.place = (self.place + len(t)) % len(self.rows)
+        data = {"t": t, "u": u, "bank": self.rows, "previous": self.older}
+        return search.published_loss(q, data, self.topk, self.topkp), {}
 
 
 def make_batch(args: argparse.Namespace, size: int) -> Batch:
@@ -101,6 +136,72 @@ def make_batch(args: argparse.Namespace, size: int) -> Batch:
     return Batch(*views, index, torch.zeros(size, dtype=torch.int64, device=args.device))
 
 
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Backward pass and update; gradients go with their step, as those of CUDA graphs must."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def encoder_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """A step of the encoders alone: both of them, moving average, a plain loss, update."""
+    q = model.encoders.query(batch.query_view)
+    model.encoders.update_target()
+    t = model.encoders.target(batch.target_view)
+    update(optimizer, 2 - 2 * (q * t).sum(dim=1).mean())
+
+
+class ReadyCrops:
+    """In the place of workers: crops that lie on the device, the same for all batches."""
+
+    num_workers = 0
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        shape = (args.batch_size, 2 * 3 * args.image_size**2)
+        self.crops = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        size = len(self.crops)
+        order, label = torch.randperm(IMAGES), torch.zeros(size, dtype=torch.int64)
+        for index in itertools.cycle(order[: IMAGES // size * size].split(size)):
+            yield CropBatch(self.crops, index, label, {})
+
+
+def ready_loader(args: argparse.Namespace) -> TwoViewLoader:
+    """The script's loader of an endless epoch, but for the workers."""
+    loader = setup.build_loader(args, range(_NEVER))
+    loader._loader = ReadyCrops(args)
+    return loader
+
+
+def training_batches(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: TwoViewLoader, folder: Path
+) -> tuple[Run, Iterator[Batch]]:
+    """A run that neither reports nor saves, and its batches."""
+    (rate,) = {group["lr"] for group in optimizer.param_groups}
+    freqs = {"print_freq": _NEVER, "save_freq": _NEVER, "save_minutes": 0, "knn_freq": -1}
+    run = Run(
+        *(model, optimizer),
+        folder=folder,
+        epochs=_NEVER,
+        learning_rate=lambda epoch: rate,
+        settings={},
+        **freqs,
+    )
+    return run, run.batches(loader)
+
+
+def training_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: TwoViewLoader, folder: Path
+) -> Iterator[Tensor]:
+    """Steps of such a run, each when it is asked for: the loss, which nothing waits for."""
+    run, batches = training_batches(model, optimizer, loader, folder)
+    for batch in batches:
+        loss, stats = run.forward(batch)
+        run.step(loss, stats)
+        yield loss.detach()
+
+
 def measure(model: CMSF2Q, optimizer: torch.optim.SGD, batch: Batch, rounds: int) -> Clock:
     """Steps with their parts timed; the first is not counted."""
     encoders = model.encoders
@@ -108,13 +209,13 @@ def measure(model: CMSF2Q, optimizer: torch.optim.SGD, batch: Batch, rounds: int
     for name in ("query", "target", "update_target"):
         setattr(encoders, name, clock.timed(name, getattr(encoders, name)))
     backward = clock.timed("backward", lambda loss: loss.backward())
-    update = clock.timed("optimizer", optimizer.step)
+    descend = clock.timed("optimizer", optimizer.step)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         loss, _ = model(batch)
         backward(loss)
-        update()
+        descend()
+        optimizer.zero_grad(set_to_none=True)
 
     step = clock.timed("whole step", step)
     for _ in range(rounds + 1):
@@ -169,49 +270,36 @@ def line(name: str, times: list[float], whole: float) -> str:
     return f"{name:32}{1000 * middle:10.1f} ms {spread:24} {100 * middle / whole:6.2f}%"
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this script."""
+def parse_args() -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The flags of this script, and those of the training script."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--precision", choices=list(options.PRECISIONS), default="fp32")
-    for name, default in (("image_size", 224), ("batch", 8), ("bank", 128000), ("topk", 5)):
+    for name, default in (("rounds", 5), ("threads", 1), ("scale_to", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("topkp", 10), ("rounds", 5), ("threads", 1), ("scale_to", 256)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--demo", action="store_true", help="the demo's network, batch and bank")
-    args = parser.parse_args()
-    args.proj_dim = args.hidden_dim = None
-    if args.demo:
-        demo = options.DEMO
-        args.arch, args.image_size, args.batch = "conv4", demo["image_size"], demo["batch_size"]
-        args.bank, args.topkp, args.scale_to = demo["mem_bank_size"], 5, 0
-        args.proj_dim, args.hidden_dim = demo["proj_dim"], demo["hidden_dim"]
-    return args
+    own, others = parser.parse_known_args()
+    return own, script_flags(*others)
 
 
 def main() -> None:
     """Print the parts of a step and what the published arithmetic would take of it."""
-    args = parse_args()
-    torch.set_num_threads(args.threads)
+    own, args = parse_args()
+    torch.set_num_threads(own.threads)
     model, optimizer = build(args)
-    clock = measure(model, optimizer, make_batch(args, args.batch), args.rounds)
+    size = args.batch_size
+    clock = measure(model, optimizer, make_batch(args, size), own.rounds)
     whole = statistics.median(clock.steps["whole step"])
     print(
-        f"CMSF-2Q, {args.arch}, {args.image_size} px, B {args.batch}, K {args.bank}, D "
-        f"{model.encoders.proj_dim}, {args.precision} on {args.device}, {args.threads} threads, "
-        f"n {args.rounds}"
+        f"CMSF-2Q, {args.arch}, {args.image_size} px, B {size}, K {args.mem_bank_size}, D "
+        f"{model.encoders.proj_dim}, {args.precision} on {args.device}, {own.threads} threads, "
+        f"n {own.rounds}"
     )
     for name, times in clock.steps.items():
         print(line(name, times, whole))
     encoders = whole - statistics.median(clock.steps["the rest"])
-    print(
-        f"encoders alone: {args.batch / encoders:.2f} images/s, whole step {args.batch / whole:.2f}"
-    )
-    for size in {args.batch, args.scale_to or args.batch}:
-        grown = encoders * size / args.batch
-        print(f"at B {size} (encoders {grown:.2f} s):")
-        for name, times in rest_seconds(model, size, args.rounds).items():
+    print(f"encoders alone: {size / encoders:.2f} images/s, whole step {size / whole:.2f}")
+    for larger in sorted({size, max(size, own.scale_to)}):
+        grown = encoders * larger / size
+        print(f"at B {larger} (encoders {grown:.2f} s):")
+        for name, times in rest_seconds(model, larger, own.rounds).items():
             middle = statistics.median(times)
             print(line(f"  the rest, {name}", times, middle + grown))
 

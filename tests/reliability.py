@@ -68,10 +68,7 @@ class Row(NamedTuple):
 def start(
     regime: str, folder: Path, data: Path, *flags: object, gpu: bool = False
 ) -> subprocess.Popen:
-    """Start a training script on one thread; its output goes to files beside the folder.
-
-    gpu: on a GPU if there is one.
-    """
+    """Start a script on one thread, `gpu`: on a GPU; its output goes to files beside the folder."""
     script, *own = REGIMES[regime]
     command = [script, *own, *COMMON, "--checkpoint_path", folder, *flags, data]
     hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}

@@ -65,8 +65,8 @@ class Watch:
         """Note which test runs, and how many wait."""
         self._began = time.monotonic()
         self.waiting -= 1
-        self.part.remember("running", nodeid)
         self.part.remember("unfinished", self.waiting)
+        self.part.remember("running", nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One of a test's phases: it has passed if none failed and none was skipped."""

@@ -52,6 +52,10 @@ import pytest
 @pytest.mark.parametrize("number", range(4))
 def test_one(number):
     pass
+
+
+def test_for_any_machine():
+    assert False
 """
 
 

@@ -113,9 +113,10 @@ class Lab:
         return Path(f"{folder}.out").read_text() + Path(f"{folder}.err").read_text()
 
     def diverging(self, setting: Setting) -> Path:
-        """... of one whose learning rate is beyond all bounds."""
+        """... of one whose learning rate is beyond all bounds, and that saves after each step."""
         folder = self.scratch / "diverging"
-        self.end(self.start(setting, folder, "--learning_rate", 1e30), folder, code=1)
+        flags = ("--learning_rate", 1e30, "--save_minutes", 1e-6)
+        self.end(self.start(setting, folder, *flags), folder, code=1)
         return folder
 
     def _wait_for_line(
@@ -159,8 +160,8 @@ def run(part: Part) -> None:
     first, *others = TINY if part.tiny else SETTINGS
     at_once = 2 if part.tiny else max(2, min(_AT_ONCE, workers.cores() // 2))
     with ThreadPoolExecutor(at_once) as pool:
+        diverging = pool.submit(lab.diverging, first)  # the shortest
         jobs = {first: _submit(pool, lab, first)}
-        diverging = pool.submit(lab.diverging, first)
         jobs |= {setting: _submit(pool, lab, setting) for setting in others}
         copy = _note_runs(part, first, jobs[first])
         if copy and part.device.type == "cuda":
@@ -232,4 +233,5 @@ def _note_diverging(part: Part, job: Future) -> None:
     last = reliability.figures(folder)[-1]
     part.check("so does the log", {"error", "lr", "images"} <= last.keys(), str(last)[:120])
     count, bad = kept(folder)
-    part.check("all that it kept is finite", not bad, f"{count} files {'; '.join(bad)[:200]}")
+    said = f"{count} files {'; '.join(bad)[:200]}"
+    part.check("all that it kept is finite", count > 0 and not bad, said)

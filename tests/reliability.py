@@ -65,15 +65,18 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def start(regime: str, folder: Path, data: Path, *flags: object) -> subprocess.Popen:
-    """Start a training script on one thread; its output goes to files beside the folder."""
+def start(
+    regime: str, folder: Path, data: Path, *flags: object, gpu: bool = False
+) -> subprocess.Popen:
+    """Start a script on one thread, `gpu`: on a GPU; its output goes to files beside the folder."""
     script, *own = REGIMES[regime]
     command = [script, *own, *COMMON, "--checkpoint_path", folder, *flags, data]
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     with open(f"{folder}.out", "a") as out, open(f"{folder}.err", "a") as errors:
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | hidden,
             stdout=out,
             stderr=errors,
         )

@@ -22,6 +22,7 @@ from utils import (
     board,
     checkpoint,
     distributed,
+    faiss_library,
     options,
     origin,
     run_folder,
@@ -77,7 +78,8 @@ def read_training_data(
 
     labeled: the method needs labels; otherwise images without one are added, where a set has such.
     InputError if it has none, if k-NN figures are asked for during training but labels or val/ are
-    missing, or if the run's folder would lie among the images.
+    missing, if there can be such figures but faiss is missing, or if the run's folder would lie
+    among the images.
     """
     _check_run_folder(args)
     train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
@@ -95,6 +97,8 @@ def read_training_data(
         val = read_split(args.data, "val", dataset=args.dataset)
         if val.classes:
             check_classes(train, val)
+            user = f"--knn_freq {args.knn_freq} (k-NN figures)"
+            faiss_library.load(user, otherwise="; --knn_freq -1 trains without k-NN figures")
             return train, val
         reason = "the val images have no classes"
     if args.knn_freq > 0:

@@ -25,8 +25,6 @@ from utils.loaders import Batch
 from utils.meters import Means
 from utils.streams import HostCopy, upload
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def clustered() -> CMSFKM:
     model = CMSFKM(tiny.encoders(), 12, mem_bank_size=10, topk=3, num_clusters=4)
@@ -132,7 +130,7 @@ def test_on_the_cpu_nothing_is_copied():
     assert HostCopy(x).get() is x and upload(x, x.device) is x
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_a_gpu_does_not_wait(name):
     model = METHODS[name]().float().cuda()
@@ -150,7 +148,7 @@ def test_a_step_on_a_gpu_does_not_wait(name):
     assert means.read()["loss"] > 0
 
 
-@GPU
+@pytest.mark.gpu
 def test_what_comes_from_a_gpu_is_there_when_asked_for():
     store = memory_bank.PreviousEmbeddings(50, 64)
     for epoch in range(3):

@@ -14,7 +14,6 @@ from utils.data import read_image_folder
 from utils.loaders import TwoViewLoader
 from utils.streams import ahead, upload
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = torch.device("cpu")
 
 
@@ -151,7 +150,7 @@ def test_the_test_notices_what_waits(waits):
 # On a GPU.
 
 
-@CUDA
+@pytest.mark.gpu
 def test_batches_ahead_are_those_of_the_cpu(tmp_path):
     for number in range(24):
         write_image(tmp_path / f"{number}.png", seed=number)
@@ -167,7 +166,7 @@ def test_batches_ahead_are_those_of_the_cpu(tmp_path):
             torch.testing.assert_close(one, two.cpu(), rtol=1e-4, atol=1e-4)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_the_current_stream_waits_for_what_it_is_handed():
     """A long computation on the side stream: its end is seen, and its memory kept."""
     device = torch.device("cuda")
@@ -184,7 +183,7 @@ def test_the_current_stream_waits_for_what_it_is_handed():
     assert found == pytest.approx([1 / 2048 + number for number in range(4)], abs=1e-3)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_no_operation_makes_the_host_wait():
     draws = random_draws.uniforms(0, 1, torch.arange(64))
     crops = torch.zeros(64, 3, 24, 24, dtype=torch.uint8, device="cuda")

@@ -183,7 +183,7 @@ def _crops(args: argparse.Namespace) -> dict[str, Any]:
 def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     """The encoders, seeded by --seed, filled from --weights if given; sets TF32 by --tf32.
 
-    InputError for a --precision that the device has not, or a --compile that does not work here.
+    InputError for speed flags that the device cannot serve, or a --compile that does not work here.
     """
     backbone = _seeded_backbone(args)
     _check_encoder_memory(args, backbone.feature_dim)
@@ -206,7 +206,7 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
         loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
         print(f"{args.weights}: {loaded}", flush=True)
     if args.compile:
-        encoders.compile()
+        encoders.compile(cuda_graphs=args.cuda_graphs)
     return encoders
 
 
@@ -249,7 +249,7 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
         checkpoint.load_backbone(backbone, state, what=what)
         print(f"{args.weights}: backbone only; the classifier starts at random", flush=True)
     if args.compile:
-        sole.compile()
+        sole.compile(cuda_graphs=args.cuda_graphs)
     return sole, backbone.feature_dim
 
 
@@ -409,10 +409,13 @@ def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | Non
 
 
 def _check_speed(args: argparse.Namespace) -> None:
-    """InputError for what --precision or --compile asks for and this machine does not have."""
+    """InputError for speed flags that do not go together or that this machine cannot serve."""
     can_bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not can_bf16:
         raise InputError("--precision bf16: this GPU has no instructions for bfloat16")
+    if args.cuda_graphs and not (args.compile and args.device.type == "cuda"):
+        missing = f"on a GPU, not on {args.device}" if args.compile else "with --compile"
+        raise InputError(f"--cuda_graphs: only {missing}")
     if not args.compile:
         return
     try:

@@ -9,7 +9,7 @@ from conftest import write_image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import augment, random_draws, streams
+from utils import augment, random_draws, streams, two_views
 from utils.data import read_image_folder
 from utils.loaders import TwoViewLoader
 from utils.streams import ahead, upload
@@ -127,7 +127,27 @@ def test_the_views_never_wait_for_a_gpu(pinned):
             augment.normalize(crops),
         ):
             assert view.device.type == "cuda" and view.dtype == torch.float32
-    assert mode.uploads == len(pinned) > 0  # all from pinned memory
+    # All from pinned memory: mean and spread of each view, row numbers and factors of two.
+    assert mode.uploads == len(pinned) == 7
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and is on the CPU."""
+
+    device = torch.device("cuda")
+
+
+def test_both_crops_at_once_are_as_one_after_the_other():
+    crops = torch.arange(5 * 2 * 12, dtype=torch.uint8).view(5, 2, 3, 2, 2)
+    draws, calls = random_draws.uniforms(0, 1, torch.arange(5), views=4), []
+
+    def render(crops, draws):
+        calls.append(len(crops))
+        return crops.as_subclass(torch.Tensor) + torch.from_numpy(draws[:, :1, None, None])
+
+    here, there = (two_views._of_both(render, c, draws) for c in (crops, crops.as_subclass(OnGpu)))
+    assert calls == [5, 5, 10]
+    assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
 
 
 WAITING = {

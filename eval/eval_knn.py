@@ -21,6 +21,7 @@ from utils import (
     arguments,
     distributed,
     evaluation,
+    faiss_library,
     feature_cache,
     knn,
     options,
@@ -131,6 +132,7 @@ def main() -> None:
     """Evaluate, print a table, write knn.json."""
     args = parse_args()
     start = time.monotonic()
+    faiss_library.load("k-NN")  # not after the features are extracted
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
     check_classes(train, val)
     train = train.take(setup.labeled_index(args, train, file=args.train_file, flag="--train_file"))

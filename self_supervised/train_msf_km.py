@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, options, running, setup
+from utils import arguments, faiss_library, options, running, setup
 from utils.distributed import all_true, from_main, gather, is_main
 from utils.encoders import QueryTargetEncoders
 from utils.kmeans import kmeans
@@ -159,6 +159,7 @@ def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
     setup.check_bank(args)
+    faiss_library.load("k-means")  # an epoch would be over before it is needed
     train, val = setup.read_training_data(args)
     if args.num_clusters > len(train):
         reason = f"above the {len(train)} training images, each of which becomes a cluster"

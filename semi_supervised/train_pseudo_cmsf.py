@@ -176,8 +176,9 @@ class PseudoCMSF(nn.Module):
         if self.cache is not None:
             features, labels = self.cache.in_use("features", "label")
             return features.to(self.head.dtype), labels
+        encoder = self.encoders.target_encoder
         features, labels = extract_features(
-            self.encoders.target_encoder,
+            nn.Sequential(encoder.backbone, encoder.projector),  # that is not compiled
             images,
             num_images=len(images.images),
             left_out=images.left_out,

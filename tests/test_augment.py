@@ -249,7 +249,7 @@ def test_wrong_input_is_refused():
         weak_view(images, draws[:, None])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_gives_what_the_cpu_gives_and_is_never_waited_for():
     images, draws = pictures(64, 96), uniforms(0, 0, np.arange(64))[:, 0]
     on_gpu = images.cuda()

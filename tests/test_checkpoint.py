@@ -455,3 +455,25 @@ def test_a_setting_of_the_optimizer_that_a_file_lacks_is_as_it_is_now():
     checkpoint_fields.load_optimizer(optimizer, state, what="x")
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["fused"]) == (0.3, 0.9, None)
+
+
+@pytest.mark.parametrize(("saved", "here"), [(True, None), (None, True), (False, None)])
+def test_an_optimizer_computes_as_suits_this_machine(saved, here):
+    """A run of a GPU goes on on a CPU, and the other way round; also with another memory layout."""
+
+    def started(fused, layout):
+        weight = torch.nn.Parameter(torch.ones(2, 3, 2, 2).to(memory_format=layout))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=fused)
+        weight.grad = torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=layout)
+        return weight, optimizer
+
+    _, before = started(saved, torch.contiguous_format)
+    before.step()
+    weight, optimizer = started(here, torch.channels_last)
+    checkpoint_fields.load_optimizer(optimizer, before.state_dict(), what="x")
+    assert optimizer.param_groups[0]["fused"] is here
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    assert momentum.stride() == weight.stride()
+    assert torch.equal(momentum, torch.arange(24.0).view(2, 3, 2, 2))
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), 1 - 0.19 * torch.arange(24.0).view(2, 3, 2, 2))

@@ -173,7 +173,7 @@ def test_what_was_on_its_way_does_not_survive_loading(coming):
     assert not coming.state_dict()["seen"].any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_batch_that_is_not_to_be_kept_changes_no_row_on_a_gpu():
     bank = MemoryBank(5, 2, with_previous=True).cuda()
     bank.enqueue(**columns(0, 4, 2))
@@ -240,7 +240,7 @@ def test_previous_embeddings_follow_dtype_and_keep_their_values():
     assert torch.equal(store.swap(torch.tensor([2]), third)[0], third)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_previous_embeddings_stay_on_the_host():
     store = PreviousEmbeddings(4, 2).cuda()
     previous, seen = store.swap(torch.tensor([1]), torch.ones(1, 2, device="cuda"))

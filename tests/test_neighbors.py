@@ -242,7 +242,7 @@ def test_purity_without_labels_is_nan():
     assert purity(torch.tensor([-1]), torch.tensor([-1]), found).isnan()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_agrees_with_cpu():
     queries, rows = unit(8, 16), unit(300, 16, seed=1)
     here, there = nearest(queries, rows, k=5), nearest(queries.cuda(), rows.cuda(), k=5)

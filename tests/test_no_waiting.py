@@ -13,9 +13,7 @@ from utils.errors import RunError
 from utils.meters import Means
 from utils.streams import HostCopy, upload
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 6
-
 
 def model_and_batches(method: Method, device: torch.device):
     """In float32, on a device."""
@@ -91,7 +89,7 @@ def test_on_the_cpu_nothing_is_copied():
     assert HostCopy(x).get() is x and upload(x, x.device) is x
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_a_gpu_does_not_wait(name):
     method, means = METHODS[name], Means()
@@ -108,7 +106,7 @@ def test_a_step_on_a_gpu_does_not_wait(name):
     assert means.read()["loss"] > 0
 
 
-@GPU
+@pytest.mark.gpu
 def test_what_comes_from_a_gpu_is_there_when_asked_for():
     store = memory_bank.PreviousEmbeddings(50, 64)
     for epoch in range(3):

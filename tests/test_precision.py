@@ -7,12 +7,13 @@ import json
 import warnings
 
 import pytest
+import test_engine
 import tiny
 import torch
 from torch import nn
 
 from utils import setup
-from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
 from utils.errors import InputError
 
 SCRIPTS = {
@@ -310,11 +311,54 @@ def test_tf32_only_when_asked_for(args):
 def test_flags_reach_the_encoders(args, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(QueryTargetEncoders, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(
+        QueryTargetEncoders, "compile", lambda self, cuda_graphs: compiled.append(self)
+    )
     fast = setup.build_encoders(args("--precision", "bf16", "--channels_last", "--compile"))
     assert (fast.autocast, fast.channels_last, compiled) == (torch.bfloat16, True, [fast])
     plain = setup.build_encoders(args())
     assert (plain.autocast, plain.channels_last, compiled) == (None, False, [fast])
+
+
+@pytest.mark.parametrize("sole", [False, True])
+def test_a_step_begins_with_the_query_where_it_runs_as_cuda_graphs(monkeypatch, sole):
+    """Once, whatever the number of passes: what an earlier pass made is still needed."""
+    events, graphs = [], {"mode": "reduce-overhead", "dynamic": False}
+    mark = torch.compiler, "cudagraph_mark_step_begin"
+    monkeypatch.setattr(*mark, lambda: events.append("begin"))
+
+    def compiler(function, **options):
+        assert options == (graphs if cuda_graphs else {})
+        return lambda *given: events.append("pass") or function(*given)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    images, small = torch.randn(4, 3, 16, 16), torch.randn(2, 4, 3, 8, 8)
+    for cuda_graphs in (False, True):
+        model = SoleBackbone(build_backbone("conv4").module) if sole else encoders()
+        model.compile(cuda_graphs=cuda_graphs)
+        if sole:
+            model(images)
+        else:
+            model.query(images, small)
+            model.target(images)
+        assert events == ["begin"] * cuda_graphs + ["pass"] * (1 if sole else 5)
+        events.clear()
+
+
+def test_cuda_graphs_need_a_gpu_and_a_compiler(args, monkeypatch):
+    for flags, missing in (((), "with --compile"), (("--compile",), "on a GPU, not on cpu")):
+        with pytest.raises(InputError, match=f"^--cuda_graphs: only {missing}$"):
+            setup.build_encoders(args("--cuda_graphs", "--device", "cpu", *flags))
+
+
+def test_gradients_are_gone_when_the_next_step_begins(tmp_path):
+    """Those of CUDA graphs lie in memory that its forward pass uses anew."""
+    run, seen = test_engine.make_run(tmp_path, epochs=1), []
+    with run:
+        for batch in run.batches(test_engine.Loader()):
+            seen.append(run.model.weight.grad)
+            run.step(*run.model(batch))
+    assert seen == [None] * 4
 
 
 def test_without_a_compiler_compile_is_refused(run_script, image_tree, tmp_path, monkeypatch):

@@ -78,6 +78,9 @@ def test_optimizer_is_plain_sgd_over_what_has_a_gradient(args):
     (group,) = optimizer.param_groups
     expected = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.02, "nesterov": False, "dampening": 0}
     assert {name: group[name] for name in expected} == expected
+    assert group["fused"] is None
+    given.device = torch.device("cuda")
+    assert setup.build_optimizer(given, encoders).param_groups[0]["fused"]
     trained = {id(p) for m in (encoders.query_encoder, encoders.predictor) for p in m.parameters()}
     assert {id(p) for p in group["params"]} == trained
 

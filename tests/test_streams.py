@@ -9,12 +9,11 @@ from conftest import write_image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import augment, random_draws, streams
+from utils import augment, random_draws, streams, two_views
 from utils.data import read_image_folder
 from utils.loaders import TwoViewLoader
 from utils.streams import ahead, upload
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = torch.device("cpu")
 
 
@@ -128,7 +127,27 @@ def test_the_views_never_wait_for_a_gpu(pinned):
             augment.normalize(crops),
         ):
             assert view.device.type == "cuda" and view.dtype == torch.float32
-    assert mode.uploads == len(pinned) > 0  # all from pinned memory
+    # All from pinned memory: mean and spread of each view, row numbers and factors of two.
+    assert mode.uploads == len(pinned) == 7
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and is on the CPU."""
+
+    device = torch.device("cuda")
+
+
+def test_both_crops_at_once_are_as_one_after_the_other():
+    crops = torch.arange(5 * 2 * 12, dtype=torch.uint8).view(5, 2, 3, 2, 2)
+    draws, calls = random_draws.uniforms(0, 1, torch.arange(5), views=4), []
+
+    def render(crops, draws):
+        calls.append(len(crops))
+        return crops.as_subclass(torch.Tensor) + torch.from_numpy(draws[:, :1, None, None])
+
+    here, there = (two_views._of_both(render, c, draws) for c in (crops, crops.as_subclass(OnGpu)))
+    assert calls == [5, 5, 10]
+    assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
 
 
 WAITING = {
@@ -151,7 +170,7 @@ def test_the_test_notices_what_waits(waits):
 # On a GPU.
 
 
-@CUDA
+@pytest.mark.gpu
 def test_batches_ahead_are_those_of_the_cpu(tmp_path):
     for number in range(24):
         write_image(tmp_path / f"{number}.png", seed=number)
@@ -167,7 +186,7 @@ def test_batches_ahead_are_those_of_the_cpu(tmp_path):
             torch.testing.assert_close(one, two.cpu(), rtol=1e-4, atol=1e-4)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_the_current_stream_waits_for_what_it_is_handed():
     """A long computation on the side stream: its end is seen, and its memory kept."""
     device = torch.device("cuda")
@@ -184,7 +203,7 @@ def test_the_current_stream_waits_for_what_it_is_handed():
     assert found == pytest.approx([1 / 2048 + number for number in range(4)], abs=1e-3)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_no_operation_makes_the_host_wait():
     draws = random_draws.uniforms(0, 1, torch.arange(64))
     crops = torch.zeros(64, 3, 24, 24, dtype=torch.uint8, device="cuda")

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "neighbors": set(),
     "distributed": {"errors"},
     "memory_bank": {"distributed", "streams"},
-    "kmeans": set(),
+    "faiss_library": {"errors"},
+    "kmeans": {"faiss_library"},
     "schedule": set(),
     "streams": set(),
     "random_draws": set(),
@@ -67,7 +68,9 @@ MAY_IMPORT = {
     "transfer_data": {"data", "errors", "splits"},
     "transfer": {"distributed", "errors", "logistic", "splits"},
     "label_noise": {"checkpoint", "data", "errors", "image_names", "loaders", "streams"},
-    "knn": {"checked", "distributed", "errors", "features", "loaders", "splits"},
+    "knn": {
+        *("checked", "distributed", "errors", "faiss_library", "features", "loaders", "splits"),
+    },
     "pictures": set(),
     "shown_neighbors": {
         *("bad_images", "checked", "checkpoint", "data", "errors", "memory_bank", "neighbors"),
@@ -82,7 +85,7 @@ MAY_IMPORT = {
     "experiment": {"checkpoint", "errors", "torch_file"},
     "board": {"augment", "distributed", "errors", "loaders", "meters"},
     "health": {"run_log"},
-    "origin": {"distributed", "options"},
+    "origin": {"distributed", "faiss_library", "options"},
     "run_log": {"checked", "errors", "meters", "plain_json", "result_files", "run_folder"},
     "svg": set(),
     "run_folder": {
@@ -102,7 +105,16 @@ MAY_IMPORT = {
     },
     "setup": {
         *("archives", "batch_norm", "board", "checkpoint", "data", "distributed", "encoders"),
-        *("engine", "errors", "evaluation", "image_cache", "knn", "label_noise", "listing"),
+        *(
+            "engine",
+            "errors",
+            "evaluation",
+            "faiss_library",
+            "image_cache",
+            "knn",
+            "label_noise",
+            "listing",
+        ),
         *("loaders", "memory_bank", "options", "origin", "run_folder", "schedule", "splits"),
     },
 }

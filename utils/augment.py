@@ -9,7 +9,8 @@ rounds to 8 bits after each operation, color and blur are float32, and the blur 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import permutations
+from itertools import permutations, takewhile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,19 @@ _CPU_ALONE = 128**2  # pixels from which an image is worth calls of its own
 _CPU_BAND = 32  # rows of the image that one matrix product of the blur yields
 
 
+class _Work(NamedTuple):
+    """An operation on some images of a batch: their row numbers and factors, (n,) each.
+
+    operation: (copies of the images (n, 3, S, S), factors (n, 1, 1, 1)) -> what replaces them.
+    in_place: the copies themselves are changed.
+    """
+
+    operation: Callable[[Tensor, Tensor], Tensor]
+    rows: np.ndarray
+    factors: np.ndarray
+    in_place: bool = False
+
+
 def strong_view(
     images: Tensor, draws: np.ndarray | Tensor, *, blur: float = BLUR_PROBABILITY
 ) -> Tensor:
@@ -47,12 +61,12 @@ def strong_view(
     Returns (B, 3, S, S) float32 on the images' device, normalized by ImageNet's mean and spread.
     Raises TypeError if images are not uint8, ValueError if the draws do not fit them.
     """
-    return _render(images, draws, (_jitter_, _grayscale_, partial(_blur_, blur), _flip_))
+    return _render(images, draws, (_jitter, _grayscale, partial(_blurred, blur), _flip))
 
 
 def weak_view(images: Tensor, draws: np.ndarray | Tensor) -> Tensor:
     """Flip and normalization, each image by its own draws. In, out and errors: `strong_view`."""
-    return _render(images, draws, (_flip_,))
+    return _render(images, draws, (_flip,))
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -66,19 +80,16 @@ def normalize(images: Tensor) -> Tensor:
 def _render(
     images: Tensor,
     draws: np.ndarray | Tensor,
-    steps: Sequence[Callable[[Tensor, np.ndarray], None]],
+    steps: Sequence[Callable[[np.ndarray], list[_Work]]],
 ) -> Tensor:
-    """Float copies in [0, 1], changed in place by each step(copies, draws), then normalized."""
+    """Float copies in [0, 1], changed in place by the work of each step(draws), then normalized."""
     draws = np.asarray(draws)
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}")
     if draws.shape != (len(images), NUM_DRAWS):
         raise ValueError(f"draws must be ({len(images)}, {NUM_DRAWS}), not {draws.shape}")
     views = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    mean, std = (
-        _to_device(np.reshape(values, (3, 1, 1)), images.device)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = _to_device(np.reshape((IMAGENET_MEAN, IMAGENET_STD), (2, 3, 1, 1)), images.device)
     chunk = max(1, len(images))
     if images.device.type == "cpu":
         chunk = max(1, _CPU_CHUNK // max(1, images.shape[2] * images.shape[3]))
@@ -86,8 +97,7 @@ def _render(
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
             x = views[rows].copy_(images[rows]).div_(255)
-            for step in steps:
-                step(x, draws[rows])
+            _do_(x, [work for step in steps for work in step(draws[rows])])
             x.sub_(mean).div_(std)
     return views
 
@@ -98,50 +108,79 @@ def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
     return upload(torch.from_numpy(values), device)
 
 
-def _apply_(
-    x: Tensor, chosen: np.ndarray, operation: Callable[..., Tensor], *parameters: np.ndarray
-) -> None:
-    """Replace the chosen images of x (B, 3, S, S) by operation(copies of them, parameters).
+def _do_(x: Tensor, works: list[_Work]) -> None:
+    """Do all work on x (B, 3, S, S) in its order.
 
-    chosen: (B,) bool. parameters: (B,), those of the chosen images arrive as (n, 1, 1, 1).
+    Row numbers go to the device in one copy, and factors in another: a GPU's copies are slow to
+    start.
     """
-    if not chosen.any():
+    works = [work for work in works if len(work.rows)]
+    if not works:
         return
-    rows = _to_device(np.flatnonzero(chosen), x.device)
-    values = (_to_device(p[chosen].reshape(-1, 1, 1, 1), x.device) for p in parameters)
-    x.index_copy_(0, rows, operation(x.index_select(0, rows), *values))
+    counts = [len(work.rows) for work in works]
+    rows = _to_device(np.concatenate([work.rows for work in works]), x.device).split(counts)
+    factors = np.concatenate([work.factors for work in works])
+    factors = _to_device(factors, x.device).view(-1, 1, 1, 1).split(counts)
+    done = 0
+    if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= _CPU_ALONE:
+        done = _do_alone_(x, works, factors)
+    for work, own, values in zip(works[done:], rows[done:], factors[done:], strict=True):
+        x.index_copy_(0, own, work.operation(x.index_select(0, own), values))
 
 
-def _jitter_(x: Tensor, draws: np.ndarray) -> None:
+def _do_alone_(x: Tensor, works: list[_Work], factors: Sequence[Tensor]) -> int:
+    """Do what works in place and comes first, image by image; how many works that is.
+
+    One image at a time stays in the cache, and needs no copies.
+    """
+    first = list(takewhile(lambda work: work.in_place, works))
+    steps = [
+        (row, number, place)
+        for number, work in enumerate(first)
+        for place, row in enumerate(work.rows.tolist())
+    ]
+    for row, number, place in sorted(steps):
+        first[number].operation(x[row : row + 1], factors[number][place : place + 1])
+    return len(first)
+
+
+def _work(
+    operation: Callable[[Tensor, Tensor], Tensor],
+    chosen: np.ndarray,
+    factors: np.ndarray | None = None,
+    *,
+    in_place: bool = False,
+) -> _Work:
+    """Work on the chosen images ((B,) bool) of a batch, with their part of factors (B,)."""
+    rows = np.flatnonzero(chosen)
+    return _Work(operation, rows, rows * 0.0 if factors is None else factors[rows], in_place)
+
+
+def _jitter(draws: np.ndarray) -> list[_Work]:
     """torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1): four operations in an order of each image."""
     applied = draws[:, Draw.JITTER] < JITTER_PROBABILITY
     order = JITTER_ORDERS[(draws[:, Draw.ORDER] * len(JITTER_ORDERS)).astype(np.int64)]
     factors = JITTER_LOW + (JITTER_HIGH - JITTER_LOW) * draws[:, Draw.BRIGHTNESS : Draw.HUE + 1]
     operations = (_brightness, _contrast, _saturation, _hue)
-    if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= _CPU_ALONE:
-        # One image at a time stays in the cache, and needs no copies.
-        values = _to_device(factors, x.device)
-        for row in np.flatnonzero(applied):
-            for number in order[row]:
-                operations[number](x[row : row + 1], values[row, number].view(1, 1, 1, 1))
-        return
-    for step in range(4):
-        for number, operation in enumerate(operations):
-            _apply_(x, applied & (order[:, step] == number), operation, factors[:, number])
+    return [
+        _work(operation, applied & (order[:, place] == number), factors[:, number], in_place=True)
+        for place in range(4)
+        for number, operation in enumerate(operations)
+    ]
 
 
-def _grayscale_(x: Tensor, draws: np.ndarray) -> None:
+def _grayscale(draws: np.ndarray) -> list[_Work]:
     chosen = draws[:, Draw.GRAYSCALE] < GRAYSCALE_PROBABILITY
-    _apply_(x, chosen, lambda x: _gray(x).expand_as(x))
+    return [_work(lambda x, _: _gray(x).expand_as(x), chosen)]
 
 
-def _blur_(probability: float, x: Tensor, draws: np.ndarray) -> None:
+def _blurred(probability: float, draws: np.ndarray) -> list[_Work]:
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, Draw.SIGMA]
-    _apply_(x, draws[:, Draw.BLUR] < probability, _gaussian_blur, sigma)
+    return [_work(_gaussian_blur, draws[:, Draw.BLUR] < probability, sigma)]
 
 
-def _flip_(x: Tensor, draws: np.ndarray) -> None:
-    _apply_(x, draws[:, Draw.FLIP] < FLIP_PROBABILITY, lambda x: x.flip(-1))
+def _flip(draws: np.ndarray) -> list[_Work]:
+    return [_work(lambda x, _: x.flip(-1), draws[:, Draw.FLIP] < FLIP_PROBABILITY)]
 
 
 # Operations on (n, 3, S, S) float32 in [0, 1] with factors (n, 1, 1, 1). Those of the color jitter

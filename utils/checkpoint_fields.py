@@ -22,6 +22,8 @@ NETWORK = {
     "image_size": checked.whole(1, 4096),
     "small_stem": checked.FLAG,
 }
+# Settings of an optimizer that say by which kernels it computes.
+_KERNELS = {"foreach", "fused"}
 _BYTES = torch_file.tensor("(n,)", lambda value: True, dims=1, dtype=torch.uint8)
 _SUMS = checked.table_of(torch_file.tensor("(2,)", lambda value: len(value) == 2, dims=1))
 
@@ -104,6 +106,8 @@ def load_optimizer(
     """Load the state of an SGD that has the groups, the settings and the shapes of this one.
 
     InputError that begins with `what` otherwise. finite: also for what is infinite or not a number.
+    By which kernels it computes, and how momentum lies in memory, stays as it is here: a fused
+    kernel takes no momentum that lies otherwise than its parameter.
     """
     what = f"{what}: optimizer"
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
@@ -115,7 +119,10 @@ def load_optimizer(
         for name, value in mine.items():
             checked.take(group, name, _setting_like(value), what=what, default=value)
     # A setting that this torch has and that one had not is as it is now.
-    groups = [mine | group for group, mine in zip(groups, own, strict=True)]
+    groups = [
+        mine | group | {name: mine[name] for name in _KERNELS & mine.keys()}
+        for group, mine in zip(groups, own, strict=True)
+    ]
     for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
         if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
@@ -123,6 +130,10 @@ def load_optimizer(
         for name in slots:
             checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value is not None and value.stride() != parameter.stride():
+                slots[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _setting_like(value: Any) -> Kind:

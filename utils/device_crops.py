@@ -18,7 +18,8 @@ from utils.random_draws import CROP_ATTEMPTS, Draw
 from utils.reading import CropBatch, EpochSampler, Wanted, read_places
 from utils.streams import upload
 
-_CPU_CHUNK = 16  # images whose float32 copies stay in the cache
+# Images at a time whose float32 copies stay in the cache, at most, and pixels of theirs.
+_CPU_CHUNK, _CPU_PIXELS = 16, 2**18
 _MOST_BITS = 22  # behind the point of a weight
 
 
@@ -64,28 +65,31 @@ def cut_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     crops = torch.empty(count, views, 3, size, size, dtype=torch.uint8, device=images.device)
     exact = np.float32 if images.device.type == "mps" else np.float64  # all that a Mac's GPU has
     boxes = upload(torch.from_numpy(boxes.astype(exact)), images.device)
-    chunk = _CPU_CHUNK if images.device.type == "cpu" else max(1, count)
+    chunk = max(1, count)
+    if images.device.type == "cpu":
+        chunk = min(_CPU_CHUNK, max(1, _CPU_PIXELS // (images.shape[2] * images.shape[3])))
     with torch.autocast(images.device.type, enabled=False):
         for start in range(0, count, chunk):
             rows = slice(start, start + chunk)
             pixels = images[rows].to(torch.float32, memory_format=torch.contiguous_format)
-            for view in range(views):
-                crops[rows, view] = _resized(pixels, boxes[rows, view], size)
+            crops[rows] = _resized(pixels, boxes[rows], size)
     return crops
 
 
 def _resized(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """One box (4,) of each image, (n, 3, size, size) float32 of whole gray levels."""
-    top, left, height, width = boxes[:, :, None, None].unbind(1)  # (n, 1, 1) each
-    to_rows = _triangles(top, height, pixels.shape[-2], size)
+    """Boxes (n, V, 4) of images (n, 3, H, W): (n, V, 3, size, size) float32 of whole levels."""
+    top, left, height, width = boxes[..., None, None].unbind(2)  # (n, V, 1, 1) each
+    to_rows = _triangles(top, height, pixels.shape[-2], size)  # (n, V, size, H)
     to_columns = _triangles(left, width, pixels.shape[-1], size)
-    # As torch does on a CPU: along the rows first, and each time rounded to whole levels.
-    across = (pixels @ to_columns.mT[:, None]).add_(0.5).floor_()
-    return (to_rows[:, None] @ across).add_(0.5).floor_()
+    # As torch does on a CPU: along the rows first, and each time rounded to whole levels. For all
+    # views of an image that is one product with the columns of all of them.
+    across = pixels @ to_columns.flatten(1, 2).mT[:, None]  # (n, 3, H, V size)
+    across = across.add_(0.5).floor_().unflatten(3, (-1, size)).permute(0, 3, 1, 2, 4)
+    return (to_rows[:, :, None] @ across).add_(0.5).floor_()
 
 
 def _triangles(start: Tensor, length: Tensor, count: int, size: int) -> Tensor:
-    """The weights (n, size, count) that make `size` pixels of the `length` from `start` on.
+    """The weights (n, V, size, count) that make `size` pixels of the `length` from `start` on.
 
     As PIL: a triangle of the width of an output pixel, but at least of one of the input, around the
     output's center; what hangs over the box is left out. The weights are rounded as torch rounds
@@ -98,7 +102,7 @@ def _triangles(start: Tensor, length: Tensor, count: int, size: int) -> Tensor:
     weights = (1 - (middle - center).abs_().div_(step.clamp_min(1))).clamp_min_(0)
     weights.mul_((middle > start) & (middle < start + length))
     weights.div_(weights.sum(-1, keepdim=True))
-    highest = weights.amax((1, 2), keepdim=True)
+    highest = weights.amax((2, 3), keepdim=True)
     bits = torch.log2((2**15 - 0.5) / highest).ceil_().sub_(1).clamp_(0, _MOST_BITS)
     unit = torch.exp2(-bits)
     return weights.div_(unit).add_(0.5).floor_().mul_(unit).float()

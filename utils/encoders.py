@@ -20,6 +20,8 @@ from utils.errors import InputError
 
 # torchvision classifiers whose training output is not one tensor.
 _WITH_AUXILIARY_OUTPUT = ("googlenet", "inception_v3")
+# Of torch.compile for CUDA graphs: each size of crops has a graph of its own.
+_AS_GRAPHS = {"mode": "reduce-overhead", "dynamic": False}
 
 
 class Backbone(NamedTuple):
@@ -169,6 +171,16 @@ def _pass_through(
     return output if autocast is None else output.float()
 
 
+def _begin_step(cuda_graphs: bool) -> None:
+    """Say that a step begins: what CUDA graphs made in the last one may be overwritten from here.
+
+    Embeddings and losses live on, as they are made outside of the graphs; gradients, made by the
+    graphs, must have been used by now.
+    """
+    if cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 class SoleBackbone(nn.Module):
     """A backbone alone, for methods with neither projector nor target encoder.
 
@@ -176,6 +188,8 @@ class SoleBackbone(nn.Module):
     that whatever reads checkpoints reads these. backbone: any module (B, 3, S, S) -> (B, F).
     autocast, channels_last: as there.
     """
+
+    _cuda_graphs = False
 
     def __init__(
         self,
@@ -189,6 +203,16 @@ class SoleBackbone(nn.Module):
         self.autocast, self.channels_last = autocast, channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
+
+    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
+        """Compile in place; see `QueryTargetEncoders.compile`."""
+        self._cuda_graphs = cuda_graphs
+        super().compile(*args, **((_AS_GRAPHS if cuda_graphs else {}) | kwargs))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`forward`, in a step of its own; outside of what is compiled."""
+        _begin_step(self._cuda_graphs)
+        return super().__call__(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> features (B, F), with gradient."""
@@ -212,6 +236,8 @@ class QueryTargetEncoders(nn.Module):
     weights fit encoders with and without it. channels_last: images and the weights of convolutions
     lie in memory with the channels last, which changes speed, and results by rounding alone.
     """
+
+    _cuda_graphs = False
 
     def __init__(
         self,
@@ -245,8 +271,10 @@ class QueryTargetEncoders(nn.Module):
         small: further crops of the same images, (n, B, 3, s, s) of each size s: then (V, B, D), a
         row of queries for the images and for each of the small crops. Each size is one pass, with
         batch-norm statistics of its own, as in SwAV (arXiv 2006.09882). Where each of the images is
-        there twice, one after the other (symmetric loss), small crops are given once.
+        there twice, one after the other (symmetric loss), small crops are given once. A step begins
+        with it.
         """
+        _begin_step(self._cuda_graphs)
         q = self._embed(images, self.query_encoder, self.predictor)
         if not small:
             return q
@@ -286,13 +314,17 @@ class QueryTargetEncoders(nn.Module):
             1 - self.momentum,
         )
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
         """Compile query encoder, predictor and target encoder in place, as nn.Module.compile does.
 
         The names of the weights stay. A backbone run by itself, as in evaluation, is not compiled.
+        cuda_graphs: each network's pass forward or backward is launched as one CUDA graph, whose
+        inputs are copied into its memory; what stays between steps must not lie there.
         """
+        self._cuda_graphs = cuda_graphs
+        options = (_AS_GRAPHS if cuda_graphs else {}) | kwargs
         for network in (self.query_encoder, self.predictor, self.target_encoder):
-            network.compile(*args, **kwargs)
+            network.compile(*args, **options)
 
     def _embed(self, images: Tensor, *networks: nn.Module) -> Tensor:
         """Pass images through the networks, one after the other: (B, D), unit norm."""

@@ -200,9 +200,11 @@ class Run:
         place = {"epoch": self.epoch, "step": self.epoch_step}
         rate = self.optimizer.param_groups[0]["lr"]
         self._losses.watch(loss, place, rate=rate, index=self._batch.index)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        # Now, not before the next backward pass: their memory can serve the forward pass, and that
+        # of gradients from CUDA graphs does.
+        self.optimizer.zero_grad(set_to_none=True)
         self._means.add({"loss": loss, **stats})
         self._interval_steps += 1
 

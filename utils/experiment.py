@@ -11,7 +11,7 @@ _MAY_DIFFER = {
     *("data", "demo", "download", "device", "deterministic", "num_workers"),
     *("checkpoint_path", "weights"),
     # Cached crops are the same, but for a gray level here and there if a device cuts them.
-    *("precision", "channels_last", "compile", "tf32", "cache_images"),
+    *("precision", "channels_last", "compile", "cuda_graphs", "tf32", "cache_images"),
     *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
     *("bad_images", "max_bad_images", "sup_split_file", "label_file", "tensorboard"),
 }

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 from torch import Tensor
+
+from utils import faiss_library
 
 # Lloyd iterations of a fit; the default of faiss is 25, and the last ones move few images.
 ITERATIONS = 20
@@ -30,26 +31,22 @@ def kmeans(embeddings: Tensor, *, num_clusters: int, seed: Sequence[int]) -> Clu
     center, and equal rows share the first one. A cluster that runs empty takes part of a large one
     (faiss). All rows are used, unlike faiss's default, which fits a sample. seed: integers that the
     first centers follow from; with them and the same number of threads the result is the same,
-    bit for bit on a CPU.
+    bit for bit on a CPU. Raises InputError without faiss.
     """
     rows = np.ascontiguousarray(embeddings.float().numpy())
     if len(rows) == 0:
         nothing = np.empty(0, dtype=np.float32)
         return Clustering(nothing.astype(np.int64), nothing, np.empty_like(rows))
+    faiss = faiss_library.load("k-means")
     fit = faiss.Kmeans(
         rows.shape[1],
         min(num_clusters, len(rows)),
         niter=ITERATIONS,
         seed=int(np.random.default_rng(seed).integers(2**31)),
-        gpu=1 if _has_gpu() else False,
+        gpu=1 if faiss_library.has_gpu(faiss) else False,
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
     )
     fit.train(rows)
     squared_distance, assignments = fit.assign(rows)
     return Clustering(assignments, np.maximum(squared_distance, 0), fit.centroids)
-
-
-def _has_gpu() -> bool:
-    """Whether this faiss is one for GPUs, and there is one."""
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0

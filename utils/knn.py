@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from utils import checked, distributed
+from utils import checked, distributed, faiss_library
 from utils.errors import InputError, RunError
 from utils.features import extract_features
 from utils.loaders import EvalLoader
@@ -49,13 +48,13 @@ def search(base: np.ndarray, queries: np.ndarray, *, k: int) -> Found:
 
     base: (N, F), queries: (Q, F), float32, unit norm; the similarity is the inner product, -1 to 1.
     Equal similarities are in the order of the base. faiss searches on a GPU where it has one, on
-    the CPU otherwise. Raises RunError if faiss gives an empty place (k above N, or a query that
-    is not finite).
+    the CPU otherwise. Raises InputError without faiss, RunError if it gives an empty place (k above
+    N, or a query that is not finite).
     """
+    faiss = faiss_library.load("k-NN")
     base, queries = np.ascontiguousarray(base), np.ascontiguousarray(queries)
     metric = faiss.METRIC_INNER_PRODUCT
-    on_gpu = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-    if on_gpu and k <= _GPU_MOST_NEIGHBORS:
+    if faiss_library.has_gpu(faiss) and k <= _GPU_MOST_NEIGHBORS:
         similarity, rows = faiss.knn_gpu(
             faiss.StandardGpuResources(), queries, base, k, metric=metric, **_GPU_LIMITS
         )

@@ -108,7 +108,10 @@ def build_optimizer(
         for head, rate in zip(probe.heads, rates, strict=True)
     ]
     groups[0]["params"] += [*probe.hidden.parameters(), *also]
-    return torch.optim.SGD(groups, lr=rates[0], momentum=momentum, weight_decay=weight_decay)
+    fused = True if probe.heads[0].weight.is_cuda else None  # one kernel for a group
+    return torch.optim.SGD(
+        groups, lr=rates[0], momentum=momentum, weight_decay=weight_decay, fused=fused
+    )
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

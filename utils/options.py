@@ -297,6 +297,12 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
         help="torch.compile the encoders: minutes at the start, faster steps; needs a C++ compiler",
     )
     group.add_argument(
+        "--cuda_graphs",
+        action="store_true",
+        help="with --compile on a GPU: launch each network's step as one CUDA graph "
+        "(torch.compile's reduce-overhead), which helps where launches take the time: small images",
+    )
+    group.add_argument(
         "--tf32",
         action="store_true",
         help="on NVIDIA GPUs since Ampere: float32 products and convolutions with the 10 bits of "

@@ -6,22 +6,21 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
 import torchvision
 
-from utils import distributed, options
+from utils import distributed, faiss_library, options
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide what comes out."""
+    """Python and the packages that decide what comes out; faiss: "none" without it."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
-        "faiss": faiss.__version__,
+        "faiss": faiss_library.version(),
     }
 
 

@@ -22,6 +22,7 @@ from utils import (
     board,
     checkpoint,
     distributed,
+    faiss_library,
     options,
     origin,
     run_folder,
@@ -77,7 +78,8 @@ def read_training_data(
 
     labeled: the method needs labels; otherwise images without one are added, where a set has such.
     InputError if it has none, if k-NN figures are asked for during training but labels or val/ are
-    missing, or if the run's folder would lie among the images.
+    missing, if there can be such figures but faiss is missing, or if the run's folder would lie
+    among the images.
     """
     _check_run_folder(args)
     train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
@@ -95,6 +97,8 @@ def read_training_data(
         val = read_split(args.data, "val", dataset=args.dataset)
         if val.classes:
             check_classes(train, val)
+            user = f"--knn_freq {args.knn_freq} (k-NN figures)"
+            faiss_library.load(user, otherwise="; --knn_freq -1 trains without k-NN figures")
             return train, val
         reason = "the val images have no classes"
     if args.knn_freq > 0:
@@ -179,7 +183,7 @@ def _crops(args: argparse.Namespace) -> dict[str, Any]:
 def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     """The encoders, seeded by --seed, filled from --weights if given; sets TF32 by --tf32.
 
-    InputError for a --precision that the device has not, or a --compile that does not work here.
+    InputError for speed flags that the device cannot serve, or a --compile that does not work here.
     """
     backbone = _seeded_backbone(args)
     _check_encoder_memory(args, backbone.feature_dim)
@@ -202,7 +206,7 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
         loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
         print(f"{args.weights}: {loaded}", flush=True)
     if args.compile:
-        encoders.compile()
+        encoders.compile(cuda_graphs=args.cuda_graphs)
     return encoders
 
 
@@ -245,7 +249,7 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
         checkpoint.load_backbone(backbone, state, what=what)
         print(f"{args.weights}: backbone only; the classifier starts at random", flush=True)
     if args.compile:
-        sole.compile()
+        sole.compile(cuda_graphs=args.cuda_graphs)
     return sole, backbone.feature_dim
 
 
@@ -275,12 +279,16 @@ def _seeded_backbone(args: argparse.Namespace) -> Backbone:
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.SGD:
-    """SGD over everything that has a gradient, weight decay on all of it, as published."""
+    """SGD over everything that has a gradient, weight decay on all of it, as published.
+
+    On a GPU all of it is one kernel.
+    """
     return torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
         momentum=args.sgd_momentum,
         weight_decay=args.weight_decay,
+        fused=True if args.device.type == "cuda" else None,
     )
 
 
@@ -401,10 +409,13 @@ def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | Non
 
 
 def _check_speed(args: argparse.Namespace) -> None:
-    """InputError for what --precision or --compile asks for and this machine does not have."""
+    """InputError for speed flags that do not go together or that this machine cannot serve."""
     can_bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not can_bf16:
         raise InputError("--precision bf16: this GPU has no instructions for bfloat16")
+    if args.cuda_graphs and not (args.compile and args.device.type == "cuda"):
+        missing = f"on a GPU, not on {args.device}" if args.compile else "with --compile"
+        raise InputError(f"--cuda_graphs: only {missing}")
     if not args.compile:
         return
     try:

@@ -4,7 +4,7 @@ The views of an image follow from (seed, epoch, image index). So the number of w
 bit, and any step of any epoch can be produced on its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -166,14 +166,15 @@ class TwoViewLoader:
             render = augment.weak_view if self.single == "weak" else self._strong_view
             view = render(large[:, 0], draws[:, 0])
             return Batch(view, view, index, label)
-        query, target = (
-            self._strong_view(large[:, 0], draws[:, 0]),
-            self._target_view(large[:, 1], draws[:, 1]),
-        )
+        alike = self._target_view is self._strong_view
+        if not (self.symmetric or alike):
+            query = self._strong_view(large[:, 0], draws[:, 0])
+            target = self._target_view(large[:, 1], draws[:, 1])
+        else:
+            query, target = views = _of_both(self._strong_view, large, draws)
         if self.symmetric:
-            other_query = self._strong_view(large[:, 1], draws[:, 1])
-            other_target = self._target_view(large[:, 0], draws[:, 0])
-            query, target = _interleaved(query, other_query), _interleaved(target, other_target)
+            others = views if alike else _of_both(self._target_view, large, draws)
+            query, target = _interleaved(*views), _interleaved(*reversed(others))
             index, label = index.repeat_interleave(2), label.repeat_interleave(2)
         return Batch(query, target, index, label, tuple(self._small_views(small, draws[:, 2:])))
 
@@ -185,6 +186,19 @@ class TwoViewLoader:
             flat = crops.transpose(0, 1).flatten(0, 1)
             views = self._strong_view(flat, draws_of_group.swapaxes(0, 1).reshape(len(flat), -1))
             yield views.unflatten(0, (count, -1))
+
+
+def _of_both(
+    render: Callable[..., Tensor], large: Tensor, draws: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """A view of either crop, (B, 3, S, S) each, of crops (B, 2, 3, S, S) and draws (B, V, ...).
+
+    A GPU makes both at once: with small images the launches take longer than what they launch.
+    """
+    if large.device.type == "cpu":
+        return render(large[:, 0], draws[:, 0]), render(large[:, 1], draws[:, 1])
+    both = np.concatenate((draws[:, 0], draws[:, 1]))
+    return render(large.transpose(0, 1).flatten(0, 1), both).chunk(2)
 
 
 def _interleaved(one: Tensor, other: Tensor) -> Tensor:

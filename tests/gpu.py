@@ -51,7 +51,7 @@ PARTS = {
     "tests": Spec("gpu_parts.suite", 90),
     "agreement": Spec("gpu_parts.agreement", 40),
     "no_waiting": Spec("gpu_parts.no_waiting", 40),
-    "step": Spec("gpu_parts.step", 110),
+    "step": Spec("gpu_parts.step", 130),
     "search": Spec("gpu_parts.search", 25),
     "survival": Spec("gpu_parts.survival", 60),
     "cifar": Spec("gpu_parts.cifar", 175),

@@ -15,6 +15,7 @@ from utils.streams import HostCopy, upload
 
 STEPS = 6
 
+
 def model_and_batches(method: Method, device: torch.device):
     """In float32, on a device."""
     model = method.build(tiny.encoders(), Sizes()).float().to(device)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 # How many similarities exist at once. On a CPU a slice that stays near the cache costs no time
 # (measured flat from 1,000 to 128,000 rows at B 256) and bounds memory to 16 MB; a GPU wants few
-# launches.
+# launches, and has 64 MB for it.
 _CPU_SIMILARITIES = 2**22
-_GPU_SIMILARITIES = 2**26
+_GPU_SIMILARITIES = 2**24
 _RANKED_QUERIES = 64
 _SUMMED = 2**16  # rows of the bank that are summed at a time
 # Candidates for each neighbor where bfloat16 chooses them.

@@ -100,6 +100,7 @@ def train(
 ) -> None:
     """The loop of the training scripts, broken off after some steps; at_step: begins each."""
     flags = argparse.Namespace(learning_rate=0.05, sgd_momentum=0.9, weight_decay=1e-4)
+    flags.device = loader.device
     optimizer = setup.build_optimizer(flags, model)
     rate = {"learning_rate": lambda _: flags.learning_rate, "epochs": 1, "knn_freq": -1}
     with Run(model, optimizer, folder=folder, settings={}, **rate) as run:

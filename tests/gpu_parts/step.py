@@ -21,6 +21,7 @@ from typing import Any
 import loader as loader_benchmark
 import numpy as np
 import search
+import spans
 import step as step_benchmark
 import torch
 
@@ -293,8 +294,6 @@ def rate(
 
 def busy_share(step: Callable[[], object], scratch: Path, clock: search.Clock) -> float:
     """The share of the time in which a GPU does anything during some steps, in percent."""
-    import spans
-
     # Without the host's operations, the recording of which would slow it down.
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

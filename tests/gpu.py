@@ -5,9 +5,10 @@
 
 Each part (`PARTS`, in this order) runs in a process of its own and has a time budget of its own.
 One that fails, hangs or dies is reported, and the next one runs. DIR/report.json and DIR/report.md
-are written anew after each. The last part has all the time that is left; what is left after it, the
-first. --data: images in train/<class>/ and val/<class>/, as a folder or a tar file of one; without
-it the demo data. --tiny: toy sizes, on a CPU too, which tell that the parts work and nothing else.
+are written anew after each, and every few seconds. The last part has all the time that is left;
+what is left after it, the first. --data: images in train/<class>/ and val/<class>/, as a folder or
+a tar file of one; without it the demo data. --tiny: toy sizes, on a CPU too, which tell that the
+parts work and nothing else.
 
 Exit code 0: all that ran holds (goals may be missed); 1: a part failed, hung or died; 2: a mistake
 in the command.
@@ -38,6 +39,7 @@ NOMINAL_MINUTES = 9
 _LEAST = 5  # seconds under which no part is started
 _RESERVE = 5  # seconds for ending a part and writing the report
 _GRACE = 3  # seconds between asking a part to end and killing it
+_REPORTED = 5  # seconds between reports while a part runs
 
 
 class Spec(NamedTuple):
@@ -106,22 +108,30 @@ class Runner:
         return all(r["verdict"] in ("passed", "missed", "left out") for r in self.results.values())
 
     def _run_part(self, name: str, seconds: float) -> None:
-        folder = self.scratch / name
-        folder.mkdir(exist_ok=True)
-        before = self.results.get(name, {}).get("seconds", 0)
-        if seconds < _LEAST:
-            how = "left out"
-        else:
-            began = self.clock()
-            how = self._process(name, folder, seconds)
-            before += self.clock() - began
-        self.results[name] = report.result(folder, how, seconds=before, budget=seconds)
-        report.write(self.out, self.results, command=sys.argv, whole=self.clock() - self._start)
+        """Run a part; reported now and then too, for a call that is cut off."""
+        before, began = self.results.get(name, {}).get("seconds", 0), self.clock()
+        (self.scratch / name).mkdir(exist_ok=True)
 
-    def _process(self, name: str, folder: Path, seconds: float) -> str:
+        def report_it(how: str) -> None:
+            spent = before + (0 if how == "left out" else self.clock() - began)
+            found = report.result(self.scratch / name, how, seconds=spent, budget=seconds)
+            self.results[name] = found
+            whole = self.clock() - self._start
+            report.write(self.out, self.results, command=sys.argv, whole=whole)
+
+        if seconds < _LEAST:
+            report_it("left out")
+            return
+        how = "cut off"  # the call, not the part
+        try:
+            how = self._process(name, seconds, now_and_then=lambda: report_it("running"))
+        finally:
+            report_it(how)
+
+    def _process(self, name: str, seconds: float, *, now_and_then: Callable[[], None]) -> str:
         """Run a part; how it ended, in words that `report.result` knows."""
-        here = Path(__file__).resolve()
-        command = [sys.executable, str(here), "--out", str(self.out), "--part"]
+        folder = self.scratch / name
+        command = [sys.executable, str(Path(__file__).resolve()), "--out", str(self.out), "--part"]
         command += [self.parts[name].module, str(folder), str(seconds)]
         command += ["--tiny"] * self.tiny + (["--data", str(self.data)] if self.data else [])
         with open(folder / report.OUTPUT, "a") as output:
@@ -129,9 +139,13 @@ class Runner:
                 command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
             end = self.clock() + seconds
+            due = self.clock() + _REPORTED
             try:
                 while process.poll() is None and self.clock() < end:
                     time.sleep(0.05)
+                    if self.clock() > due:
+                        now_and_then()
+                        due = self.clock() + _REPORTED
                 hangs = process.poll() is None
             finally:
                 _end_group(process)
@@ -202,7 +216,10 @@ def main() -> None:
             data=args.data and args.data.resolve(),
             tiny=args.tiny,
         )
-        holds = runner.run()
+        try:
+            holds = runner.run()
+        except KeyboardInterrupt:
+            sys.exit(130)
     sys.exit(0 if holds else 1)
 
 

@@ -5,6 +5,8 @@ The parts here are modules that the tests write; the real ones run as toys in th
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -198,6 +200,33 @@ def run(part):
 """
     assert runner(parts(twice=twice, good=GOOD)).run()
     assert reported(tmp_path)["twice"]["memory"] == {"runs": 2, "unfinished": 0}
+
+
+def test_a_call_that_is_cut_off_leaves_what_it_had(parts, tmp_path):
+    """Ctrl-C or SIGTERM in the middle of a part; kill -9 a few seconds after what it noted."""
+    parts(hangs=HANGS)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import gpu; gpu._REPORTED = 0\n"
+        "gpu.PARTS = {'hangs': gpu.Spec('made_hangs', 60)}; gpu.main()"
+    )
+    flags = ["--out", str(tmp_path / "out"), "--tiny"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    for number, verdict in ((signal.SIGKILL, "running"), (signal.SIGTERM, "cut off")):
+        process = subprocess.Popen([sys.executable, "-c", code, *flags], env=environment)
+        while not list(tmp_path.glob("cmsf_gpu_*/hangs/hanging")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert process.wait(30) == (130 if verdict == "cut off" else -number)
+        found = reported(tmp_path)["hangs"]
+        assert (found["verdict"], found["figures"][0]["name"]) == (verdict, "before")
+        if verdict == "running":  # nobody could end its part
+            os.killpg(os.getpgid(found["memory"]["child"]), signal.SIGKILL)
+            shutil.rmtree(next(tmp_path.glob("cmsf_gpu_*")))
+        else:
+            assert not is_running(found["memory"]["child"])
+    assert not list(tmp_path.glob("cmsf_gpu_*"))
 
 
 def test_goals_and_spreads(tmp_path):

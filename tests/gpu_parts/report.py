@@ -14,7 +14,8 @@ _BAD = ("failed", "hung", "died")
 def result(folder: Path, how: str, *, seconds: float, budget: float) -> dict[str, Any]:
     """What a part that ran in `folder` found, and its verdict.
 
-    how: "ended", "hung" (its time was over), "exit code N", "signal N", or "left out".
+    how: "ended", "hung" (its time was over), "exit code N", "signal N", "left out", "running", or
+    "cut off" (the whole call was).
     """
     record_file, output_file = folder / RECORD, folder / OUTPUT
     found = {"figures": [], "checks": [], "left_out": [], "series": {}, "memory": {}, "machine": {}}
@@ -33,12 +34,10 @@ def result(folder: Path, how: str, *, seconds: float, budget: float) -> dict[str
 
 
 def _verdict(found: dict, how: str) -> str:
-    if how == "left out":
-        return "left out"
+    if how in ("left out", "running", "cut off", "hung"):
+        return how
     if how.startswith("signal"):
         return "died"
-    if how == "hung":
-        return "hung"
     if how != "ended" or not all(check["holds"] for check in found["checks"]):
         return "failed"
     if not (found["checks"] or found["figures"]):
@@ -83,7 +82,7 @@ def markdown(about: dict[str, Any], results: dict[str, dict]) -> str:
         lines += [f"* left out: {left['name']} ({left['why']})" for left in found["left_out"]]
         if found["verdict"] == "hung":
             lines += [f"* ended after its {found['budget']:.0f} s"]
-        elif found["how"] not in ("ended", "left out"):
+        elif found["how"].startswith(("exit", "signal")):
             lines += [f"* ended with {found['how']}"]
         if found["output"]:
             lines += ["", "```text", *found["output"][-_SHOWN_LINES:], "```"]

@@ -17,7 +17,7 @@ from test_bank_precision import RUNS
 from test_linear import hand_made_data, make_probe, sgd
 from test_logistic import overlapping
 from test_no_waiting import METHODS
-from test_precision import BF16, encoders, two_views
+from test_precision import encoders, two_views
 from test_pseudo_label import ROUND, embeddings
 from torch import nn
 from torch.nn.functional import normalize
@@ -375,14 +375,22 @@ def test_compiled_encoders_compute_the_same(compiler, cuda_graphs):
         assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-def test_a_script_runs_as_cuda_graphs(compiler, call_script, image_tree, tmp_path):
+BANK = ("--mem_bank_size", 20, "--topk", 3)
+
+
+@pytest.mark.parametrize(
+    ("script", "bank"),
+    [("self_supervised.train_msf_2q", BANK), ("supervised.train_sup_xent", ())],
+)
+def test_a_script_runs_as_cuda_graphs(compiler, call_script, image_tree, tmp_path, script, bank):
     """And goes on without them, as without --compile, from what it saved within an epoch."""
-    flags = (*tiny.FLAGS, "--knn_freq", -1, "--device", "cuda", "--save_minutes", 1e-9)
+    flags = ("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--num_workers", 0, *bank)
+    flags += ("--knn_freq", -1, "--device", "cuda", "--save_minutes", 1e-9, "--print_freq", 2)
     fast = ("--compile", "--cuda_graphs", "--precision", "bf16", "--channels_last")
     place = ("--checkpoint_path", tmp_path, "--resume", "auto", image_tree)
-    run(call_script, "self_supervised.train_msf_2q", *flags, *fast, "--epochs", 3, *place)
+    run(call_script, script, *flags, *fast, "--epochs", 3, *place)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_recorded_non_static_inputs"]
-    run(call_script, "self_supervised.train_msf_2q", *flags, "--epochs", 4, *place)
+    run(call_script, script, *flags, "--epochs", 4, *place)
     assert len(losses(tmp_path)) == 8 and all(0 < loss < 4 for loss in losses(tmp_path))
 
 
@@ -390,9 +398,3 @@ def test_cuda_graphs_need_a_compiled_network(call_script, image_tree):
     script = importlib.import_module("self_supervised.train_msf")
     result = call_script(script, *tiny.FLAGS, "--knn_freq", -1, "--cuda_graphs", image_tree)
     assert_refused(result, "--cuda_graphs: only with --compile")
-
-
-def test_bfloat16_on_a_gpu_is_near_float32():
-    images = next(two_views(1))[0].cuda()
-    exact, rounded = (encoders(**o).cuda().query(images) for o in ({}, BF16))
-    assert (exact * rounded).sum(dim=1).min() > 0.99

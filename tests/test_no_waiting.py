@@ -73,13 +73,23 @@ def meta(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
+def batches_on(device, count, **crops):
+    """Random batches there, in float32; their index is on the host."""
+    for b in tiny.random_batches(count, **crops):
+        query, target, *small = (v.float().to(device) for v in (*b[:2], *b.small_views))
+        yield Batch(query, target, b.index, b.label.to(device), tuple(small))
+
+
+CROPS = [{}, {"small": (2, 1), "symmetric": True}]
+
+
+@pytest.mark.parametrize("crops", CROPS, ids=["two", "more"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_reads_nothing_from_the_device(meta, name):
+def test_a_step_reads_nothing_from_the_device(meta, name, crops):
     model = METHODS[name]().to("meta").float()
     optimizer, means = tiny.sgd(model), Means()
-    for batch in tiny.random_batches(5):
-        views = (view.float().to("meta") for view in batch[:2])
-        step(model, optimizer, Batch(*views, batch.index, batch.label.to("meta")), means)
+    for batch in batches_on("meta", 5, **crops):
+        step(model, optimizer, batch, means)
     with pytest.raises(NotImplementedError):  # the watch itself works
         means.read()
 
@@ -102,10 +112,8 @@ def test_the_stand_in_for_a_gpu_refuses_what_waits():
 def test_confident_images_in_the_cache_are_the_exception(meta):
     """Their number decides how many rows are written; the flag's help says so."""
     model = pseudo(conf_th=0.5, cache_size=8, cache_confident=True).to("meta").float()
-    batch = next(tiny.random_batches(1))
-    views = (view.float().to("meta") for view in batch[:2])
     with pytest.raises(NotImplementedError):
-        model(Batch(*views, batch.index, batch.label.to("meta")))
+        model(next(batches_on("meta", 1)))
 
 
 def test_a_bad_loss_of_a_gpu_is_found_before_anything_is_kept(tmp_path, monkeypatch):
@@ -131,14 +139,12 @@ def test_on_the_cpu_nothing_is_copied():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("crops", CROPS, ids=["two", "more"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_on_a_gpu_does_not_wait(name):
+def test_a_step_on_a_gpu_does_not_wait(name, crops):
     model = METHODS[name]().float().cuda()
     optimizer, means = tiny.sgd(model), Means()
-    batches = [
-        Batch(b.query_view.float().cuda(), b.target_view.float().cuda(), b.index, b.label.cuda())
-        for b in tiny.random_batches(6)
-    ]
+    batches = list(batches_on("cuda", 6, **crops))
     step(model, optimizer, batches[0], means)  # libraries are set up
     torch.cuda.set_sync_debug_mode("error")
     with contextlib.ExitStack() as stack:

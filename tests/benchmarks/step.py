@@ -86,9 +86,9 @@ def build(args: argparse.Namespace) -> tuple[CMSF2Q, torch.optim.SGD]:
     model.previous.embeddings.div_(model.previous.embeddings.norm(dim=1, keepdim=True))
     model.previous.seen.fill_(True)
     model.to(args.device)
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9, weight_decay=1e-4
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = True if args.device.type == "cuda" else None  # as `setup.build_optimizer`
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
     return model, optimizer
 
 

@@ -24,6 +24,12 @@ from utils.errors import InputError, RunError
             "--num_workers",
         ),
         (MemoryError(), 1, "no memory left"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 1, "smaller --batch"),
+        (
+            RuntimeError("pool_cuda does not have a deterministic implementation, but you set 'x'"),
+            1,
+            "error: --deterministic: pool_cuda does not have a deterministic implementation; only",
+        ),
         (OSError(28, "No space left on device", "x.pth"), 1, "error: x.pth: No space left"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (InputError("data a\nb\x1b[2J\udcff: é"), 2, r"error: data a\nb\x1b[2J\xff: é"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
+from utils.streams import upload
 
 # A process that waits this long for another gives up: longer than an evaluation by one of them.
 _PATIENCE = timedelta(hours=1)
@@ -295,14 +296,14 @@ def shuffled(batch: Tensor) -> tuple[Tensor, Tensor]:
     (whole,) = gather(batch)
     order = from_main(torch.randperm(len(whole)))
     (own,) = own_rows(order)
-    return whole[own.to(whole.device, non_blocking=True)], order
+    return whole[upload(own, whole.device)], order
 
 
 def unshuffled(batch: Tensor, order: Tensor) -> Tensor:
     """The rows of this process again, from what came of those that `shuffled` dealt out."""
     (whole,) = gather(batch)
     (own,) = own_rows(order.argsort())
-    return whole[own.to(whole.device, non_blocking=True)]
+    return whole[upload(own, whole.device)]
 
 
 def parallel(model: nn.Module) -> nn.Module:

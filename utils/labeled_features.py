@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils import distributed, feature_cache
 from utils.features import extract_features
 from utils.loaders import EvalLoader, LabeledLoader, epoch_batches
+from utils.streams import upload
 
 
 class FromImages:
@@ -80,7 +81,7 @@ class FromImages:
             with torch.set_grad_enabled(self.fine_tune):
                 features = distributed.gather_uneven(self.encoder(images))
             label = distributed.gather_uneven(label)
-            yield features, label.to(images.device, non_blocking=True)
+            yield features, upload(label, images.device)
 
     def val(self) -> tuple[Tensor, Tensor] | None:
         """Features (N, F) and labels (N,) of the val images in the evaluation view."""
@@ -128,7 +129,7 @@ class FromFeatures:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (b, F) and labels (b,) of every training image once, on the device."""
         for batch in epoch_batches(len(self._labels), self.batch_size, seed=self.seed, epoch=epoch):
-            index = torch.from_numpy(batch).to(self._labels.device, non_blocking=True)
+            index = upload(torch.from_numpy(batch), self._labels.device)
             yield self._features[index], self._labels[index]
 
     def val(self) -> tuple[Tensor, Tensor]:

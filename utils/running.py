@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import sys
 import time
 import traceback
@@ -73,7 +74,9 @@ def _reason(error: Exception) -> str | None:
     if reason := worker_failure(error) or distributed.failure(error):
         return reason
     text = str(error)
-    if not isinstance(error, MemoryError) and "alloc" not in text and "memory" not in text:
+    if "does not have a deterministic implementation" in text:
+        return f"--deterministic: {text.split(',')[0]}; only without it, or with another --arch"
+    if not isinstance(error, MemoryError) and not re.search("alloc|memory", text, re.IGNORECASE):
         return None
     first_line = text.splitlines()[0] if text else "no memory left"
     return f"{first_line}; try a smaller --batch_size, --mem_bank_size or --arch"

@@ -139,6 +139,52 @@ def test_gpu_tests_stop_between_two_when_little_time_is_left(gpu_tests, tmp_path
     assert checks(tmp_path) == {"all GPU tests pass": True, "GPU tests run": True}
 
 
+COMPILING_TESTS = """
+import pytest
+import time
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def compiler():
+    pass
+
+
+def test_compiles(compiler):
+    pass
+
+
+def test_first():
+    pass
+
+
+def test_hangs():
+    time.sleep({seconds})
+"""
+
+
+def test_gpu_tests_that_compile_come_last_and_are_not_begun_late(gpu_tests, tmp_path):
+    gpu_tests(COMPILING_TESTS.format(seconds=0))
+    run_suite(tmp_path, seconds=suite._COMPILES)  # a little less, once pytest has begun
+    memory = record(tmp_path)["memory"]
+    assert [name.split("::")[1] for name in memory["tests"]] == ["test_first", "test_hangs"]
+    assert memory["unfinished"] == 1
+    run_suite(tmp_path, seconds=2 * suite._COMPILES)
+    assert record(tmp_path)["memory"]["unfinished"] == 0
+
+
+def test_it_is_told_where_a_gpu_test_hangs(gpu_tests, tmp_path, capfd):
+    gpu_tests(COMPILING_TESTS.format(seconds=4))
+    run_suite(tmp_path, seconds=suite._ENOUGH)  # so the test is not begun with less
+    assert "in test_hangs" not in capfd.readouterr().err
+    gpu_tests(COMPILING_TESTS.format(seconds=4).replace("def test_first", "def not_a_test"))
+    other = tmp_path / "other"
+    other.mkdir()
+    run_suite(other, seconds=2)
+    assert "in test_hangs" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_gpu_tests_that_are_all_skipped_are_a_failure_on_a_gpu(gpu_tests, tmp_path, device):
     gpu_tests("import pytest\n\n\n@pytest.mark.gpu\ndef test_one():\n    pytest.skip('none')\n")

@@ -182,28 +182,15 @@ def test_step_runs_on_a_cpu(part):
 def test_compiled_steps_and_settings(part):
     """The backend "eager" traces the networks as any does, and compiles nothing."""
     study = step_part.build_study(part)
-    step_part.compiled(study, "traced", least=0, backend="eager")
+    step_part.compiled(study, least=0, backend="eager")
     encoders = study.model.encoders
     networks = (encoders.query_encoder, encoders.predictor, encoders.target_encoder)
     assert all(network._compiled_call_impl is not None for network in networks)
-    assert figures(part)["traced, whole step"]["n"] == step_part.ROUNDS
-    step_part.compiled(study, "late", least=10**6, backend="eager")
-    assert "s left" in left_out(part)["late"] and "late, whole step" not in figures(part)
+    assert figures(part)["compiled, whole step"]["n"] == step_part.ROUNDS
+    step_part.compiled(study, least=10**6, backend="eager")
+    assert "s left" in left_out(part)["compiled"]
 
-    step_part.begun(study, "settings", step_part.cudnn_settings, least=0)
-    assert {n for n in figures(part) if n.startswith("cuDNN")} == {
-        *("cuDNN, as the scripts, B 8", "cuDNN, benchmark, B 7", "cuDNN, TF32, B 6"),
-    }
     assert all(check["holds"] for check in record(part)["checks"])
-
-
-def test_settings_hold_for_the_call_alone():
-    seen = []
-    before = torch.backends.cudnn.benchmark
-    step_part._with_flags(
-        {"benchmark": not before}, lambda: seen.append(torch.backends.cudnn.benchmark)
-    )
-    assert seen == [not before] and torch.backends.cudnn.benchmark == before
 
 
 def test_a_part_ends_itself_before_it_is_killed(tmp_path, monkeypatch):

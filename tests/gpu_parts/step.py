@@ -3,7 +3,7 @@
 The sides of `compare` take turns, so that a GPU that slows down with its heat slows all of them:
 the encoders alone on views that are ready; the whole step, from crops of uint8 on the device
 through the loader's views and the training loop; the same with the published arithmetic. As eager
-PyTorch, compiled, and compiled into CUDA graphs.
+PyTorch, and compiled.
 """
 
 import argparse
@@ -70,9 +70,7 @@ def run(part: Part) -> None:
     if part.tiny:
         part.leave_out("compiled", "half a minute of a compiler tells nothing at toy sizes")
         return
-    compiled(study, "compiled", least=40)
-    begun(study, "settings of cuDNN", cudnn_settings, least=15)
-    compiled(study, "CUDA graphs", least=30, cuda_graphs=True)
+    compiled(study, least=40)
 
 
 def build_study(part: Part) -> Study:
@@ -95,11 +93,8 @@ def build_study(part: Part) -> Study:
     return Study(part, args, model, optimizer, sides, partial(search.now, part.device))
 
 
-def compare(study: Study, name: str, *, memory: bool = True) -> None:
-    """Images a second of the sides, in turn; memory; whether the host is what a step waits for.
-
-    memory: False where it is not allocated step by step.
-    """
+def compare(study: Study, name: str) -> None:
+    """Images a second of the sides, in turn; memory; whether the host is what a step waits for."""
     part, clock, sides = study.part, study.clock, study.sides
     for _ in range(3):  # libraries are set up, networks compiled, graphs recorded
         losses = {n: side() for n, side in sides.items() if n != "encoders alone"}
@@ -116,9 +111,8 @@ def compare(study: Study, name: str, *, memory: bool = True) -> None:
         part.leave_out("peak memory, device idle in a step", "of a GPU alone")
         return
     for n, side in sides.items():
-        if memory:
-            peak = search.gpu_megabytes(side) / 1024
-            part.figure(f"{name}, {n}, peak memory above what stays", peak, "GiB")
+        peak = search.gpu_megabytes(side) / 1024
+        part.figure(f"{name}, {n}, peak memory above what stays", peak, "GiB")
     with part.attempt(f"{name}, profile of whole steps"):
         idle = 100 - busy_share(sides["whole step"], part.scratch, clock)
         part.figure(f"{name}, device idle in whole steps", idle, "%")
@@ -151,68 +145,22 @@ def host_share(
     return told / (clock() - start)
 
 
-def cudnn_settings(study: Study) -> None:
-    """The encoders alone, not compiled, under settings that the scripts leave alone.
-
-    cuDNN keeps how it does a convolution by its shape, whatever the settings are later: so each of
-    them has a size of batch that was not there before. TF32 should not concern bfloat16.
-    """
-    settings = {"as the scripts": {}, "benchmark": {"benchmark": True}}
-    settings["TF32"] = {"allow_tf32": True}
-    sides, sizes, batch = {}, {}, study.args.batch_size
-    for number, (name, flags) in enumerate(settings.items()):
-        sizes[name] = batch - number * max(batch // 32, 1)
-        views = step_benchmark.make_batch(study.args, sizes[name])
-        step = partial(step_benchmark.encoder_step, study.model, study.optimizer, views)
-        sides[name] = partial(_with_flags, flags, step)
-    with torch.compiler.set_stance("force_eager"):
-        for side in (*sides.values(), *sides.values()):
-            side()
-        times = search.in_turn(sides, rounds=3, calls=3, clock=study.clock)
-    for name, seconds in times.items():
-        rates = [sizes[name] / s for s in seconds]
-        study.part.figure(f"cuDNN, {name}, B {sizes[name]}", rates, "images/s")
-
-
-def _with_flags(flags: dict[str, bool], function: Callable[[], None]) -> None:
-    """Call with these settings of cuDNN."""
-    before = {name: getattr(torch.backends.cudnn, name) for name in flags}
-    try:
-        for name, value in flags.items():
-            setattr(torch.backends.cudnn, name, value)
-        function()
-    finally:
-        for name, value in before.items():
-            setattr(torch.backends.cudnn, name, value)
-
-
-def begun(study: Study, name: str, what: Callable[[Study], None], *, least: float) -> None:
-    """Do something that may take long, if so many seconds are left."""
-    part = study.part
-    if part.left() < least:
-        part.leave_out(name, f"{part.left():.0f} s left")
-        return
-    with part.attempt(name), ends_in_time(part, name):
-        what(study)
-
-
-def compiled(study: Study, name: str, *, least: float, **how: Any) -> None:
+def compiled(study: Study, *, least: float, **how: Any) -> None:
     """`compare` with encoders that are compiled, if `least` seconds are left.
 
     how: what their `compile` is told.
     """
-
-    def what(study: Study) -> None:
+    part = study.part
+    if part.left() < least:
+        part.leave_out("compiled", f"{part.left():.0f} s left")
+        return
+    with part.attempt("compiled"), ends_in_time(part, "compiled"):
         torch.compiler.reset()
-        torch.cuda.empty_cache()  # the memory of CUDA graphs is their own
         start = study.clock()
         study.model.encoders.compile(**how)
         study.sides["encoders alone"]()
-        seconds = study.clock() - start
-        study.part.figure(f"{name}, first step of the encoders", seconds, "s")
-        compare(study, name, memory="cuda_graphs" not in how)
-
-    begun(study, name, what, least=least)
+        part.figure("compiled, first step of the encoders", study.clock() - start, "s")
+        compare(study, "compiled")
 
 
 @contextlib.contextmanager

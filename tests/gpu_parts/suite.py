@@ -6,6 +6,7 @@ the part is killed for it. A part that is run again counts it as failed and goes
 
 import contextlib
 import faulthandler
+import os
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from gpu_parts.part import Part
 
 FOLDER = ROOT / "tests"
 _ENOUGH = 10  # seconds for a test, where none has taken longer
+_COMPILES = 45  # seconds for one that waits for a compiler
 _SHOWN_LINES = 3  # of a failure
 _FLAGS = (
     *("-m", "gpu", "-v", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"),
@@ -40,7 +42,10 @@ class Watch:
         self.broken: dict[str, str] = {}
         self.waiting = 0
         self._longest, self._began = float(_ENOUGH), 0.0
+        self._long: set[str] = set()
+        self._order: list[str] = []
         self._session: pytest.Session | None = None
+        self._stderr = os.fdopen(os.dup(2), "w")  # pytest takes the descriptor itself
         if hanging := part.recall("running"):
             self.tests[hanging] = ["failed", "did not end, or ended the process"]
 
@@ -59,12 +64,17 @@ class Watch:
         done = [item for item in items if item.nodeid in self.tests]
         items[:] = [item for item in items if item.nodeid not in self.tests]
         config.hook.pytest_deselected(items=done)
+        items.sort(key=_compiles)  # the long ones last
         self.waiting = len(items)
+        self._long = {item.nodeid for item in items if _compiles(item)}
+        self._order = [item.nodeid for item in items]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Note which test runs, and how many wait."""
         self._began = time.monotonic()
         self.waiting -= 1
+        # Where it hangs, if it does; anew for each test, as pytest cancels it when one fails.
+        faulthandler.dump_traceback_later(max(self.part.left() - 1, 1), file=self._stderr)
         self.part.remember("unfinished", self.waiting)
         self.part.remember("running", nodeid)
 
@@ -80,9 +90,11 @@ class Watch:
         self._longest = max(self._longest, time.monotonic() - self._began)
         self.part.remember("tests", self.tests)
         self.part.remember("running", None)
-        if self.tests[nodeid][0] == "failed":
-            self.check()
-        if self.waiting and self.part.left() < self._longest:
+        self.note()
+        if not self.waiting:
+            return
+        following = self._order[-self.waiting]
+        if self.part.left() < (max(self._longest, _COMPILES * (following in self._long))):
             self._session.shouldstop = "no time for another test"
 
     def named(self, outcome: str) -> list[str]:
@@ -90,10 +102,19 @@ class Watch:
         chosen = {name: said for name, (found, said) in self.tests.items() if found == outcome}
         return [f"{name}: {said}" if said else name for name, said in chosen.items()]
 
-    def check(self) -> None:
-        """Note whether all tests pass, as far as they have run."""
-        failed = self.named("failed")
+    def note(self) -> None:
+        """Note whether all tests pass, as far as they have run; a CPU's are none but failures."""
+        passed, failed, skipped = (self.named(how) for how in ("passed", "failed", "skipped"))
+        if self.part.device.type != "cuda" and not (passed or failed):
+            return
         self.part.check("all GPU tests pass", not failed, "; ".join(failed))
+        for name, count in (("passed", len(passed)), ("skipped", len(skipped))):
+            self.part.figure(name, count)
+        self.part.figure("not run for time", self.waiting)
+
+
+def _compiles(item: pytest.Item) -> bool:
+    return "compiler" in getattr(item, "fixturenames", ())
 
 
 def _last_lines(report: pytest.CollectReport | pytest.TestReport) -> str:
@@ -107,7 +128,6 @@ def run(part: Part) -> None:
     """Run the tests; on a GPU it is a failure if all of them are skipped."""
     watch, start = Watch(part), time.monotonic()
     flags = [*_FLAGS, f"--basetemp={part.scratch / 'pytest'}", f"--rootdir={ROOT}"]
-    faulthandler.dump_traceback_later(max(part.left() - 1, 1))  # where it hangs, if it does
     with contextlib.chdir(ROOT):
         code = pytest.main([*flags, str(FOLDER)], plugins=[watch])
     faulthandler.cancel_dump_traceback_later()
@@ -130,11 +150,8 @@ def _note(part: Part, watch: Watch, seconds: float) -> None:
     if part.device.type != "cuda" and not ran:
         part.leave_out("GPU tests", f"no GPU here, {len(skipped)} skipped")
         return
-    watch.check()
+    watch.note()
     part.check("GPU tests run", ran > 0, f"{ran} did, {len(skipped)} were skipped")
-    for name, count in (("passed", len(passed)), ("skipped", len(skipped))):
-        part.figure(name, count)
-    part.figure("not run for time", watch.waiting)
     part.figure("seconds", seconds, "s")
     if skipped:
         part.leave_out("skipped tests", "; ".join(skipped))

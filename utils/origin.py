@@ -9,13 +9,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-import torchvision
 
 from utils import distributed, options
 
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide what comes out."""
+    import torchvision  # here, as it takes as long to import as torch itself
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

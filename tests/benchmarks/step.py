@@ -68,7 +68,7 @@ def build(args: argparse.Namespace) -> tuple[CMSF2Q, torch.optim.SGD]:
         proj_dim=args.proj_dim,
         hidden_dim=args.hidden_dim,
         autocast=options.PRECISIONS[args.precision],
-        channels_last=args.device.type == "cuda",
+        channels_last=True,
     )
     model = CMSF2Q(encoders, IMAGES, mem_bank_size=args.bank, topk=args.topk, topkp=args.topkp)
     dim = encoders.proj_dim

@@ -166,8 +166,10 @@ class TwoViewLoader:
             self._target_view(large[:, 1], draws[:, 1]),
         )
         if self.symmetric:
-            other_query = self._strong_view(large[:, 1], draws[:, 1])
-            other_target = self._target_view(large[:, 0], draws[:, 0])
+            other_query, other_target = target, query  # the same, where both are strong
+            if self._target_view is not self._strong_view:
+                other_query = self._strong_view(large[:, 1], draws[:, 1])
+                other_target = self._target_view(large[:, 0], draws[:, 0])
             query, target = _interleaved(query, other_query), _interleaved(target, other_target)
             index, label = index.repeat_interleave(2), label.repeat_interleave(2)
         return Batch(query, target, index, label, tuple(self._small_views(small, draws[:, 2:])))

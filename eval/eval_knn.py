@@ -115,7 +115,7 @@ def get_features(
     """Read from --load_cache, whose key is this one, or extracted; None but on the main process."""
     if not args.load_cache:
         loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
-        return feature_cache.extract(backbone.module.to(args.device), *loaders)
+        return feature_cache.extract(evaluation.place(args, backbone.module), *loaders)
     if not distributed.is_main():
         return None
     return feature_cache.load(

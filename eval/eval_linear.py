@@ -530,7 +530,7 @@ def main() -> None:
     saved = find_run(args, key, train.classes)
     if args.fine_tune:
         backbone = trained_backbone(args, backbone, saved)
-    backbone.module.to(args.device)
+    evaluation.place(args, backbone.module)
     bad_images = evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved["bad_images"])

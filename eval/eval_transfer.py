@@ -233,7 +233,7 @@ def main() -> None:
     check_flags(args)
     backbone, state = evaluation.evaluated_backbone(args)
     found, missing = open_sets(args)
-    network = backbone.module.to(args.device)
+    network = evaluation.place(args, backbone.module)
     bad_images = evaluation.build_bad_images(args)
     rows, path = {}, None
     for name, images in found.items():

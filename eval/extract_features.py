@@ -83,7 +83,7 @@ def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         encoder = evaluation.encoder_name(args, state)
         projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
         network = Encoder(network, projector)
-    return network.to(args.device), state
+    return evaluation.place(args, network), state
 
 
 def extract(network: nn.Module, loader: EvalLoader) -> Tensor | None:

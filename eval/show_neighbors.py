@@ -171,7 +171,7 @@ def shown_from_features(
     (loader,) = evaluation.eval_loaders(args, images, bad_images=bad_images)
     bar = tqdm(loader, "features of train", leave=False, disable=not distributed.shows_bars())
     extracted = extract_features(
-        backbone.module.to(args.device),
+        evaluation.place(args, backbone.module),
         bar,
         num_images=len(images),
         left_out=loader.left_out,

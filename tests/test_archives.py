@@ -35,7 +35,7 @@ def picture(number, side, seed=0):
 
 def write_cifar(root, name, *, each=8):
     """Batches as the authors pickled them: rows of 3072, red first; image i has label i % 3."""
-    kind = archives._SETS[name][0]
+    kind = getattr(datasets, archives._SETS[name][0])
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     label_key = "labels" if name == "cifar10" else "fine_labels"

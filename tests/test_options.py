@@ -111,6 +111,37 @@ def test_explicit_flags_override_the_demo(monkeypatch, tmp_path):
     assert args.checkpoint_path == options.ROOT / "output" / "demo_2q"
 
 
+@pytest.mark.parametrize(
+    ("device", "flags", "expected"),
+    [("cpu", "", True), ("cpu", "--precision bf16", True), ("cuda", "", False), ("mps", "", False)]
+    + [("cuda", "--precision bf16", True), ("cuda", "--tf32", True)]
+    + [("cpu", "--no_channels_last", False), ("cuda", "--tf32 --no-channels_last", False)]
+    + [("cuda", "--channels_last", True), ("cpu", "--no_channels_last --channels_last", True)],
+)
+def test_channels_last_where_it_is_faster_unless_said(
+    monkeypatch, tmp_path, device, flags, expected
+):
+    monkeypatch.setattr(options.distributed, "start", lambda _: torch.device(device))
+    assert parse(monkeypatch, *flags.split(), tmp_path).channels_last is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "variable", "expected"),
+    [("cpu", ["--demo"], None, [1]), ("cpu", ["--demo"], "4", []), ("cpu", [], None, [])]
+    + [("cuda", ["--demo"], None, [])],
+)
+def test_the_demo_computes_on_one_thread(monkeypatch, tmp_path, device, flags, variable, expected):
+    """On a CPU, unless OMP_NUM_THREADS says how many."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(options.distributed, "start", lambda _: torch.device(device))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    parse(monkeypatch, *flags, tmp_path)
+    assert chosen == expected
+
+
 def test_a_drawing_that_cannot_be_used_is_one_line(monkeypatch, capsys):
     def refuse(root):
         raise ValueError(f"{root} holds something else")

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import nn
 
-from utils import setup
+from utils import checkpoint, setup
 from utils.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
 from utils.errors import InputError
 
@@ -243,6 +243,46 @@ def test_checkpoints_have_one_layout(call_script, image_tree, tmp_path, script):
     assert other["args"]["precision"] == "bf16" and plain["args"]["precision"] == "fp32"
 
 
+def convolutions(state: dict) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds in the shape of a convolution's weight with several channels."""
+    found = {name: value for name, value in tiny.tensors(state).items() if value.dim() == 4}
+    return {name: value for name, value in found.items() if value.shape[1] > 1}
+
+
+def test_a_resumed_run_has_the_layout_and_the_bits_of_one_that_was_not(
+    call_script, image_tree, tmp_path
+):
+    """The momentum's layout too: SGD rounds otherwise where it is not that of the weights."""
+    script, last = "self_supervised.train_msf_2q", "ckpt_epoch_2.pth"
+    run(call_script, script, tmp_path / "once", "--epochs", 2, "--save_freq", 1, image_tree)
+    run(call_script, script, tmp_path / "twice", image_tree)
+    resumed = ("--epochs", 2, "--save_freq", 1, "--resume", "auto", image_tree)
+    run(call_script, script, tmp_path / "twice", *resumed)
+    tiny.assert_same_checkpoint(tmp_path / "once" / last, tmp_path / "twice" / last)
+    for folder in ("once", "twice"):
+        weights = convolutions(tiny.state(tmp_path / folder / last))
+        assert len(weights) == 12  # of two encoders, and the momentum of one
+        for name, value in weights.items():
+            assert value.is_contiguous(memory_format=torch.channels_last), name
+    settings = tiny.state(tmp_path / "twice" / last)["args"]
+    assert settings["channels_last"] is True
+
+
+def test_weights_go_from_one_layout_to_the_other(call_script, image_tree, tmp_path):
+    """A run of plain layout goes on with the channels last; a network of either reads it."""
+    script = "self_supervised.train_msf_2q"
+    plain = run(call_script, script, tmp_path, "--no_channels_last", image_tree)
+    assert plain["args"]["channels_last"] is False
+    assert all(value.is_contiguous() for value in convolutions(plain).values())
+    run(call_script, script, tmp_path, "--epochs", 2, "--resume", "auto", image_tree)
+    backbone = build_backbone("conv4")
+    state = checkpoint.load(tmp_path / "ckpt_epoch_2.pth", flag="--weights")
+    checkpoint.load_backbone(backbone, state, what="--weights")
+    for name, value in backbone.module.state_dict().items():
+        assert value.is_contiguous()
+        assert torch.equal(value, state["state_dict"][f"encoders.query_encoder.backbone.{name}"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_compiled_scripts(compiler, call_script, image_tree, tmp_path, script):
@@ -316,8 +356,9 @@ def test_flags_reach_the_encoders(args, monkeypatch):
     )
     fast = setup.build_encoders(args("--precision", "bf16", "--channels_last", "--compile"))
     assert (fast.autocast, fast.channels_last, compiled) == (torch.bfloat16, True, [fast])
-    plain = setup.build_encoders(args())
+    plain = setup.build_encoders(args("--no_channels_last"))
     assert (plain.autocast, plain.channels_last, compiled) == (None, False, [fast])
+    assert setup.build_encoders(args()).channels_last  # on a CPU
 
 
 @pytest.mark.parametrize("sole", [False, True])

@@ -5,20 +5,20 @@ pickles, which could do anything otherwise.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from utils.errors import InputError
 
-# By name: the class, and what train, val, and train with the images without labels are there.
+# By name: torchvision's class, and what train, val, and train with the images without labels are
+# there.
 _SETS = {
-    "cifar10": (datasets.CIFAR10, {"train": True, "val": False}),
-    "cifar100": (datasets.CIFAR100, {"train": True, "val": False}),
-    "stl10": (datasets.STL10, {"train": "train", "val": "test", "all": "train+unlabeled"}),
+    "cifar10": ("CIFAR10", {"train": True, "val": False}),
+    "cifar100": ("CIFAR100", {"train": True, "val": False}),
+    "stl10": ("STL10", {"train": "train", "val": "test", "all": "train+unlabeled"}),
 }
 NAMES = tuple(_SETS)
 
@@ -72,5 +72,7 @@ def download(data: Path, name: str) -> None:
         raise InputError(f"--download: {name} cannot be fetched to {data} ({reason})") from error
 
 
-def _open(data: Path, name: str, which: bool | str, *, download: bool) -> datasets.VisionDataset:
-    return _SETS[name][0](data, which, download=download)
+def _open(data: Path, name: str, which: bool | str, *, download: bool) -> Any:
+    from torchvision import datasets  # here, as it takes as long to import as torch itself
+
+    return getattr(datasets, _SETS[name][0])(data, which, download=download)

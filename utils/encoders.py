@@ -8,10 +8,10 @@ is the moving average of the query encoder.
 import copy
 import itertools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -60,9 +60,17 @@ class Conv4(nn.Module):
         return self.fc(self.features(images).mean(dim=(2, 3)))
 
 
+def _torchvision_models() -> ModuleType:
+    """Imported only where they are needed: that takes as long as to import torch itself."""
+    import torchvision
+
+    return torchvision.models
+
+
 def backbone_names() -> list[str]:
     """Every architecture `build_backbone` knows by name."""
-    names = torchvision.models.list_models(module=torchvision.models)
+    models = _torchvision_models()
+    names = models.list_models(module=models)
     return ["conv4"] + [name for name in names if name not in _WITH_AUXILIARY_OUTPUT]
 
 
@@ -73,11 +81,11 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
     convolution of stride 1 and no pooling behind it, for images of about 32 px. Raises InputError
     for an unknown arch, one that ends in no linear layer, or a small stem on what is no ResNet.
     """
-    if arch not in backbone_names():
+    if arch != "conv4" and arch not in backbone_names():
         raise InputError(f"--arch {arch}: unknown; a torchvision classification model or conv4")
-    module = Conv4() if arch == "conv4" else torchvision.models.get_model(arch, weights=None)
+    module = Conv4() if arch == "conv4" else _torchvision_models().get_model(arch, weights=None)
     if small_stem:
-        if not isinstance(module, torchvision.models.ResNet):
+        if not isinstance(module, _torchvision_models().ResNet):
             raise InputError(f"--small_stem: only for ResNets, not for --arch {arch}")
         module.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -69,6 +69,7 @@ class LeftOut:
 @cache
 def endings() -> frozenset[str]:
     """The endings, in lower case with the dot, of all image files that Pillow reads."""
+    Image.preinit()  # common formats come first then, and a file is tried as these first
     Image.init()
     formats = Image.OPEN.keys() - _NOT_DECODED
     return frozenset(e for e, kind in Image.registered_extensions().items() if kind in formats)

@@ -47,10 +47,12 @@ class _OneCrop(Dataset):
         return len(self.images)
 
     def __getitems__(self, batch: Wanted) -> CropBatch:
+        own = [batch.numbers[place] for place in batch.own]
+        draws = random_draws.by_image(self.seed, batch.epoch, own, views=1)
+
         def random_crop(number: int, image: Tensor) -> Tensor:
-            draws = random_draws.uniforms(self.seed, batch.epoch, np.array([number]), views=1)[0, 0]
             original = self.images.original_size(number)
-            box = cropping.random_box(image, draws, original, scale=self.scale)
+            box = cropping.random_box(image, draws(number)[0], original, scale=self.scale)
             return cropping.resized_crop(image, box, self.image_size)
 
         return read(

@@ -5,6 +5,7 @@ ones use underscores.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,16 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--channels_last",
         action="store_true",
-        help="lay images out with the channels last, which convolutions in bf16 or TF32 prefer",
+        default=None,
+        help="lay images out with the channels last; default: where that is faster, on a CPU and, "
+        "with bf16 or --tf32, on a GPU",
+    )
+    group.add_argument(
+        *("--no_channels_last", "--no-channels_last"),
+        dest="channels_last",
+        action="store_false",
+        default=None,
+        help="lay images out as PyTorch does",
     )
     group.add_argument(
         "--compile",
@@ -402,6 +412,7 @@ def parse(
     if getattr(args, "multi_crop", None):
         args.image_size = args.multi_crop[0].size
     args.device = distributed.start(args.device)
+    _choose_fastest(args)
     if slow := workers.too_many(args.num_workers):
         print(f"--num_workers {args.num_workers}: {slow}", flush=True)
     if args.data is None and args.demo:
@@ -411,6 +422,18 @@ def parse(
         with distributed.main_first():
             archives.download(args.data, args.dataset)
     return args
+
+
+def _choose_fastest(args: argparse.Namespace) -> None:
+    """Settle the layout of images and the number of threads where the user did not."""
+    on_cpu = args.device.type == "cpu"
+    if getattr(args, "channels_last", False) is None:
+        on_tensor_cores = args.device.type == "cuda" and (args.precision == "bf16" or args.tf32)
+        args.channels_last = on_cpu or on_tensor_cores
+    if args.demo and on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        # In so small a network threads wait for each other longer than they compute, the longer
+        # the more a worker takes their cores.
+        torch.set_num_threads(1)
 
 
 def _demo_folder(parser: argparse.ArgumentParser) -> Path:

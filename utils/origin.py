@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from utils import distributed, faiss_library, options
 
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide what comes out; faiss: "none" without it."""
+    import torchvision  # here, as it takes as long to import as torch itself
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

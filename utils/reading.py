@@ -23,12 +23,14 @@ from utils.workers import check_room, ignore_signals, share, start_failure, work
 class CropBatch(NamedTuple):
     """What a worker sends: crops (n, ...) uint8, index and label (n,), of the images it could read.
 
-    broken: number of an image -> why it could not be read.
+    broken: number of an image -> why it could not be read. Workers send index and label as arrays,
+    which are part of the message (for each tensor the main process would ask for a file descriptor,
+    and wait); `read_batches` makes tensors of them.
     """
 
     crops: Tensor
-    index: Tensor
-    label: Tensor
+    index: np.ndarray | Tensor
+    label: np.ndarray | Tensor
     broken: dict[int, str]
 
 
@@ -63,11 +65,10 @@ def read(
         whole = range(len(numbers))
         read, broken = read_places(images, numbers, whole, cut, tolerated=tolerated, replace=True)
     crops = {number: crop for place, (number, crop) in read.items() if place in own}
-    index = torch.tensor(list(crops), dtype=torch.int64)
+    index = np.array(list(crops), dtype=np.int64)
     batch = torch.stack(list(crops.values())) if crops else torch.empty(0, dtype=torch.uint8)
-    label = torch.from_numpy(images.labels[index.numpy()])
-    share(batch, index, label)
-    return CropBatch(batch, index, label, broken)
+    share(batch)
+    return CropBatch(batch, index, images.labels[index], broken)
 
 
 def read_places(
@@ -194,7 +195,8 @@ def read_batches(loader: Source, images: ImageSet, bad_images: BadImages) -> Ite
     for batch in _from_workers(loader):
         for number, reason in batch.broken.items():
             bad_images.add(images.path(number), reason)
-        yield batch
+        names = {"index", "label"} & set(batch._fields)  # an image cache asks for no labels
+        yield batch._replace(**{name: torch.as_tensor(getattr(batch, name)) for name in names})
 
 
 def data_loader(images: Dataset, device: torch.device, **options) -> DataLoader:

@@ -54,17 +54,12 @@ class _RandomCrops(Dataset):
 
     def __getitems__(self, batch: Wanted) -> CropBatch:
         views = sum(group.count for group in self.groups)
-
-        def draws_of(numbers: list[int]) -> np.ndarray:
-            return random_draws.uniforms(self.seed, batch.epoch, np.array(numbers), views=views)
-
-        own_numbers = [batch.numbers[place] for place in batch.own]
-        draws = dict(zip(own_numbers, draws_of(own_numbers), strict=True))  # faster together
+        own = [batch.numbers[place] for place in batch.own]
+        draws = random_draws.by_image(self.seed, batch.epoch, own, views=views)
 
         def crops(number: int, image: Tensor) -> Tensor:
-            own = draws[number] if number in draws else draws_of([number])[0]  # a replacement
             original = self.images.original_size(number)
-            return cropping.random_crops(image, own, self.groups, original=original)
+            return cropping.random_crops(image, draws(number), self.groups, original=original)
 
         return read(self.images, batch.numbers, crops, tolerated=self.tolerated, own=batch.own)
 

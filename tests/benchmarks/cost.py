@@ -40,6 +40,7 @@ SMALL_CROPS = 4  # of half the size
 def encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     backbone = build_backbone(args.arch)
     sizes = {"proj_dim": args.proj_dim, "hidden_dim": args.hidden_dim}
+    sizes["channels_last"] = True  # as the scripts on a CPU
     return QueryTargetEncoders(backbone.module, backbone.feature_dim, **sizes)
 
 
@@ -66,7 +67,8 @@ def build_pseudo(args: argparse.Namespace) -> nn.Module:
 
 def build_xent(args: argparse.Namespace) -> nn.Module:
     backbone = build_backbone(args.arch)
-    return CrossEntropy(SoleBackbone(backbone.module), backbone.feature_dim, CLASSES)
+    sole = SoleBackbone(backbone.module, channels_last=True)
+    return CrossEntropy(sole, backbone.feature_dim, CLASSES)
 
 
 METHODS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {

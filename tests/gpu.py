@@ -35,6 +35,8 @@ import torch
 from gpu_parts import report
 from gpu_parts.part import Part, run_module
 
+from utils import arguments
+
 NOMINAL_MINUTES = 9
 _LEAST = 5  # seconds under which no part is started
 _RESERVE = 5  # seconds for ending a part and writing the report
@@ -170,19 +172,22 @@ def _end_group(process: subprocess.Popen) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of this script; --part is what it starts its own processes with."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--data", type=Path, help="train/ and val/ in a folder or a tar file")
-    parser.add_argument("--minutes", type=float, default=NOMINAL_MINUTES)
+    parser = arguments.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=arguments.path, required=True, help="folder for the report")
+    parser.add_argument(
+        "--data", type=arguments.path, help="train/ and val/ in a folder or a tar file"
+    )
+    minutes = arguments.number(float, low=0.1, high=1000)
+    parser.add_argument("--minutes", type=minutes, default=NOMINAL_MINUTES)
     parser.add_argument("--only", help=f"parts by name, of {','.join(PARTS)}")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # module, folder, seconds
     args = parser.parse_args(argv)
-    args.chosen = args.only.split(",") if args.only else list(PARTS)
+    args.chosen = list(PARTS) if args.only is None else args.only.split(",")
     if unknown := [name for name in args.chosen if name not in PARTS]:
         parser.error(f"--only {args.only}: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    if not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes:g}: must be above 0")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: not a folder")
     if args.data and not (args.data.is_dir() or _is_archive(args.data)):
         parser.error(f"--data {args.data}: neither a folder nor a tar file")
     if not (args.tiny or args.part or torch.cuda.is_available()):

@@ -271,7 +271,10 @@ def test_data_from_a_folder_and_from_a_tar_file(tmp_path):
     ("flags", "named"),
     [
         (("--tiny", "--only", "step,serach"), "'serach'; there are tests, agreement"),
-        (("--tiny", "--minutes", "0"), "--minutes 0"),
+        (("--tiny", "--only", ""), "no part ''"),
+        (("--tiny", "--minutes", "0"), "--minutes: 0 is out of range"),
+        (("--tiny", "--minutes", "nan"), "--minutes: nan is out of range"),
+        (("--tiny", "--out", __file__), f"--out {__file__}: not a folder"),
         (("--tiny", "--data", "nowhere.tar"), "--data nowhere.tar: neither"),
         (("--tiny", "--data", __file__), "neither a folder nor a tar file"),
     ],

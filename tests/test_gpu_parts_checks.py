@@ -283,7 +283,7 @@ def test_figures_of_a_trace(part):
             "device idle": 10,
             "next batch's work beside training": 100,
             "host at work in a step": 0.9,
-            "allocations of memory in a step": 0,
+            "memory taken or freed in a step, times": 0,
         }
     )
 

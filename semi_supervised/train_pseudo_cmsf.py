@@ -178,7 +178,7 @@ class PseudoCMSF(nn.Module):
             return features.to(self.head.dtype), labels
         encoder = self.encoders.target_encoder
         features, labels = extract_features(
-            nn.Sequential(encoder.backbone, encoder.projector),  # that is not compiled
+            nn.Sequential(encoder.backbone, encoder.projector),  # not compiled: of other sizes
             images,
             num_images=len(images.images),
             left_out=images.left_out,

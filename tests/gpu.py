@@ -10,12 +10,13 @@ what is left after it, the first. --data: images in train/<class>/ and val/<clas
 a tar file of one; without it the demo data. --tiny: toy sizes, on a CPU too, which tell that the
 parts work and nothing else.
 
-Exit code 0: all that ran holds (goals may be missed); 1: a part failed, hung or died; 2: a mistake
-in the command.
+Exit code 0: all that ran holds (goals may be missed); 1: a part failed, hung or died, or none ran;
+2: a mistake in the command; 130: stopped by a signal.
 """
 
 import argparse
 import contextlib
+import lzma
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,7 @@ from gpu_parts import report
 from gpu_parts.part import Part, run_module
 
 from utils import arguments
+from utils.errors import InputError, printable
 
 NOMINAL_MINUTES = 9
 _LEAST = 5  # seconds under which no part is started
@@ -109,7 +112,9 @@ class Runner:
             print(f"== {first}, the rest of it, {self.left():.0f} s", flush=True)
             self._run_part(first, self.left())
         print(report.table(self.results), flush=True)
-        return all(r["verdict"] in ("passed", "missed", "left out") for r in self.results.values())
+        verdicts = {found["verdict"] for found in self.results.values()}
+        ran = any(found["how"] != "left out" for found in self.results.values())
+        return ran and verdicts <= {"passed", "missed", "left out"}
 
     def _run_part(self, name: str, seconds: float) -> None:
         """Run a part; reported now and then too, for a call that is cut off."""
@@ -121,7 +126,10 @@ class Runner:
             found = report.result(self.scratch / name, how, seconds=spent, budget=seconds)
             self.results[name] = found
             whole = self.clock() - self._start
-            report.write(self.out, self.results, command=sys.argv, whole=whole)
+            try:
+                report.write(self.out, self.results, command=sys.argv, whole=whole)
+            except OSError as error:  # a full disk, say: the parts go on, and the table comes
+                print(printable(f"no report: {error}"), flush=True)
 
         if seconds < _LEAST:
             report_it("left out")
@@ -199,6 +207,37 @@ def _is_archive(path: Path) -> bool:
     return path.is_file() and tarfile.is_tarfile(path)
 
 
+def find_images(data: Path, scratch: Path) -> Path:
+    """The folder with train/ and val/ that `data` is, or that lies in it; a tar file is unpacked.
+
+    InputError, before any part has run, for data without them or a damaged file.
+    """
+    folder = data
+    if not data.is_dir():
+        folder = scratch / "data"
+        folder.mkdir()
+        try:
+            with tarfile.open(data) as archive:
+                archive.extractall(folder, filter="data")
+        except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise InputError(f"--data {data}: cannot be unpacked ({error})") from error
+    places = [folder, *(sorted(folder.iterdir()) if folder != data else [])]
+    for place in places:
+        if all((place / split).is_dir() for split in ("train", "val")):
+            return place.resolve()
+    raise InputError(f"--data {data}: no folders train/ and val/ in it")
+
+
+def check_writable(out: Path) -> None:
+    """InputError for a folder that can hold no report."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from error
+
+
 def main() -> None:
     """Run the parts; or, in a process of its own, one of them."""
     args = parse_args()
@@ -213,22 +252,33 @@ def main() -> None:
         )
         run_module(module, part)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part that runs
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they end the part that runs too
+        signal.signal(number, signal.default_int_handler)
+    try:
+        holds = run_parts(args)
+    except InputError as error:
+        print(printable(f"gpu.py: error: {error}"), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0 if holds else 1)
+
+
+def run_parts(args: argparse.Namespace) -> bool:
+    """Run the chosen parts; whether all holds."""
+    check_writable(args.out)
     with tempfile.TemporaryDirectory(prefix="cmsf_gpu_") as scratch:
+        data = args.data and find_images(args.data, Path(scratch))
         runner = Runner(
             {name: PARTS[name] for name in PARTS if name in args.chosen},
-            out=args.out,
+            out=args.out.resolve(),
             scratch=Path(scratch),
             minutes=args.minutes,
-            data=args.data and args.data.resolve(),
+            data=data,
             tiny=args.tiny,
             spent=time.monotonic() - _BEGAN,
         )
-        try:
-            holds = runner.run()
-        except KeyboardInterrupt:
-            sys.exit(130)
-    sys.exit(0 if holds else 1)
+        return runner.run()
 
 
 if __name__ == "__main__":

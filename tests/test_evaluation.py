@@ -1,5 +1,7 @@
 """From an evaluation script's flags to the encoder."""
 
+import argparse
+import copy
 import importlib
 import sys
 
@@ -7,6 +9,7 @@ import torch
 import torchvision
 
 from utils import evaluation
+from utils.encoders import QueryTargetEncoders, build_backbone
 
 KNN = importlib.import_module("eval.eval_knn")
 
@@ -27,3 +30,19 @@ def test_evaluated_backbones(monkeypatch, tmp_path):
     pixels, nothing = evaluated(*flags, "--weights", "pixels")
     assert pixels.module(torch.zeros(2, 3, 32, 32)).shape == (2, pixels.feature_dim)
     assert nothing == {}
+
+
+def test_a_backbone_lies_as_in_training():
+    """On a CPU, so that features have the bits of those in training; elsewhere as it is."""
+    torch.manual_seed(0)
+    alone = build_backbone("conv4").module
+    encoders = QueryTargetEncoders(copy.deepcopy(alone), 128, channels_last=True)
+    trained, images = encoders.query_encoder.backbone.eval(), torch.randn(8, 3, 32, 32)
+    placed = evaluation.place(argparse.Namespace(device=torch.device("cpu")), alone.eval())
+    with torch.no_grad():
+        assert torch.equal(placed(images), trained(images))
+    layout = {"memory_format": torch.channels_last}
+    assert placed.features[4].weight.is_contiguous(**layout)
+    other = copy.deepcopy(build_backbone("conv4").module)
+    there = evaluation.place(argparse.Namespace(device=torch.device("meta")), other)
+    assert not there.features[4].weight.is_contiguous(**layout)

@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_bad_input import assert_refused
 
 from utils import faiss_library
+from utils.errors import InputError
 
 NONE = "import sys\n\nsys.modules['faiss'] = None\n"  # as if it were not installed
 
@@ -69,3 +70,18 @@ def test_a_flat_folder_has_no_figures_and_needs_no_faiss(
 
 def test_its_version():
     assert faiss_library.version() == importlib.import_module("faiss").__version__
+
+
+@pytest.mark.parametrize("error", [ImportError(), OSError("libcudart.so.12"), AttributeError("x")])
+def test_a_faiss_that_is_broken_is_as_none(monkeypatch, error):
+    class Breaks:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "faiss":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Breaks, *sys.meta_path])
+    assert faiss_library.version() == "none"
+    with pytest.raises(InputError, match="^faiss: cannot be imported .*, and k-NN needs it"):
+        faiss_library.load("k-NN")

@@ -20,6 +20,8 @@ from conftest import ROOT, write_image
 from gpu_parts import report
 from gpu_parts.part import Part
 
+from utils.errors import InputError
+
 GOOD = """
 def run(part):
     part.figure("speed", [3.0, 1.0, 2.0], "images/s")
@@ -254,17 +256,53 @@ def test_a_part_that_notes_nothing_has_not_passed(tmp_path):
 def test_data_from_a_folder_and_from_a_tar_file(tmp_path):
     for split in ("train", "val"):
         write_image(tmp_path / "images" / split / "a" / "0.jpg", seed=0)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    settings = {"scratch": scratch, "out": tmp_path, "seconds": 10, "tiny": True}
-    assert Part(data=tmp_path / "images", **settings).images() == tmp_path / "images"
+    assert gpu.find_images(tmp_path / "images", tmp_path) == tmp_path / "images"
+    archive = tmp_path / "images.tar.xz"
     for top in (".", "cifar"):  # train/ at the top, and in a folder
-        archive = tmp_path / "images.tar.xz"
         with tarfile.open(archive, "w:xz") as tar:
             tar.add(tmp_path / "images", arcname=top)
-        found = Part(data=archive, **settings).images()
+        scratch = tmp_path / f"scratch {top}"
+        scratch.mkdir()
+        found = gpu.find_images(archive, scratch)
         assert (found / "train" / "a" / "0.jpg").is_file() and found.is_relative_to(scratch)
-        os.rename(scratch / "data", scratch / f"seen {top}")
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "no val", "folder"])
+def test_data_that_will_not_do_are_refused_before_any_part(tmp_path, how):
+    write_image(tmp_path / "images" / "train" / "a" / "0.jpg", seed=0)
+    data = tmp_path / "images"
+    if how != "folder":
+        data = tmp_path / "images.tar.xz"
+        with tarfile.open(data, "w:xz") as tar:
+            if how != "empty":
+                tar.add(tmp_path / "images", arcname=".")
+        if how == "cut":
+            data.write_bytes(data.read_bytes()[:-40])
+    with pytest.raises(InputError, match=f"^--data {data}: "):
+        gpu.find_images(data, tmp_path)
+
+
+def test_a_folder_that_holds_no_report_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(InputError, match=f"^--out {out}: "):
+            gpu.check_writable(out)
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(parts, runner, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    assert runner(parts(good=GOOD)).run()
+    printed = capsys.readouterr().out
+    assert "no report: [Errno 28] No space left" in printed and "good        passed" in printed
+
+
+def test_where_nothing_ran_nothing_holds(parts, runner, tmp_path):
+    assert not runner(parts(good=GOOD), minutes=0.1).run()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "left out: 1 s of all the time were left" in text
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Which files are images, and what lies among them: counted, named, or refused."""
 
+import ast
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import ROOT, write_image
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -250,3 +252,14 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match="data .*/b: Permission denied"):
         read_image_folder(tmp_path)
+
+
+def test_common_formats_are_tried_first():
+    """Pillow asks its formats one after the other; in a process where nothing has begun it."""
+    code = (
+        "from PIL import Image; from utils.listing import endings; endings(); print(Image.ID[:6])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert sorted(ast.literal_eval(done.stdout)) == ["BMP", "DIB", "GIF", "JPEG", "PNG", "PPM"], (
+        done
+    )

@@ -7,7 +7,7 @@ import torch
 from conftest import write_image
 from PIL import Image
 
-from utils import augment, cropping, random_draws
+from utils import augment, cropping, random_draws, reading
 from utils.bad_images import BadImages
 from utils.data import read_image_folder, read_split
 from utils.errors import InputError
@@ -201,3 +201,19 @@ def test_the_global_random_state_is_left_alone(image_tree):
     list(loader(images).epoch(1))
     list(EvalLoader(images, batch_size=9, image_size=16))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_numbers_and_labels_are_tensors_of_whole_numbers(image_tree, workers):
+    """A worker sends them as arrays, within its message."""
+    images = read_split(image_tree, "train")
+    sent = reading.read(images, [3, 12], lambda number, image: image, tolerated=0)
+    assert isinstance(sent.index, np.ndarray) and isinstance(sent.label, np.ndarray)
+    loaders = (
+        loader(images, num_workers=workers).epoch(1),
+        EvalLoader(images, image_size=16, batch_size=4, num_workers=workers),
+    )
+    for batches in loaders:
+        batch = next(iter(batches))
+        assert batch.index.dtype == batch.label.dtype == torch.int64
+        assert torch.equal(batch.label, torch.from_numpy(images.labels)[batch.index])

@@ -61,9 +61,10 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
 
 
 def place(args: argparse.Namespace, network: nn.Module) -> nn.Module:
-    """The network on the device of the flags; on a CPU with the channels last, as it is trained.
+    """The network on the device of the flags; on a CPU with the channels last.
 
-    That is faster there, and gives the bits of the k-NN figures that the training logs.
+    That is faster there, and what training does by default: k-NN figures then have the bits of
+    those in its log.
     """
     layout = torch.channels_last if args.device.type == "cpu" else None
     return network.to(args.device, memory_format=layout)

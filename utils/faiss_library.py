@@ -12,8 +12,8 @@ def load(user: str, *, otherwise: str = "") -> ModuleType:
     """
     try:
         import faiss
-    except ImportError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # one that does not fit what else is installed can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"faiss: cannot be imported ({reason}), and {user} needs it: pip install faiss-cpu "
             f"(or faiss-gpu){otherwise}"

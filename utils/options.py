@@ -432,7 +432,7 @@ def _choose_fastest(args: argparse.Namespace) -> None:
         args.channels_last = on_cpu or on_tensor_cores
     if args.demo and on_cpu and "OMP_NUM_THREADS" not in os.environ:
         # In so small a network threads wait for each other longer than they compute, the longer
-        # the more a worker takes their cores.
+        # the more a worker takes their cores. faiss follows.
         torch.set_num_threads(1)
 
 

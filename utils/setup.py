@@ -270,7 +270,7 @@ def _seeded_backbone(args: argparse.Namespace) -> Backbone:
     # PyTorch's own default is TF32 for convolutions but not for products; here it is both or none.
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
-    # All steps have the same sizes, so that trying out kernels in the first one pays.
+    # All training steps have the same sizes, so that trying out kernels in the first one pays.
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch, small_stem=args.small_stem)

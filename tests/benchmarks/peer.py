@@ -4,11 +4,10 @@
 
 One-sided (here `train_msf.py --demo --topk 1`) and symmetric (`--symmetric`): conv4, 32 px, batch
 64, heads of the demo's sizes, the demo's image files, one thread and one worker. Both views are
-strong on both sides. Ours: what the script builds of its flags, loader, method and `Run`; in the
-demo's precision and, where that is another, in float32. Theirs: the example of lightly's
-documentation with its transforms, heads, loss and moving average, the same backbone, torch's SGD
-and DataLoader; `--channels_last` gives it that layout too. A round is some epochs; the sides take
-turns. Medians with lowest and highest, and of each round's ratio.
+strong on both sides. Ours: what the script builds of its flags, loader, method and `Run`. Theirs:
+the example of lightly's documentation with its transforms, heads, loss and moving average, the same
+backbone, torch's SGD and DataLoader; `--channels_last` gives it that layout too. A round is some
+epochs; the sides take turns. Medians with lowest and highest, and of each round's ratio.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +31,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from self_supervised import train_msf
-from utils import options, setup
+from utils import demo_data, options, setup
 from utils.encoders import build_backbone
 
 try:
@@ -153,13 +151,11 @@ def measure(
 
 def build_sides(output: str, args: argparse.Namespace, *, symmetric: bool) -> dict:
     """Name -> what trains for some epochs, theirs first."""
-    folder = options.demo_data.draw_data_set(options.DEMO_FOLDER) / "train"
+    folder = demo_data.draw_data_set(options.DEMO_FOLDER) / "train"
     flags = ["--symmetric"] * symmetric
     sides = {"lightly": theirs(folder, symmetric=symmetric, channels_last=args.channels_last)}
-    for precision in dict.fromkeys([train_msf.DEMO.get("precision", "fp32"), "fp32"]):
-        build = partial(ours, f"{output}/{symmetric}_{precision}", "--precision", precision)
-        with contextlib.redirect_stdout(io.StringIO()):
-            sides[f"ours, {precision}"] = build(*flags)
+    with contextlib.redirect_stdout(io.StringIO()):
+        sides["ours"] = ours(f"{output}/{symmetric}", *flags)
     return sides
 
 

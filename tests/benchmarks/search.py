@@ -114,7 +114,7 @@ def child(args: argparse.Namespace) -> None:
     """Print by how much one step of one side raises the peak."""
     data = make_data(args)
     small = {name: value[: 4 * args.topkp] for name, value in data.items()}
-    small["labels"] = small["row_labels"]
+    small["labels"] = small["row_labels"][: len(small["q"])]
     METHODS[args.method][args.only](
         small, args.topk, args.topkp
     )  # libraries allocate at their first use

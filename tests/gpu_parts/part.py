@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import statistics
-import tarfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ class Part:
 
     scratch: a folder for its files, gone when all is over. out: where the report goes; files of
     lasting worth are put there by `keep`. seconds: what it has until it is killed. data: a folder
-    with train/ and val/, or a tar file of one, or None for the demo data. tiny: toy sizes, which
+    with train/ and val/, or None for the demo data. tiny: toy sizes, which
     tell that the part works and nothing else; then there may be no GPU.
     """
 
@@ -116,22 +115,8 @@ class Part:
         shutil.copyfile(path, self.out / path.name)
 
     def images(self) -> Path:
-        """The folder with train/ and val/: that of --data, unpacked once, or the demo data."""
-        if self.data is None:
-            return demo_data.draw_data_set(options.DEMO_FOLDER)
-        if self.data.is_dir():
-            return self.data
-        folder = self.scratch / "data"
-        if not folder.exists():
-            unfinished = self.scratch / "unfinished"
-            with tarfile.open(self.data) as archive:
-                archive.extractall(unfinished, filter="data")
-            unfinished.rename(folder)
-        places = [folder, *sorted(folder.iterdir())]
-        found = next((place for place in places if (place / "train").is_dir()), None)
-        if found is None:
-            raise FileNotFoundError(f"--data {self.data}: no folder train/ in it")
-        return found
+        """The folder with train/ and val/: that of --data, or the demo data."""
+        return self.data or demo_data.draw_data_set(options.DEMO_FOLDER)
 
     def _add(self, kind: str, entry: dict) -> None:
         self._record[kind] = [e for e in self._record[kind] if e["name"] != entry["name"]]

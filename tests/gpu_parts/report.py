@@ -8,7 +8,7 @@ from gpu_parts.part import RECORD
 
 OUTPUT = "output.txt"
 _SHOWN_LINES = 40  # of the output of a part that went wrong
-_BAD = ("failed", "hung", "died")
+_BAD = ("failed", "hung", "died", "cut off")
 
 
 def result(folder: Path, how: str, *, seconds: float, budget: float) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def result(folder: Path, how: str, *, seconds: float, budget: float) -> dict[str
         "seconds": round(seconds, 1),
         "budget": round(budget, 1),
         **found,
-        "output": output.splitlines()[-400:] if verdict in _BAD else [],
+        "output": output.splitlines()[-400:],
     }
 
 
@@ -84,7 +84,9 @@ def markdown(about: dict[str, Any], results: dict[str, dict]) -> str:
             lines += [f"* ended after its {found['budget']:.0f} s"]
         elif found["how"].startswith(("exit", "signal")):
             lines += [f"* ended with {found['how']}"]
-        if found["output"]:
+        if found["how"] == "left out":
+            lines += [f"* left out: {found['budget']:.0f} s of all the time were left"]
+        if found["verdict"] in _BAD:
             lines += ["", "```text", *found["output"][-_SHOWN_LINES:], "```"]
     return "\n".join(lines) + "\n"
 
@@ -102,21 +104,26 @@ def _figure_row(figure: dict) -> str:
 
 
 def shown(value: float | str) -> str:
-    """A figure with four digits; text as it is."""
+    """A figure with five digits; text as it is."""
     if isinstance(value, str) or (isinstance(value, int) and abs(value) < 10**7):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
+
+
+def _in_short(figure: dict) -> str:
+    text = f"{figure['name']} {shown(figure['value'])} {figure['unit']}".strip()
+    return text if figure.get("reached", True) else f"{text} (MISSED: {figure['goal']})"
 
 
 def table(results: dict[str, dict]) -> str:
     """Part, verdict, its figures in short, seconds: the last lines that are printed."""
     lines = [f"{'part':<12}{'verdict':<10}{'seconds':>8}  figures"]
     for name, found in results.items():
-        words = [f"{f['name']} {shown(f['value'])} {f['unit']}".strip() for f in found["figures"]]
+        words = [_in_short(figure) for figure in found["figures"]]
         words += [f"FAILED: {c['name']} ({c['said']})" for c in found["checks"] if not c["holds"]]
         held = sum(check["holds"] for check in found["checks"])
         words += [f"{held} of {len(found['checks'])} checks hold"] if found["checks"] else []
-        words += [f"left out: {left['name']}" for left in found["left_out"]]
+        words += [f"left out: {left['name']} ({left['why'][:80]})" for left in found["left_out"]]
         first, *others = words or [found["how"]]
         lines += [f"{name:<12}{found['verdict']:<10}{found['seconds']:>8.1f}  {first}"]
         lines += [f"{'':<32}{word}" for word in others]

@@ -6,6 +6,7 @@ the part is killed for it. A part that is run again counts it as failed and goes
 
 import contextlib
 import faulthandler
+import importlib.util
 import os
 import time
 
@@ -135,6 +136,8 @@ def run(part: Part) -> None:
     stopped = code == pytest.ExitCode.INTERRUPTED and watch.waiting > 0
     if not (stopped or code in _MAY_END_WITH):
         part.check("pytest runs to its end", False, f"exit code {int(code)}")
+    if importlib.util.find_spec("hypothesis") is None:
+        part.leave_out("GPU tests in files that import hypothesis", "it is not installed")
     if watch.broken:
         named = "; ".join(f"{name}: {said}" for name, said in watch.broken.items())
         part.check("all test files can be imported", False, named)

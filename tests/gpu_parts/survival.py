@@ -163,12 +163,16 @@ def run(part: Part) -> None:
         diverging = pool.submit(lab.diverging, first)  # the shortest
         jobs = {first: _submit(pool, lab, first)}
         jobs |= {setting: _submit(pool, lab, setting) for setting in others}
-        copy = _note_runs(part, first, jobs[first])
+        copy = None
+        with part.attempt(f"{first.name}: what is compared"):
+            copy = _note_runs(part, first, jobs[first])
         if copy and part.device.type == "cuda":
             on_the_cpu = pool.submit(lab.on_the_cpu, first, copy)
-        _note_diverging(part, diverging)
+        with part.attempt("what a loss that is not finite leaves"):
+            _note_diverging(part, diverging)
         for setting in others:
-            _note_runs(part, setting, jobs[setting])
+            with part.attempt(f"{setting.name}: what is compared"):
+                _note_runs(part, setting, jobs[setting])
         if copy and part.device.type == "cuda":
             name = f"{first.name}: a checkpoint of the GPU goes on on the CPU"
             if said := _result(part, name, on_the_cpu):
@@ -203,6 +207,7 @@ def _note_runs(part: Part, setting: Setting, jobs: dict[str, Future]) -> Path | 
     if copy:
         part.figure(f"{setting.name}, SIGTERM to the end of the process", seconds, "s")
     if not whole:
+        part.leave_out(f"{setting.name}: comparisons", "undisturbed 1 did not end well")
         return copy
     repeats = None
     if again:

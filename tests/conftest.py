@@ -21,9 +21,8 @@ torch.set_num_threads(1)
 try:
     from hypothesis import settings
 except ImportError:  # a machine without the packages of requirements-dev.txt
-    needed = re.compile(
-        r"^(from|import) (hypothesis|nasty_names|odd_values)", re.MULTILINE
-    )  # two modules of strategies
+    # The package, and two modules of strategies.
+    needed = re.compile(r"^(from|import) (hypothesis|nasty_names|odd_values)", re.MULTILINE)
     collect_ignore = [p.name for p in ROOT.glob("tests/*.py") if needed.search(p.read_text())]
 else:
     settings.register_profile("no deadline", deadline=None)  # other processes take turns

@@ -134,7 +134,7 @@ def test_linear_probe_and_fine_tuning(evaluated, processes, kind):
         for state in states
     ]
     assert len(rows[0]) == (4 if kind == "resumed" else 3)
-    torch.testing.assert_close(*rows, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*rows, rtol=2e-5, atol=1e-4)  # a loss can be about 14
     for part in {"probe", "state_dict"} & states[0].keys():
         torch.testing.assert_close(states[1][part], states[0][part], rtol=1e-3, atol=1e-3)
     one, several = record(one / kind), record(several / kind)

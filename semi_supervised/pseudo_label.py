@@ -66,11 +66,9 @@ def train_head(
     full.) Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
     RunError if loss or head are not finite in the end.
     """
+    parameters = head.requires_grad_(True).parameters()
     optimizer = torch.optim.SGD(
-        head.requires_grad_(True).parameters(),
-        lr=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(decay_epochs), gamma=0.1)
     random = np.random.default_rng(seed)

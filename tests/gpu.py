@@ -39,6 +39,7 @@ from gpu_parts.part import Part, run_module
 
 from utils import arguments
 from utils.errors import InputError, printable
+from utils.result_files import make_folder
 
 NOMINAL_MINUTES = 9
 _LEAST = 5  # seconds under which no part is started
@@ -148,7 +149,11 @@ class Runner:
         command += ["--tiny"] * self.tiny + (["--data", str(self.data)] if self.data else [])
         with open(folder / report.OUTPUT, "a") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env={**os.environ, "TMPDIR": str(self.scratch)},  # nothing is left elsewhere
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             end = self.clock() + seconds
             due = self.clock() + _REPORTED
@@ -228,16 +233,6 @@ def find_images(data: Path, scratch: Path) -> Path:
     raise InputError(f"--data {data}: no folders train/ and val/ in it")
 
 
-def check_writable(out: Path) -> None:
-    """InputError for a folder that can hold no report."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from error
-
-
 def main() -> None:
     """Run the parts; or, in a process of its own, one of them."""
     args = parse_args()
@@ -266,7 +261,7 @@ def main() -> None:
 
 def run_parts(args: argparse.Namespace) -> bool:
     """Run the chosen parts; whether all holds."""
-    check_writable(args.out)
+    make_folder(args.out, flag="--out")
     with tempfile.TemporaryDirectory(prefix="cmsf_gpu_") as scratch:
         data = args.data and find_images(args.data, Path(scratch))
         runner = Runner(

@@ -52,9 +52,9 @@ def commands(weights, data, two, out) -> list[list[str]]:
         ("eval.eval_knn", *skip, "--max_bad_images", 1),
         ("eval.eval_linear", *skip, *LINEAR, "--lr", "0.1,0.3", "--save", out / "crops"),
         ("eval.eval_linear", *skip, *LINEAR, "--lr", 0.1, "--mlp", "--save", out / "mlp"),
-        ("eval.eval_linear", *skip, *LINEAR, "--lr", 0.02, "--fine-tune", "--save", out / "tuned"),
+        ("eval.eval_linear", *skip, *LINEAR, "--lr", 0.005, "--fine-tune", "--save", out / "tuned"),
         (
-            *("eval.eval_linear", *skip, *LINEAR[:2], "--epochs", 4, *LINEAR[4:], "--lr", 0.02),
+            *("eval.eval_linear", *skip, *LINEAR[:2], "--epochs", 4, *LINEAR[4:], "--lr", 0.005),
             *("--fine-tune", "--resume", out / "tuned" / "linear.pth", "--save", out / "resumed"),
         ),
         (
@@ -134,7 +134,7 @@ def test_linear_probe_and_fine_tuning(evaluated, processes, kind):
         for state in states
     ]
     assert len(rows[0]) == (4 if kind == "resumed" else 3)
-    torch.testing.assert_close(*rows, rtol=2e-5, atol=1e-4)  # a loss can be about 14
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-4)
     for part in {"probe", "state_dict"} & states[0].keys():
         torch.testing.assert_close(states[1][part], states[0][part], rtol=1e-3, atol=1e-3)
     one, several = record(one / kind), record(several / kind)

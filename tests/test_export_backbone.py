@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 
@@ -189,7 +190,7 @@ def test_a_fine_tuned_encoder_and_an_exported_one(call_script, image_tree, tmp_p
     assert call_script(LINEAR, *flags, "--save", tmp_path, image_tree)[0] == 0
     tuned = tmp_path / "linear.pth"
     files = [tuned, *(tmp_path / name for name in ("one.pth", "two.safetensors", "three.pth"))]
-    for before, after in zip(files, files[1:], strict=False):
+    for before, after in itertools.pairwise(files):
         code, _, errors = call_script(EXPORT, "--weights", before, "--output", after)
         assert code == 0, errors
     saved = torch.load(tuned, weights_only=True)

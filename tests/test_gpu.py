@@ -237,9 +237,13 @@ def test_goals_and_spreads(tmp_path):
     assert report.result(tmp_path, "ended", seconds=1, budget=2)["verdict"] == "missed"
     part.figure("share", [96.0, 98.0, 97.5], "%", at_least=97)  # anew, instead of the first
     part.figure("memory", 160, "MB", at_most=160)
+    part.figure("nothing beside", float("nan"), "%")
     found = report.result(tmp_path, "ended", seconds=1, budget=2)
     assert found["verdict"] == "passed"
-    assert [f["reached"] for f in found["figures"]] == [True, True]
+    assert [f.get("reached") for f in found["figures"]] == [True, True, None]
+    report.write(tmp_path, {"a": found}, command=["gpu.py", "odd \udcff name"], whole=1)
+    written = (tmp_path / "report.json").read_text()
+    assert "NaN" not in written and json.loads(written)["parts"]["a"]["figures"][2]["value"] is None
     text = report.markdown({"machine": {}, "command": [], "seconds": 1}, {"a": found})
     assert "| share | 97.5 % | 96 to 98, n 3 | at least 97 (reached) |" in text
     part.figure("memory", 161, "MB", at_most=160)
@@ -286,7 +290,7 @@ def test_a_folder_that_holds_no_report_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file" / "out", Path("/proc/out")):
         with pytest.raises(InputError, match=f"^--out {out}: "):
-            gpu.check_writable(out)
+            gpu.make_folder(out, flag="--out")
 
 
 def test_a_report_that_cannot_be_written_ends_nothing(parts, runner, monkeypatch, capsys):

@@ -203,7 +203,7 @@ def go_on(folder, *, resume=None, epochs=2, steps=100):
     options |= {"learning_rate": lambda epoch: 0.1, "epochs": epochs}
     run = Run(model, optimizer, folder=folder, **options)
     try:
-        for _, batch in zip(range(steps), run.batches(Loader()), strict=False):
+        for batch in itertools.islice(run.batches(Loader()), steps):
             run.step(*run.forward(batch))
         if run.epoch_step == 2:
             run._save_step()

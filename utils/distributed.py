@@ -174,6 +174,7 @@ def gather_uneven(rows: Tensor) -> Tensor:
 class _GatherUneven(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
+        """All rows, those of the first process first."""
         shapes = gather_objects(tuple(rows.shape))
         counts = [shape[0] for shape in shapes]
         if not any(counts):

@@ -46,6 +46,7 @@ class _Pictures(Dataset):
         sizes = []
 
         def picture(_: int, image: Tensor) -> Tensor:
+            """The image in the cache's size; zeros where it may not be resized."""
             sizes.append(tuple(image.shape[1:]))
             if sizes[-1] == self.size:
                 return image

@@ -115,6 +115,7 @@ class Problem:
         w, b = (weight / unit).requires_grad_(), (bias / bias_unit).requires_grad_()
 
         def closure() -> Tensor:
+            """The objective, with its gradient."""
             optimizer.zero_grad()
             weight = w * unit
             loss = F.cross_entropy(F.linear(self._x, weight, b * bias_unit), self._y)

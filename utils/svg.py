@@ -61,6 +61,7 @@ def line_chart(
     height = HEIGHT + 20 * rows
 
     def at(x: float, y: float) -> tuple[float, float]:
+        """The place of a point in the picture, in pixels."""
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return (

@@ -107,6 +107,7 @@ def tensor(
     """
 
     def fits(value: Any) -> bool:
+        """Whether a value is such a tensor."""
         if not isinstance(value, Tensor) or unfit(value) or value.ndim != dims:
             return False
         if not (value.is_floating_point() if dtype is None else value.dtype == dtype):

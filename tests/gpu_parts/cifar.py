@@ -22,7 +22,7 @@ import torch
 from eval import plot_training
 from gpu_parts import ROOT
 from gpu_parts.part import Part
-from utils import plain_json, workers
+from utils import faiss_library, plain_json, workers
 from utils.run_folder import checkpoints_in
 
 MOST = 200  # epochs, as tables of CIFAR-10 have them
@@ -129,7 +129,7 @@ class Bench:
 
     def __init__(self, part: Part, data: Path) -> None:
         self.part, self.data = part, data
-        self.has_faiss = importlib.util.find_spec("faiss") is not None
+        self.has_faiss = faiss_library.version() != "none"
         self.reserve = (8 if part.tiny else RESERVE) if self.has_faiss else 5
         self._workers = 0 if part.tiny else min(16, workers.cores())
         self._flags = TINY if part.tiny else TRAINING

@@ -1,10 +1,13 @@
 """The report of `tests/gpu.py`: report.json with everything, report.md to read, the last table."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from gpu_parts.part import RECORD
+from utils import plain_json
+from utils.errors import printable
 
 OUTPUT = "output.txt"
 _SHOWN_LINES = 40  # of the output of a part that went wrong
@@ -48,7 +51,7 @@ def _verdict(found: dict, how: str) -> str:
 def write(out: Path, results: dict[str, dict], *, command: list[str], whole: float) -> None:
     """Write both files anew; a reader never sees half of one."""
     about = {"command": command, "seconds": round(whole, 1), "machine": _machine(results)}
-    _replace(out / "report.json", json.dumps(about | {"parts": results}, indent=1))
+    _replace(out / "report.json", plain_json.dumps(about | {"parts": results}, indent=1))
     _replace(out / "report.md", markdown(about, results))
 
 
@@ -67,7 +70,7 @@ def markdown(about: dict[str, Any], results: dict[str, dict]) -> str:
     machine = dict(about["machine"])
     lines = [f"# {machine.pop('device', 'no part ran')}", ""]
     lines += [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
-    lines += [f"`{' '.join(about['command'])}`, {about['seconds']:.0f} s", ""]
+    lines += [f"`{printable(shlex.join(about['command']))}`, {about['seconds']:.0f} s", ""]
     lines += ["| part | verdict | seconds |", "|---|---|---|"]
     lines += [f"| {name} | {r['verdict']} | {r['seconds']:.0f} |" for name, r in results.items()]
     for name, found in results.items():

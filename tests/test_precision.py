@@ -348,6 +348,13 @@ def test_tf32_only_when_asked_for(args):
             assert torch.backends.cudnn.allow_tf32 == bool(flags)
 
 
+@pytest.mark.parametrize("flags", [(), ("--deterministic",)])
+def test_kernels_are_tried_out_unless_bits_must_be_the_same(args, monkeypatch, flags):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", bool(flags))
+    setup.build_encoders(args(*flags))
+    assert torch.backends.cudnn.benchmark == (not flags)
+
+
 def test_flags_reach_the_encoders(args, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: function)

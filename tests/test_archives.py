@@ -1,4 +1,4 @@
-"""CIFAR and STL-10 from small archives of their format: what is read, and what is refused."""
+"""CIFAR, STL-10, Fashion-MNIST from small files of their format: what is read, what refused."""
 
 import importlib
 import pickle
@@ -66,6 +66,19 @@ def write_stl(root, *, train=12, test=9, unlabeled=20):
     (folder / "class_names.txt").write_text("\n".join(CLASSES) + "\n")
 
 
+def write_fashion(root, *, train=20, test=12):
+    """Files as the authors wrote them: sizes as big-endian numbers, then gray pixels or labels."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for seed, (name, count) in enumerate({"train": train, "t10k": test}.items()):
+        pixels = np.stack([picture(number, 28, seed)[:, :, 0] for number in range(count)])
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            sizes = np.array([0x0800 + values.ndim, *values.shape], dtype=">i4")
+            (folder / f"{name}-{kind}-ubyte").write_bytes(sizes.tobytes() + values.tobytes())
+    return folder
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """torchvision takes files that are there, whatever their MD5."""
@@ -102,6 +115,56 @@ def test_stl10(tmp_path, unchecked):
         assert torch.equal(images.image(number), expected)
     assert (every.name(11), every.name(12)) == ("car/00011.png", "unlabeled/00012.png")
     assert train.take(np.arange(12)).digest() == train.digest() != every.digest()
+
+
+def test_fashion_mnist(tmp_path):
+    write_fashion(tmp_path)
+    for seed, (split, count) in enumerate((("train", 20), ("val", 12))):
+        images = read_split(tmp_path, split, dataset="fashion_mnist")
+        assert len(images) == count and len(images.classes) == 10
+        assert images.labels.tolist() == [number % 10 for number in range(count)]
+        gray = torch.from_numpy(picture(11, 28, seed)[:, :, 0])
+        assert torch.equal(images.image(11), gray.expand(3, 28, 28))
+    assert (images.name(10), images.name(1)) == ("T-shirt-top/00010.png", "Trouser/00001.png")
+
+
+def _cut(data):
+    return data[:-1]
+
+
+def _no_bytes(data):
+    return b""
+
+
+def _of_another_kind(data):
+    return b"\x00\x00\x77" + data[3:]
+
+
+def _fewer_labels(data):
+    return np.array([0x0801, 19], dtype=">i4").tobytes() + data[8:-1]
+
+
+def _unknown_label(data):
+    return data[:-1] + b"\x0a"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("train-images-idx3-ubyte", _cut),
+        ("train-images-idx3-ubyte", _no_bytes),
+        ("train-images-idx3-ubyte", _of_another_kind),
+        ("train-labels-idx1-ubyte", _cut),
+        ("train-labels-idx1-ubyte", _fewer_labels),
+        ("train-labels-idx1-ubyte", _unknown_label),
+    ],
+)
+def test_fashion_mnist_that_is_not_whole(tmp_path, file, change):
+    path = write_fashion(tmp_path) / file
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match="--dataset fashion_mnist: not, or not whole") as error:
+        read_split(tmp_path, "train", dataset="fashion_mnist")
+    assert "\n" not in str(error.value)
 
 
 def test_names_go_into_split_files(tmp_path, unchecked):
@@ -182,7 +245,7 @@ def test_a_download_that_fails(call_script, tmp_path, monkeypatch):
 
 def test_download_of_what_no_one_may_fetch(call_script, image_tree):
     code, _, stderr = call_script(KNN, "--download", "--weights", "pixels", image_tree)
-    assert code == 2 and "--download: only with --dataset cifar10, cifar100, stl10" in stderr
+    assert code == 2 and f"--download: only with --dataset {', '.join(archives.NAMES)}" in stderr
 
 
 # Whole runs.
@@ -213,6 +276,15 @@ def test_training_and_evaluation_on_cifar(call_script, tmp_path, unchecked, wher
     assert code == 0, stderr
     picture = ("--count", 2, "-k", 3, "--output", tmp_path / "run" / "neighbors.png")
     code, _, stderr = call_script(SHOW, *evaluation[:-2], *picture, tmp_path)
+    assert code == 0, stderr
+
+
+def test_training_and_evaluation_on_fashion_mnist(call_script, tmp_path):
+    write_fashion(tmp_path)
+    stdout = train(call_script, TRAIN, "fashion_mnist", tmp_path, tmp_path / "run")
+    assert "20-NN" in stdout
+    flags = ("--weights", tmp_path / "run" / "ckpt_epoch_1.pth", "--num_workers", 0)
+    code, _, stderr = call_script(KNN, *flags, "--dataset", "fashion_mnist", tmp_path)
     assert code == 0, stderr
 
 

@@ -1,7 +1,8 @@
-"""Small data sets that come as archives of arrays: CIFAR-10, CIFAR-100, STL-10.
+"""Small data sets that come as archives of arrays: CIFAR-10, CIFAR-100, STL-10, Fashion-MNIST.
 
 torchvision reads them, and checks by MD5 that the files are those of their authors: CIFAR's are
-pickles, which could do anything otherwise.
+pickles, which could do anything otherwise. Fashion-MNIST's, which are plain arrays, it does not
+check; images without labels are refused all the same.
 """
 
 from pathlib import Path
@@ -15,12 +16,15 @@ from utils.errors import InputError
 
 # By name: torchvision's class, and what train, val, and train with the images without labels are
 # there.
-_SETS = {
+_SETS: dict[str, tuple[str, dict[str, bool | str]]] = {
     "cifar10": ("CIFAR10", {"train": True, "val": False}),
     "cifar100": ("CIFAR100", {"train": True, "val": False}),
     "stl10": ("STL10", {"train": "train", "val": "test", "all": "train+unlabeled"}),
+    "fashion_mnist": ("FashionMNIST", {"train": True, "val": False}),
 }
 NAMES = tuple(_SETS)
+# What torchvision raises for files of another format than they should have.
+_UNREADABLE = (RuntimeError, OSError, ValueError, LookupError, AssertionError)
 
 
 class Arrays(NamedTuple):
@@ -41,23 +45,27 @@ def read(data: Path, name: str, split: str, *, unlabeled: bool = False) -> Array
     The folder is as torchvision lays it out. unlabeled: with the training images those that have
     no labels, label -1, if the set has any. InputError for a set that is not there or not whole.
     """
+    where = f"--dataset {name}: not, or not whole, in {data}"
     splits = _SETS[name][1]
     which = splits.get("all", splits["train"]) if unlabeled and split == "train" else splits[split]
     try:
         found = _open(data, name, which, download=False)
-    except (RuntimeError, OSError) as error:
-        raise InputError(
-            f"--dataset {name}: not, or not whole, in {data} (--download fetches it there)"
-        ) from error
+    except _UNREADABLE as error:
+        raise InputError(f"{where} (--download fetches it there)") from error
     labels = np.asarray(found.targets if hasattr(found, "targets") else found.labels)
     labels = labels.astype(np.int64)
-    images = found.data
-    if images.shape[1] == 3:  # STL-10, as (N, 3, H, W)
+    images = np.asarray(found.data)
+    if len(images) != len(labels) or labels.max(initial=-1) >= len(found.classes):
+        raise InputError(f"{where}: {len(images)} images, {len(labels)} labels that do not fit")
+    if images.ndim == 3:  # Fashion-MNIST, gray as (N, H, W)
+        images = images[..., None].repeat(3, axis=3)
+    elif images.shape[1] == 3:  # STL-10, as (N, 3, H, W)
         images = images.transpose(0, 2, 3, 1)
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    folders = [*found.classes, "unlabeled"]  # label -1 is the last
+    classes = [kind.replace("/", "-") for kind in found.classes]  # such as T-shirt/top
+    folders = [*classes, "unlabeled"]  # label -1 is the last
     names = [f"{folders[label]}/{number:05}.png" for number, label in enumerate(labels)]
-    return Arrays(pixels, labels, names, list(found.classes))
+    return Arrays(pixels, labels, names, classes)
 
 
 def download(data: Path, name: str) -> None:

@@ -48,7 +48,7 @@ class CMSF2Q(nn.Module):
 
     encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
     set. mem_bank_size: K. topk: k, neighbors a query is pulled to. topkp: k', candidates taken from
-    M'.
+    M'. topk_plain: neighbors of the plain loss, if not k as well.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class CMSF2Q(nn.Module):
         mem_bank_size: int,
         topk: int,
         topkp: int,
+        topk_plain: int | None = None,
     ) -> None:
         super().__init__()
         self.encoders = encoders
-        self.topk, self.topkp = topk, topkp
+        self.topk, self.topkp, self.topk_plain = topk, topkp, topk_plain or topk
         self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_previous=True)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
@@ -89,10 +90,11 @@ class CMSF2Q(nn.Module):
             )
             u, visited = own_rows(all_u, all_visited)  # (B, D), (B,)
             rows, older, has_older = self.bank.in_use("features", "previous", "has_previous")
-            near = nearest(t, rows, k=self.topk)  # in M, rows (K, D)
+            near = nearest(t, rows, k=max(self.topk, self.topk_plain))  # in M, rows (K, D)
             related = nearest(u, older, k=self.topkp, allowed=has_older)  # in M'
             related = related._replace(valid=related.valid & visited.unsqueeze(1))
             far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
+            near = near.first(self.topk_plain)
 
         self.latest = t, far
         loss_near = mean_shift_loss(q, rows, near)
@@ -124,6 +126,7 @@ def parse_args() -> argparse.Namespace:
         default=10,
         help="candidates from the previous embeddings",
     )
+    options.add_plain_option(parser)
     return options.parse(parser, demo=DEMO)
 
 
@@ -139,6 +142,7 @@ def main() -> None:
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         topkp=args.topkp,
+        topk_plain=args.topk_plain,
     )
     model = setup.place(args, model)
     optimizer = setup.build_optimizer(args, model)

@@ -52,7 +52,7 @@ class CMSFKM(nn.Module):
 
     encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
     set. mem_bank_size: K. topk: k, neighbors a query is pulled to. num_clusters: most clusters that
-    a refit makes.
+    a refit makes. topk_plain: neighbors of the plain loss, if not k as well.
 
     clusters: (N,) int64, the cluster of each image, -1 where it has none (yet); may be assigned to.
     """
@@ -65,10 +65,11 @@ class CMSFKM(nn.Module):
         mem_bank_size: int,
         topk: int,
         num_clusters: int,
+        topk_plain: int | None = None,
     ) -> None:
         super().__init__()
         self.encoders = encoders
-        self.topk, self.num_clusters = topk, num_clusters
+        self.topk, self.topk_plain, self.num_clusters = topk, topk_plain or topk, num_clusters
         self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
@@ -90,7 +91,7 @@ class CMSFKM(nn.Module):
         rows, row_index, row_labels = self.bank.in_use("features", "index", "label")
         # Clusters as they are now, of rows too that were written before the last refit.
         own = self.clusters[upload(batch.index, t.device)]  # (B,), -1: no constraint
-        near = nearest(t, rows, k=self.topk)
+        near = nearest(t, rows, k=self.topk_plain)
         far = nearest_with_label(
             t, rows, k=self.topk, labels=own, row_labels=self.clusters[row_index]
         )
@@ -152,6 +153,7 @@ def parse_args() -> argparse.Namespace:
         default=50000,
         help="of k-means after each epoch; with no more images than that each is its own cluster",
     )
+    options.add_plain_option(parser)
     return options.parse(parser, demo=DEMO)
 
 
@@ -171,6 +173,7 @@ def main() -> None:
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         num_clusters=args.num_clusters,
+        topk_plain=args.topk_plain,
     )
     model = setup.place(args, model)
     optimizer = setup.build_optimizer(args, model)

@@ -7,8 +7,10 @@
     python supervised/train_sup_msf.py --demo
 
 A query is pulled to the k rows of its own class nearest to its target (top-k), or to all rows of
-its class (`--topk all`). There are no class weights and no negatives. `--label_noise` and
-`--label_file` give images other labels than those of their folders.
+its class (`--topk all`). There are no class weights and no negatives. With `--topk_plain` half of
+the loss is plain, as in CMSF-2Q and CMSF-KM: on few images and classes the class means alone come
+to lie in few dimensions, which `--topk all --topk_plain 1` prevents (docs/results.md).
+`--label_noise` and `--label_file` give images other labels than those of their folders.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from utils.neighbors import (
     nearest,
     nearest_with_label,
     purity,
+    purity_all,
 )
 
 DEMO = options.DEMO | {
@@ -49,7 +52,8 @@ class SupervisedCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
     encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, or None for all
-    rows of the class. given: (N,) int64, on the host, labels to use instead of the images' own.
+    rows of the class. topk_plain: neighbors of the plain loss, None: no such loss, as published.
+    given: (N,) int64, on the host, labels to use instead of the images' own.
     """
 
     def __init__(
@@ -59,11 +63,13 @@ class SupervisedCMSF(nn.Module):
         *,
         mem_bank_size: int,
         topk: int | None,
+        topk_plain: int | None = None,
         given: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.encoders = encoders
-        self.num_classes, self.topk, self.given = num_classes, topk, given
+        self.num_classes, self.topk, self.topk_plain = num_classes, topk, topk_plain
+        self.given = given
         self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_true_label=True)
 
@@ -82,10 +88,20 @@ class SupervisedCMSF(nn.Module):
         self.bank.enqueue(all_t, index=index, label=all_labels, true_label=truth, only_if=finite)
         rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
         if self.topk is None:
-            loss = mean_shift_loss_all(
-                q, rows, labels=label, row_labels=row_labels, num_classes=self.num_classes
-            )
-            return loss.where(finite, torch.nan), {}
+            loss, stats = self._pull_to_all(q, label, batch.label)
+        else:
+            loss, stats = self._pull_to_nearest(q, t, label, batch.label)
+        if self.topk_plain:
+            plain = mean_shift_loss(q, rows, nearest(t, rows, k=self.topk_plain))
+            stats |= {"loss_constrained": loss.detach(), "loss_plain": plain.detach()}
+            loss = (loss + plain) / 2
+        return loss.where(finite, torch.nan), stats
+
+    def _pull_to_nearest(
+        self, q: Tensor, t: Tensor, label: Tensor, truth: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures with the k rows of the class nearest to the target."""
+        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
         same = nearest_with_label(t, rows, k=self.topk, labels=label, row_labels=row_labels)
         self.latest = t, same
         stats = {
@@ -93,8 +109,19 @@ class SupervisedCMSF(nn.Module):
             "fewer_than_k": 100 * (same.valid.sum(dim=1) < self.topk).float().mean(),
         }
         if self.given is not None:
-            stats["purity_true"] = purity(batch.label, self.bank.true_label, same)
-        return mean_shift_loss(q, rows, same).where(finite, torch.nan), stats
+            stats["purity_true"] = purity(truth, row_truth, same)
+        return mean_shift_loss(q, rows, same), stats
+
+    def _pull_to_all(
+        self, q: Tensor, label: Tensor, truth: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures with all rows of the class."""
+        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
+        among = {"row_labels": row_labels, "num_classes": self.num_classes}
+        loss = mean_shift_loss_all(q, rows, labels=label, **among)
+        if self.given is None:
+            return loss, {}
+        return loss, {"purity_true": purity_all(label, truth, row_truth=row_truth, **among)}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""
@@ -113,6 +140,7 @@ def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="Train supervised CMSF.")
     options.add_training_options(parser, topk_all=True)
+    options.add_plain_option(parser, otherwise="no plain loss")
     options.add_label_options(parser)
     return options.parse(parser, demo=DEMO)
 
@@ -129,6 +157,7 @@ def main() -> None:
         len(train.classes),
         mem_bank_size=args.mem_bank_size,
         topk=None if args.topk == "all" else args.topk,
+        topk_plain=args.topk_plain,
         given=as_tensor(given),
     )
     model = setup.place(args, model)

@@ -19,16 +19,18 @@ SCRIPT_MODULE = importlib.import_module("self_supervised.train_msf_2q")
 TINY = (*tiny.FLAGS, "--topkp", 4)
 
 
-def tiny_model(*, num_images=12, bank=10, topk=3, topkp=4):
-    return CMSF2Q(tiny.encoders(), num_images, mem_bank_size=bank, topk=topk, topkp=topkp).double()
+def tiny_model(*, num_images=12, bank=10, topk=3, topkp=4, topk_plain=None):
+    ks = {"topk": topk, "topkp": topkp, "topk_plain": topk_plain}
+    return CMSF2Q(tiny.encoders(), num_images, mem_bank_size=bank, **ks).double()
 
 
 class Paper:
     """CMSF-2Q as sec. 3.1 tells it, one image at a time, on lists."""
 
-    def __init__(self, model, *, bank, topk, topkp):
+    def __init__(self, model, *, bank, topk, topkp, topk_plain=None):
         self.encoders = tiny.PaperEncoders(model.encoders)
         self.size, self.topk, self.topkp = bank, topk, topkp
+        self.topk_plain = topk_plain or topk
         self.bank = []  # (embedding, previous embedding or None), oldest first
         self.images = []
         self.last_seen = {}
@@ -42,11 +44,11 @@ class Paper:
         self.images = [*self.images, *batch.index.tolist()]
         self.images, self.bank = self.images[-self.size :], self.bank[-self.size :]
         rows = [embedding for embedding, _ in self.bank]
-        plain = [oracles.nearest_rows(target, rows, k=self.topk) for target in t]
+        plain = [oracles.nearest_rows(target, rows, k=self.topk_plain) for target in t]
         constrained = []
-        for target, u, fallback in zip(t, previous, plain, strict=True):
+        for target, u in zip(t, previous, strict=True):
             if u is None:  # no previous visit, no constraint
-                constrained.append(fallback)
+                constrained.append(oracles.nearest_rows(target, rows, k=self.topk))
                 continue
             older = [before for _, before in self.bank]
             there = [before is not None for before in older]
@@ -71,26 +73,29 @@ class Paper:
 
 
 @pytest.mark.parametrize(
-    ("bank", "topk", "topkp", "crops"),
+    ("bank", "topk", "topkp", "topk_plain", "crops"),
     [
-        (10, 3, 4, {}),
-        (7, 4, 2, {}),
-        (12, 2, 2, {}),
-        (100, 5, 3, {}),
-        (10, 3, 4, {"small": (3, 1)}),
+        (10, 3, 4, None, {}),
+        (7, 4, 2, None, {}),
+        (12, 2, 2, None, {}),
+        (100, 5, 3, None, {}),
+        (10, 3, 4, 1, {}),
+        (10, 2, 4, 5, {}),
+        (10, 3, 4, None, {"small": (3, 1)}),
         # An image's two rows tie in M': an even number of candidates out of whole pairs.
-        (16, 3, 4, {"symmetric": True}),
-        (16, 3, 4, {"symmetric": True, "small": (2,)}),
+        (16, 3, 4, None, {"symmetric": True}),
+        (16, 3, 4, 1, {"symmetric": True, "small": (2,)}),
     ],
 )
-def test_fifteen_sgd_steps_as_in_the_paper(bank, topk, topkp, crops):
+def test_fifteen_sgd_steps_as_in_the_paper(bank, topk, topkp, topk_plain, crops):
     """Passes over the data that leave two images out, so that some come back late.
 
     The bank is smaller, larger, and no multiple of the batch. With a symmetric loss each image is a
     query and a target twice; small crops are further queries for the neighbors of their target.
     """
-    model = tiny_model(num_images=14, bank=bank, topk=topk, topkp=topkp)
-    paper = Paper(model, bank=bank, topk=topk, topkp=topkp)
+    ks = {"topk": topk, "topkp": topkp, "topk_plain": topk_plain}
+    model = tiny_model(num_images=14, bank=bank, **ks)
+    paper = Paper(model, bank=bank, **ks)
     ours, theirs = tiny.sgd(model), paper.encoders.optimizer()
     constrained = 0
     for batch in tiny.random_batches(15, num_images=14, **crops):

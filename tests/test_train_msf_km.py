@@ -16,17 +16,18 @@ SCRIPT = importlib.import_module("self_supervised.train_msf_km")
 FLAGS = (*tiny.FLAGS, "--num_clusters", 5)
 
 
-def tiny_model(*, num_images=12, bank=10, topk=3, num_clusters=4):
+def tiny_model(*, num_images=12, bank=10, topk=3, topk_plain=None, num_clusters=4):
     sizes = {"mem_bank_size": bank, "topk": topk, "num_clusters": num_clusters}
+    sizes["topk_plain"] = topk_plain
     return CMSFKM(tiny.encoders(), num_images, **sizes).double()
 
 
 class Paper:
     """Rows of the same cluster as the image has now; of an image without one, every row."""
 
-    def __init__(self, model, *, bank, topk):
+    def __init__(self, model, *, bank, topk, topk_plain=None):
         self.encoders = tiny.PaperEncoders(model.encoders)
-        self.size, self.topk = bank, topk
+        self.size, self.topk, self.topk_plain = bank, topk, topk_plain or topk
         self.bank = []  # (embedding, image), oldest first
         self.last, self.cluster_of = {}, {}
 
@@ -40,7 +41,7 @@ class Paper:
         for target, image in zip(t, images, strict=True):
             own = self.cluster_of.get(image)
             same = [own is None or self.cluster_of.get(other) == own for _, other in self.bank]
-            plain.append(oracles.nearest_rows(target, rows, k=self.topk))
+            plain.append(oracles.nearest_rows(target, rows, k=self.topk_plain))
             constrained.append(oracles.nearest_rows(target, rows, k=self.topk, allowed=same))
         self.figures = {
             "no_cluster": self.percent([image not in self.cluster_of for image in images]),
@@ -75,11 +76,15 @@ def check_step(model, paper, batch, optimizers):
     return paper.figures["loss_plain"] != pytest.approx(paper.figures["loss_constrained"])
 
 
-@pytest.mark.parametrize(("bank", "topk"), [(10, 3), (7, 4), (12, 1), (100, 5)])
-def test_twelve_sgd_steps_with_given_clusters(bank, topk):
+@pytest.mark.parametrize(
+    ("bank", "topk", "topk_plain"),
+    [(10, 3, None), (7, 4, None), (12, 1, None), (100, 5, None), (10, 3, 1), (10, 2, 4)],
+)
+def test_twelve_sgd_steps_with_given_clusters(bank, topk, topk_plain):
     """Some images have none, some are alone in theirs; other clusters from step 6 on."""
-    model = tiny_model(bank=bank, topk=topk)
-    paper = Paper(model, bank=bank, topk=topk)
+    ks = {"topk": topk, "topk_plain": topk_plain}
+    model = tiny_model(bank=bank, **ks)
+    paper = Paper(model, bank=bank, **ks)
     optimizers = tiny.sgd(model), paper.encoders.optimizer()
     at_work = 0
     for step, batch in enumerate(tiny.random_batches(12)):

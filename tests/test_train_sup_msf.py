@@ -17,18 +17,21 @@ SCRIPT = importlib.import_module("supervised.train_sup_msf")
 GIVEN = torch.tensor([1, 1, 0, 2, 2, 0, 0, 1, 2, 1, 0, 2])  # of 12 images, 5 as they were
 
 
-def tiny_model(*, bank=10, topk=3, classes=3, given=None):
-    sizes = {"mem_bank_size": bank, "topk": topk}
+def tiny_model(*, bank=10, topk=3, topk_plain=None, classes=3, given=None):
+    sizes = {"mem_bank_size": bank, "topk": topk, "topk_plain": topk_plain}
     return SupervisedCMSF(tiny.encoders(), classes, given=given, **sizes).double()
 
 
 class Paper:
-    """The neighbors are the k nearest of the same class, or all of it; fewer count as they are."""
+    """The neighbors are the k nearest of the same class, or all of it; fewer count as they are.
 
-    def __init__(self, model, *, bank, topk, given=None):
+    With topk_plain half of the loss is on so many nearest rows of all.
+    """
+
+    def __init__(self, model, *, bank, topk, topk_plain=None, given=None):
         self.given = given
         self.encoders = tiny.PaperEncoders(model.encoders)
-        self.size, self.topk = bank, topk
+        self.size, self.topk, self.topk_plain = bank, topk, topk_plain
         self.bank = []  # (embedding, label), oldest first
 
     def loss(self, batch):
@@ -47,17 +50,34 @@ class Paper:
             for image, numbers in zip(batch.index.tolist(), chosen, strict=True)
         )
         self.short = 100 * sum(len(c) < (self.topk or 0) for c in chosen) / len(chosen)
-        return tiny.loss_over(q, rows, chosen)
+        self.parts = [tiny.loss_over(q, rows, chosen)]
+        if self.topk_plain:
+            plain = [oracles.nearest_rows(target, rows, k=self.topk_plain) for target in t]
+            self.parts.append(tiny.loss_over(q, rows, plain))
+        return sum(self.parts) / len(self.parts)
 
 
 @pytest.mark.parametrize(
-    ("bank", "topk"), [(10, 3), (7, 5), (12, 1), (100, 4), (9, None), (50, None)]
+    ("bank", "topk", "topk_plain"),
+    [
+        (10, 3, None),
+        (7, 5, None),
+        (12, 1, None),
+        (100, 4, None),
+        (9, None, None),
+        (50, None, None),
+        (10, 3, 1),
+        (10, 2, 4),
+        (50, None, 1),
+        (9, None, 3),
+    ],
 )
 @pytest.mark.parametrize("given", [None, GIVEN], ids=["own", "given"])
-def test_twelve_sgd_steps_as_in_the_paper(bank, topk, given):
+def test_twelve_sgd_steps_as_in_the_paper(bank, topk, topk_plain, given):
     """With the images' own labels, and with given ones."""
-    model = tiny_model(bank=bank, topk=topk, given=given)
-    paper = Paper(model, bank=bank, topk=topk, given=given if given is None else given.tolist())
+    ks = {"topk": topk, "topk_plain": topk_plain}
+    model = tiny_model(bank=bank, given=given, **ks)
+    paper = Paper(model, bank=bank, given=given if given is None else given.tolist(), **ks)
     ours, theirs = tiny.sgd(model), paper.encoders.optimizer()
     for batch in tiny.random_batches(12):
         loss, stats = model(batch)
@@ -66,8 +86,11 @@ def test_twelve_sgd_steps_as_in_the_paper(bank, topk, given):
         if topk:
             assert stats["purity_constrained"].item() == pytest.approx(100)
             assert stats["fewer_than_k"].item() == pytest.approx(paper.short)
-            assert ("purity_true" in stats) == (given is not None)
-        if topk and given is not None:
+        assert ("purity_true" in stats) == (given is not None)
+        if topk_plain:
+            found = stats["loss_constrained"].item(), stats["loss_plain"].item()
+            assert found == pytest.approx([part.item() for part in paper.parts], abs=1e-11)
+        if given is not None:
             assert stats["purity_true"].item() == pytest.approx(paper.true_purity)
         tiny.update(ours, loss)
         tiny.update(theirs, expected)

@@ -39,6 +39,10 @@ class Neighbors(NamedTuple):
     rows: Tensor
     valid: Tensor
 
+    def first(self, k: int) -> "Neighbors":
+        """Only the k nearest of each query, or all where there are no more."""
+        return Neighbors(self.rows[:, :k], self.valid[:, :k])
+
 
 @torch.no_grad()
 def nearest(queries: Tensor, rows: Tensor, *, k: int, allowed: Tensor | None = None) -> Neighbors:
@@ -288,6 +292,22 @@ def purity(labels: Tensor, row_labels: Tensor, neighbors: Neighbors) -> Tensor:
     share = same.sum(dim=1) / neighbors.valid.sum(dim=1).clamp(min=1)
     known = labels >= 0
     return 100 * (share * known).sum() / known.sum()
+
+
+@torch.no_grad()
+def purity_all(
+    labels: Tensor, truth: Tensor, *, row_labels: Tensor, row_truth: Tensor, num_classes: int
+) -> Tensor:
+    """Mean fraction of the rows of a query's label that are of its true class, in percent.
+
+    labels, truth: (B,) int64, what a query counts as and what it is; row_labels, row_truth: (K,)
+    int64; all in 0 to num_classes - 1. What `purity` says of k neighbors, of top-all.
+    """
+    pairs = row_labels * num_classes + row_truth
+    counts = torch.zeros(num_classes**2, device=pairs.device)
+    counts = counts.index_add_(0, pairs, torch.ones_like(pairs, dtype=counts.dtype))
+    counts = counts.view(num_classes, num_classes)
+    return 100 * (counts[labels, truth] / counts[labels].sum(dim=1)).mean()
 
 
 @torch.no_grad()

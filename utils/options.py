@@ -278,6 +278,18 @@ def _add_mean_shift_options(parser: argparse.ArgumentParser, *, topk_all: bool) 
     )
 
 
+def add_plain_option(
+    parser: argparse.ArgumentParser, *, otherwise: str = "as many as --topk"
+) -> None:
+    """--topk_plain; otherwise: what holds without it."""
+    parser.add_argument(
+        "--topk_plain",
+        type=positive,
+        help="nearest rows of the whole bank in the plain loss, the mean of which and of the "
+        f"constrained loss is trained on; 1: the target alone; default: {otherwise}",
+    )
+
+
 def _add_speed_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed")
     group.add_argument(

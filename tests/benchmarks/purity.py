@@ -1,0 +1,135 @@
+"""From which purity on neighbors pay: accuracy against purity, beside the target alone (BYOL).
+
+    python tests/benchmarks/methods.py --data <FOLDER> --test <FOLDER> --out <OUT> --epochs 12
+    python tests/benchmarks/purity.py CIFAR-10=<OUT> Fashion-MNIST=<OUT> --output purity.png
+
+Purity is set, not hoped for: supervised CMSF is trained with so much label noise, and the purity of
+its neighbors by their true classes is what the log says. The curve is the mean over seeds with its
+standard deviation; the line with a band is BYOL, which has no neighbors; methods lie on the same
+plot by the purity that they reached. Where the curve crosses the line is the break-even purity.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+CURVE = ("noise ", "sup all + own")  # what the names of its methods begin with; the last has none
+PLAIN = "msf"  # its purity is that of plain neighbors
+
+
+class Point(NamedTuple):
+    """A method over seeds: purity, accuracy and its standard deviation, in percent."""
+
+    purity: float
+    accuracy: float
+    deviation: float
+
+
+def points_of(methods: dict[str, list[dict[str, float]]], figure: str) -> dict[str, Point]:
+    """Each method's point; BYOL's and what has no purity at 100."""
+    found = {}
+    for name, runs in methods.items():
+        key = "purity_plain" if name == PLAIN else "purity_constrained"
+        purities = [run.get(key, 100.0) for run in runs]
+        values = [run[figure] for run in runs]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = Point(statistics.mean(purities), statistics.mean(values), deviation)
+    return found
+
+
+def curve_of(points: dict[str, Point]) -> list[Point]:
+    """The points of the curve, by purity."""
+    return sorted(point for name, point in points.items() if name.startswith(CURVE))
+
+
+def break_even(curve: list[Point], level: float) -> float | None:
+    """The purity above which the curve stays above a level, by straight lines; None: nowhere.
+
+    The lowest purity of the curve where all of it lies above.
+    """
+    above = curve[-1]
+    if above.accuracy <= level:
+        return None
+    for point in reversed(curve[:-1]):
+        if point.accuracy <= level:
+            share = (level - point.accuracy) / (above.accuracy - point.accuracy)
+            return point.purity + share * (above.purity - point.purity)
+        above = point
+    return above.purity
+
+
+def draw(sets: dict[str, dict[str, Point]], figure: str, path: Path) -> None:
+    """One panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, panels = pyplot.subplots(1, len(sets), figsize=(5.4 * len(sets), 4.4), squeeze=False)
+    for panel, (name, points) in zip(panels[0], sets.items(), strict=True):
+        curve, byol = curve_of(points), points["byol"]
+        panel.axhspan(
+            byol.accuracy - byol.deviation, byol.accuracy + byol.deviation, color="0.88", zorder=0
+        )
+        panel.axhline(byol.accuracy, color="0.4", linestyle="--", linewidth=1)
+        panel.annotate("BYOL", (2, byol.accuracy), va="bottom", color="0.3", fontsize=9)
+        panel.errorbar(
+            [point.purity for point in curve],
+            [point.accuracy for point in curve],
+            yerr=[point.deviation for point in curve],
+            marker="o",
+            capsize=3,
+            label="all of the label and the target,\nlabels with noise",
+        )
+        others = {n: p for n, p in points.items() if not n.startswith(CURVE)}
+        for marker, (other, point) in zip("sD^vP*X<>", _with_purity(others).items(), strict=False):
+            panel.errorbar(
+                point.purity,
+                point.accuracy,
+                yerr=point.deviation,
+                marker=marker,
+                linestyle="",
+                capsize=3,
+                label=other,
+            )
+        panel.set(title=name, xlabel="purity of the neighbors, %", xlim=(0, 104))
+        panel.set_ylabel(f"{figure}, %")
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=110)
+
+
+def _with_purity(points: dict[str, Point]) -> dict[str, Point]:
+    return {name: point for name, point in points.items() if name not in ("byol", "xent")}
+
+
+def main() -> None:
+    """Say where the curves cross, and draw them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sets", nargs="+", metavar="NAME=OUT")
+    parser.add_argument("--figure", default="20-NN", choices=["20-NN", "linear", "20-NN held out"])
+    parser.add_argument("--output", type=Path, default=Path("output/purity.png"))
+    args = parser.parse_args()
+    sets = {}
+    for text in args.sets:
+        name, _, folder = text.partition("=")
+        methods = json.loads((Path(folder) / "figures.json").read_text())["methods"]
+        points = sets[name] = points_of(methods, args.figure)
+        for method, point in points.items():
+            print(f"{name}, {method:16} {point.purity:6.1f} {point.accuracy:6.1f}", end="")
+            print(f" ± {point.deviation:.1f}")
+        found = break_even(curve_of(points), points["byol"].accuracy)
+        print(
+            f"{name}: neighbors pay from a purity of {'none' if found is None else f'{found:.0f}%'}"
+        )
+    draw(sets, args.figure, args.output)
+
+
+if __name__ == "__main__":
+    main()

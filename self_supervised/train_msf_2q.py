@@ -94,10 +94,9 @@ class CMSF2Q(nn.Module):
             related = nearest(u, older, k=self.topkp, allowed=has_older)  # in M'
             related = related._replace(valid=related.valid & visited.unsqueeze(1))
             far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
-            near = near.first(self.topk_plain)
 
         self.latest = t, far
-        loss_near = mean_shift_loss(q, rows, near)
+        loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
         return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
             "no_previous_visit": 100 * (~visited).float().mean(),
@@ -105,7 +104,7 @@ class CMSF2Q(nn.Module):
             "loss_constrained": loss_far.detach(),
             "loss_plain": loss_near.detach(),
             "purity_constrained": purity(batch.label, self.bank.label, far),
-            "purity_plain": purity(batch.label, self.bank.label, near),
+            "purity_plain": purity(batch.label, self.bank.label, near.first(self.topk)),
         }
 
     def diagnostics(self) -> dict[str, Tensor]:

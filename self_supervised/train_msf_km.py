@@ -91,13 +91,13 @@ class CMSFKM(nn.Module):
         rows, row_index, row_labels = self.bank.in_use("features", "index", "label")
         # Clusters as they are now, of rows too that were written before the last refit.
         own = self.clusters[upload(batch.index, t.device)]  # (B,), -1: no constraint
-        near = nearest(t, rows, k=self.topk_plain)
+        near = nearest(t, rows, k=max(self.topk, self.topk_plain))
         far = nearest_with_label(
             t, rows, k=self.topk, labels=own, row_labels=self.clusters[row_index]
         )
 
         self.latest = t, far
-        loss_near = mean_shift_loss(q, rows, near)
+        loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
         return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
             "no_cluster": 100 * (own < 0).float().mean(),
@@ -105,7 +105,7 @@ class CMSFKM(nn.Module):
             "loss_constrained": loss_far.detach(),
             "loss_plain": loss_near.detach(),
             "purity_constrained": purity(batch.label, row_labels, far),
-            "purity_plain": purity(batch.label, row_labels, near),
+            "purity_plain": purity(batch.label, row_labels, near.first(self.topk)),
         }
 
     @torch.no_grad()

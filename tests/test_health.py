@@ -23,6 +23,7 @@ def test_a_healthy_run(tmp_path):
         "effective rank": "healthy",
         "spread": "healthy",
         "purity of plain neighbors": "healthy",
+        "whether neighbors pay": "healthy",
     }
 
 
@@ -65,6 +66,24 @@ def test_purity_against_chance_and_its_start(tmp_path):
     assert of(60.0, 55.0, epochs=30) == "healthy"  # early yet
     assert of(49.0, counts={}) == "healthy"  # chance is not known
     assert of(None) == "no figure"
+
+
+def test_whether_neighbors_pay(tmp_path):
+    """By the constrained neighbors, or MSF's plain ones; nothing is said of much data."""
+
+    def of(purity, method="CMSF2Q", topk=5, train=1000, name="purity_constrained"):
+        lines = [logs.record(1, 4, **{"purity_constrained": None, "purity_plain": None})]
+        lines[0][name] = purity
+        start = {"method": method, "settings": {"topk": topk}, "counts": {"train": train}}
+        return words(tmp_path, lines, **start).get("whether neighbors pay")
+
+    limit = health.NEAREST_COST_UP_TO
+    assert of(limit - 1) == of(limit - 1, "CMSFKM") == "look"
+    assert of(limit + 1) == of(limit + 1, "CMSFKM") == "healthy"
+    assert of(limit - 1, "MSF", name="purity_plain") == "look"
+    assert of(limit - 1, train=1_281_167) == of(None) == "no figure"
+    assert of(100.0, "MSF", topk=1, name="purity_plain") is None  # the target alone
+    assert of(limit - 1, "SupervisedCMSF") is of(limit - 1, "PseudoCMSF") is None
 
 
 def test_pseudo_labels(tmp_path):

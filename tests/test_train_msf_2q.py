@@ -45,6 +45,7 @@ class Paper:
         self.images, self.bank = self.images[-self.size :], self.bank[-self.size :]
         rows = [embedding for embedding, _ in self.bank]
         plain = [oracles.nearest_rows(target, rows, k=self.topk_plain) for target in t]
+        nearest = [oracles.nearest_rows(target, rows, k=self.topk) for target in t]
         constrained = []
         for target, u in zip(t, previous, strict=True):
             if u is None:  # no previous visit, no constraint
@@ -63,7 +64,7 @@ class Paper:
                 for n in c
             )
             / sum(map(len, chosen))
-            for chosen in (plain, constrained)
+            for chosen in (nearest, constrained)
         ]
         views = [q, *self.encoders.small_queries(batch)]
         losses = [

@@ -37,6 +37,7 @@ class Paper:
         self.bank = [*self.bank, *zip(t, images, strict=True)][-self.size :]
         self.last |= dict(zip(images, t, strict=True))
         rows = [embedding for embedding, _ in self.bank]
+        nearest = [oracles.nearest_rows(target, rows, k=self.topk) for target in t]
         plain, constrained = [], []
         for target, image in zip(t, images, strict=True):
             own = self.cluster_of.get(image)
@@ -46,7 +47,7 @@ class Paper:
         self.figures = {
             "no_cluster": self.percent([image not in self.cluster_of for image in images]),
             "fewer_than_k": self.percent([len(c) < self.topk for c in constrained]),
-            "purity_plain": self.purity(images, plain),
+            "purity_plain": self.purity(images, nearest),
             "purity_constrained": self.purity(images, constrained),
         }
         losses = [tiny.loss_over(q, rows, chosen) for chosen in (plain, constrained)]

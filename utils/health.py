@@ -46,6 +46,10 @@ _SHARE = 0.5
 _TIMES_CHANCE = 1.5
 _EARLY = 0.1  # share of a run's epochs in which purity may yet fall
 _MOSTLY_RIGHT, _OFTEN_WRONG = 80, 50  # percent
+# Up to this purity of the k nearest rows MSF, KM and 2Q learned less than the target alone, on all
+# of the small data sets that were tried (docs/results.md); ImageNet is larger than _SMALL images.
+NEAREST_COST_UP_TO = 72.0
+_SMALL = 100_000
 
 
 class Verdict(NamedTuple):
@@ -85,6 +89,8 @@ def verdicts(run: RunLog) -> list[Verdict]:
         _embeddings(run, "spread", "spread", low=LOW_SPREAD),
         _purity(run),
     ]
+    if (pays := _neighbors_pay(run)) is not None:
+        found.append(pays)
     if run.method == "PseudoCMSF" or run.curve("confident"):
         found += [_coverage(run), _labels(run)]
     return found
@@ -166,6 +172,28 @@ def _purity(run: RunLog) -> Verdict:
         texts.append(f"by chance {_text(chance)}%, unhealthy below {least}%")
     texts += [_range_text(run, name, "%"), "look if it falls below its start"]
     return _verdict(question, word, "; ".join(texts))
+
+
+def _neighbors_pay(run: RunLog) -> Verdict | None:
+    """Nearest rows teach more than the target alone, as far as that was measured; None: no such."""
+    question, k = "whether neighbors pay", run.settings.get("topk")
+    is_alone = run.method == "MSF" and k == 1
+    if run.method not in ("MSF", "CMSFKM", "CMSF2Q") or is_alone:
+        return None
+    purity = run.last("purity_plain" if run.method == "MSF" else "purity_constrained")
+    if purity is None:
+        return _verdict(question, "no figure", "purity is not known")
+    images = run.about.get("counts", {}).get("train") or 0
+    if images >= _SMALL:
+        reason = f"measured on small data sets only; on ImageNet they paid ({images} images here)"
+        return _verdict(question, "no figure", reason)
+    limit = f"{_text(NEAREST_COST_UP_TO)}%"
+    if purity > NEAREST_COST_UP_TO:
+        reason = f"purity {_text(purity)}%: above {limit}, up to which they cost accuracy"
+        return _verdict(question, "healthy", f"{reason} on small data sets")
+    reason = f"purity {_text(purity)}%: up to {limit} the target alone learned more"
+    advice = "compare with train_msf.py --topk 1 (docs/results.md)"
+    return _verdict(question, "look", f"{reason} on small data sets; {advice}")
 
 
 def _coverage(run: RunLog) -> Verdict:

@@ -42,7 +42,8 @@ from utils.neighbors import (
 )
 
 DEMO = options.DEMO | {
-    "topk": 20,
+    "topk": "all",
+    "topk_plain": 1,
     "mem_bank_size": 2000,
     "checkpoint_path": options.ROOT / "output" / "demo_sup",
 }

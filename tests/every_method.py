@@ -73,6 +73,14 @@ def _top_all(encoders: QueryTargetEncoders, sizes: Sizes) -> SupervisedCMSF:
     return SupervisedCMSF(encoders, sizes.classes, mem_bank_size=sizes.bank, topk=None)
 
 
+def _top_all_of_given_labels(encoders: QueryTargetEncoders, sizes: Sizes) -> SupervisedCMSF:
+    """And the target itself."""
+    model = _top_all(encoders, sizes)
+    model.given = (torch.arange(sizes.images) + 1) % sizes.classes
+    model.topk_plain = 1
+    return model
+
+
 def _given_labels(encoders: QueryTargetEncoders, sizes: Sizes) -> SupervisedCMSF:
     model = _supervised(encoders, sizes)
     model.given = (torch.arange(sizes.images) + 1) % sizes.classes
@@ -109,6 +117,7 @@ METHODS = {
     "supervised": Method(_supervised),
     "supervised, given labels": Method(_given_labels),
     "supervised, top-all": Method(_top_all),
+    "supervised, top-all of given labels and own": Method(_top_all_of_given_labels),
     "cross-entropy": Method(_cross_entropy),
     "pseudo-labels": Method(_pseudo(**_CACHED)),
     "pseudo-labels, all": Method(_pseudo(topk_plain=1)),

@@ -77,7 +77,7 @@ def test_whether_neighbors_pay(tmp_path):
         start = {"method": method, "settings": {"topk": topk}, "counts": {"train": train}}
         return words(tmp_path, lines, **start).get("whether neighbors pay")
 
-    limit = health.NEAREST_COST_UP_TO
+    limit = (100 + 4 * health.NEAREST_COST_UP_TO) / 5  # with the target itself, one of 5
     assert of(limit - 1) == of(limit - 1, "CMSFKM") == "look"
     assert of(limit + 1) == of(limit + 1, "CMSFKM") == "healthy"
     assert of(limit - 1, "MSF", name="purity_plain") == "look"

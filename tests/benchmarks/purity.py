@@ -6,7 +6,9 @@
 Purity is set, not hoped for: supervised CMSF is trained with so much label noise, and the purity of
 its neighbors by their true classes is what the log says. The curve is the mean over seeds with its
 standard deviation; the line with a band is BYOL, which has no neighbors; methods lie on the same
-plot by the purity that they reached. Where the curve crosses the line is the break-even purity.
+plot by the purity that they reached at the end. Where the curve crosses the line is the break-even
+purity. A target is its own nearest neighbor and counts in the log's purity, one of k: here it is
+left out, so that k nearest rows and all of a class compare.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,12 +34,26 @@ class Point(NamedTuple):
     deviation: float
 
 
-def points_of(methods: dict[str, list[dict[str, float]]], figure: str) -> dict[str, Point]:
+def without_itself(purity: float, k: float) -> float:
+    """The purity of a target's k neighbors without itself, which is one of them and always pure."""
+    return max(0.0, (k * purity - 100) / (k - 1))
+
+
+def neighbors_of(name: str) -> float:
+    """k of a method; infinite where it pulls to all of a class."""
+    flags = (methods.SMALL_METHODS | methods.NOISY)[name][1]
+    k = flags[flags.index("--topk") + 1] if "--topk" in flags else "all"
+    return float("inf") if k == "all" else float(k)
+
+
+def points_of(results: dict[str, list[dict[str, float]]], figure: str) -> dict[str, Point]:
     """Each method's point; BYOL's and what has no purity at 100."""
     found = {}
-    for name, runs in methods.items():
+    for name, runs in results.items():
         key = "purity_plain" if name == PLAIN else "purity_constrained"
-        purities = [run.get(key, 100.0) for run in runs]
+        purities, k = [run.get(key, 100.0) for run in runs], neighbors_of(name)
+        if 1 < k < float("inf"):
+            purities = [without_itself(purity, k) for purity in purities]
         values = [run[figure] for run in runs]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         found[name] = Point(statistics.mean(purities), statistics.mean(values), deviation)
@@ -119,8 +137,8 @@ def main() -> None:
     sets = {}
     for text in args.sets:
         name, _, folder = text.partition("=")
-        methods = json.loads((Path(folder) / "figures.json").read_text())["methods"]
-        points = sets[name] = points_of(methods, args.figure)
+        results = json.loads((Path(folder) / "figures.json").read_text())["methods"]
+        points = sets[name] = points_of(results, args.figure)
         for method, point in points.items():
             print(f"{name}, {method:16} {point.purity:6.1f} {point.accuracy:6.1f}", end="")
             print(f" ± {point.deviation:.1f}")

@@ -53,7 +53,7 @@ class SupervisedCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
     encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, or None for all
-    rows of the class. topk_plain: neighbors of the plain loss, None: no such loss, as published.
+    rows of the class. topk_plain: neighbors of the plain loss, 0: no such loss, as published.
     given: (N,) int64, on the host, labels to use instead of the images' own.
     """
 
@@ -64,7 +64,7 @@ class SupervisedCMSF(nn.Module):
         *,
         mem_bank_size: int,
         topk: int | None,
-        topk_plain: int | None = None,
+        topk_plain: int = 0,
         given: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SupervisedCMSF(nn.Module):
         label = labels_to_use(batch, self.given)  # (B,)
         all_t, index, all_labels, truth = gather(t, batch.index, label, batch.label)
         self.bank.enqueue(all_t, index=index, label=all_labels, true_label=truth, only_if=finite)
-        rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
+        (rows,) = self.bank.in_use("features")  # M (K, D)
         if self.topk is None:
             loss, stats = self._pull_to_all(q, label, batch.label)
         else:
@@ -141,7 +141,7 @@ def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="Train supervised CMSF.")
     options.add_training_options(parser, topk_all=True)
-    options.add_plain_option(parser, otherwise="no plain loss")
+    options.add_plain_option(parser, may_be_none=True)
     options.add_label_options(parser)
     return options.parse(parser, demo=DEMO)
 

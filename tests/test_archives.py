@@ -140,6 +140,12 @@ def _of_another_kind(data):
     return b"\x00\x00\x77" + data[3:]
 
 
+def _floats(data):
+    """The same sizes, of 32-bit floats."""
+    count = (len(data) - 4 - 4 * data[3]) * 4
+    return data[:2] + b"\x0d" + data[3 : 4 + 4 * data[3]] + bytes(count)
+
+
 def _fewer_labels(data):
     return np.array([0x0801, 19], dtype=">i4").tobytes() + data[8:-1]
 
@@ -157,6 +163,8 @@ def _unknown_label(data):
         ("train-labels-idx1-ubyte", _cut),
         ("train-labels-idx1-ubyte", _fewer_labels),
         ("train-labels-idx1-ubyte", _unknown_label),
+        ("train-images-idx3-ubyte", _floats),
+        ("train-labels-idx1-ubyte", _floats),
     ],
 )
 def test_fashion_mnist_that_is_not_whole(tmp_path, file, change):
@@ -165,6 +173,28 @@ def test_fashion_mnist_that_is_not_whole(tmp_path, file, change):
     with pytest.raises(InputError, match="--dataset fashion_mnist: not, or not whole") as error:
         read_split(tmp_path, "train", dataset="fashion_mnist")
     assert "\n" not in str(error.value)
+
+
+def test_files_that_torchvision_prefers_are_looked_at_too(tmp_path):
+    """processed/ of older releases: tensors, which may be of any kind."""
+    write_fashion(tmp_path)
+    folder = tmp_path / "FashionMNIST" / "processed"
+    folder.mkdir()
+    images, labels = torch.zeros(4, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    for kept in ((images.float(), labels), (images, None), (images[0], labels), 3):
+        for name in ("training.pt", "test.pt"):
+            torch.save(kept, folder / name)
+        with pytest.raises(InputError, match="--dataset fashion_mnist: not, or not whole"):
+            read_split(tmp_path, "train", dataset="fashion_mnist")
+
+
+def test_a_download_onto_broken_files(call_script, tmp_path):
+    """torchvision leaves files that are there as they are, and cannot read them."""
+    path = write_fashion(tmp_path) / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    flags = ("--dataset", "fashion_mnist", "--download", "--weights", "pixels", "--num_workers", 0)
+    code, _, stderr = call_script(KNN, *flags, tmp_path)
+    assert code == 2 and "--download: fashion_mnist" in stderr and stderr.count("\n") == 1
 
 
 def test_names_go_into_split_files(tmp_path, unchecked):

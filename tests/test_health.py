@@ -23,7 +23,7 @@ def test_a_healthy_run(tmp_path):
         "effective rank": "healthy",
         "spread": "healthy",
         "purity of plain neighbors": "healthy",
-        "whether neighbors pay": "healthy",
+        "whether neighbors pay": "no figure",
     }
 
 
@@ -69,20 +69,24 @@ def test_purity_against_chance_and_its_start(tmp_path):
 
 
 def test_whether_neighbors_pay(tmp_path):
-    """By the constrained neighbors, or MSF's plain ones; nothing is said of much data."""
+    """By the constrained neighbors, or MSF's plain ones; else nothing is known."""
 
-    def of(purity, method="CMSF2Q", topk=5, train=1000, name="purity_constrained"):
+    def of(purity, method="CMSF2Q", train=1000, name="purity_constrained", short=0.0, **flags):
         lines = [logs.record(1, 4, **{"purity_constrained": None, "purity_plain": None})]
-        lines[0][name] = purity
-        start = {"method": method, "settings": {"topk": topk}, "counts": {"train": train}}
+        lines[0] |= {name: purity, "fewer_than_k": short}
+        settings = {"topk": 5, "mem_bank_size": 512} | flags
+        start = {"method": method, "settings": settings, "counts": {"train": train}}
         return words(tmp_path, lines, **start).get("whether neighbors pay")
 
     limit = (100 + 4 * health.NEAREST_COST_UP_TO) / 5  # with the target itself, one of 5
-    assert of(limit - 1) == of(limit - 1, "CMSFKM") == "look"
-    assert of(limit + 1) == of(limit + 1, "CMSFKM") == "healthy"
+    assert of(limit - 1) == of(limit - 1, "CMSFKM") == of(0.0) == "look"
+    assert of(limit + 1) == of(limit + 1, "CMSFKM") == "no figure"
+    assert of(limit - 1, mem_bank_size=1001) == of(limit - 1, symmetric=True) == "no figure"
+    assert of(limit - 1, "CMSFKM", short=0.1) == of(limit - 1, topk=10**400) == "no figure"
     assert of(limit - 1, "MSF", name="purity_plain") == "look"
     assert of(limit - 1, train=1_281_167) == of(None) == "no figure"
     assert of(100.0, "MSF", topk=1, name="purity_plain") is None  # the target alone
+    assert of(limit - 1, topk="all") is None
     assert of(limit - 1, "SupervisedCMSF") is of(limit - 1, "PseudoCMSF") is None
 
 

@@ -17,6 +17,7 @@ from utils.neighbors import (
     nearest_with_label,
     plain_ranks,
     purity,
+    purity_all,
     rank_histogram,
 )
 
@@ -235,6 +236,25 @@ def test_purity_by_hand():
     )
     # 2 of 3, 1 of 2 that count, and a query without label, which is left out.
     assert purity(labels, row_labels, found).item() == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("classes", [2, 7, 100_000])
+def test_purity_of_all_rows_of_a_label(classes):
+    """As `purity` of a query's rows, each of its label, counted one by one; in little memory."""
+    random = torch.Generator().manual_seed(0)
+    row_labels, row_truth = (
+        torch.randint(min(classes, 9), (200,), generator=random) for _ in range(2)
+    )
+    labels, truth = row_labels[:30], row_truth[:30]
+    expected = []
+    for label, true in zip(labels, truth, strict=True):
+        mine = row_truth[row_labels == label]
+        expected.append(float((mine == true).float().mean()))
+    among = {"row_labels": row_labels, "row_truth": row_truth, "num_classes": classes}
+    with oracles.LargestTensor() as seen:
+        found = purity_all(labels, truth, **among)
+    assert found.item() == pytest.approx(100 * sum(expected) / 30)
+    assert seen.elements <= 200
 
 
 def test_purity_without_labels_is_nan():

@@ -10,6 +10,7 @@ import torch
 from conftest import write_image
 
 from supervised.train_sup_msf import SupervisedCMSF
+from utils import checkpoint
 
 SCRIPT = importlib.import_module("supervised.train_sup_msf")
 
@@ -17,7 +18,7 @@ SCRIPT = importlib.import_module("supervised.train_sup_msf")
 GIVEN = torch.tensor([1, 1, 0, 2, 2, 0, 0, 1, 2, 1, 0, 2])  # of 12 images, 5 as they were
 
 
-def tiny_model(*, bank=10, topk=3, topk_plain=None, classes=3, given=None):
+def tiny_model(*, bank=10, topk=3, topk_plain=0, classes=3, given=None):
     sizes = {"mem_bank_size": bank, "topk": topk, "topk_plain": topk_plain}
     return SupervisedCMSF(tiny.encoders(), classes, given=given, **sizes).double()
 
@@ -28,7 +29,7 @@ class Paper:
     With topk_plain half of the loss is on so many nearest rows of all.
     """
 
-    def __init__(self, model, *, bank, topk, topk_plain=None, given=None):
+    def __init__(self, model, *, bank, topk, topk_plain=0, given=None):
         self.given = given
         self.encoders = tiny.PaperEncoders(model.encoders)
         self.size, self.topk, self.topk_plain = bank, topk, topk_plain
@@ -60,12 +61,12 @@ class Paper:
 @pytest.mark.parametrize(
     ("bank", "topk", "topk_plain"),
     [
-        (10, 3, None),
-        (7, 5, None),
-        (12, 1, None),
-        (100, 4, None),
-        (9, None, None),
-        (50, None, None),
+        (10, 3, 0),
+        (7, 5, 0),
+        (12, 1, 0),
+        (100, 4, 0),
+        (9, None, 0),
+        (50, None, 0),
         (10, 3, 1),
         (10, 2, 4),
         (50, None, 1),
@@ -105,6 +106,22 @@ def test_rows_of_other_classes_never_fill_up():
     q, t = paper.embed(batch)
     assert stats["fewer_than_k"].item() == 100
     assert loss.item() == pytest.approx(((q - t) ** 2).sum(dim=1).mean().item(), abs=1e-11)
+
+
+def test_a_plain_loss_cannot_begin_in_the_middle(call_script, image_tree, tmp_path):
+    """Neither in a run that says it has none, nor in one from before there was the flag."""
+    flags = (*tiny.FLAGS, "--epochs", 2, "--knn_freq", -1, "--checkpoint_path", tmp_path)
+    assert call_script(SCRIPT, *flags, "--epochs", 1, image_tree)[0] == 0
+    path = tmp_path / "ckpt_epoch_1.pth"
+    for there in (True, False):
+        state = tiny.state(path)
+        if not there:
+            del state["args"]["topk_plain"]
+            checkpoint.save(path, state)
+        again = (*flags, "--resume", path, image_tree)
+        code, _, stderr = call_script(SCRIPT, *again, "--topk_plain", 1)
+        assert code == 2 and "--topk_plain" in stderr, stderr
+    assert call_script(SCRIPT, *again)[0] == 0
 
 
 def test_plain_purity_is_measured_beside():

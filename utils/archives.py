@@ -1,8 +1,8 @@
 """Small data sets that come as archives of arrays: CIFAR-10, CIFAR-100, STL-10, Fashion-MNIST.
 
 torchvision reads them, and checks by MD5 that the files are those of their authors: CIFAR's are
-pickles, which could do anything otherwise. Fashion-MNIST's, which are plain arrays, it does not
-check; images without labels are refused all the same.
+pickles, which could do anything otherwise. Fashion-MNIST's are plain arrays, of which it checks no
+more than the format; what does not fit together is refused here.
 """
 
 from pathlib import Path
@@ -24,7 +24,10 @@ _SETS: dict[str, tuple[str, dict[str, bool | str]]] = {
 }
 NAMES = tuple(_SETS)
 # What torchvision raises for files of another format than they should have.
-_UNREADABLE = (RuntimeError, OSError, ValueError, LookupError, AssertionError)
+_UNREADABLE = (
+    *(RuntimeError, OSError, EOFError),
+    *(ValueError, TypeError, LookupError, AssertionError),
+)
 
 
 class Arrays(NamedTuple):
@@ -50,13 +53,15 @@ def read(data: Path, name: str, split: str, *, unlabeled: bool = False) -> Array
     which = splits.get("all", splits["train"]) if unlabeled and split == "train" else splits[split]
     try:
         found = _open(data, name, which, download=False)
+        labels = np.asarray(found.targets if hasattr(found, "targets") else found.labels)
+        labels, images = labels.astype(np.int64), np.asarray(found.data)
     except _UNREADABLE as error:
-        raise InputError(f"{where} (--download fetches it there)") from error
-    labels = np.asarray(found.targets if hasattr(found, "targets") else found.labels)
-    labels = labels.astype(np.int64)
-    images = np.asarray(found.data)
-    if len(images) != len(labels) or labels.max(initial=-1) >= len(found.classes):
-        raise InputError(f"{where}: {len(images)} images, {len(labels)} labels that do not fit")
+        advice = "--download fetches it there, if no broken files are in the way"
+        raise InputError(f"{where} ({advice})") from error
+    are_labels = labels.ndim == 1 and np.isin(labels, range(-1, len(found.classes))).all()
+    are_images = images.dtype == np.uint8 and images.ndim in (3, 4)
+    if not (are_labels and are_images and len(images) == len(labels)):
+        raise InputError(f"{where}: no images with as many labels of {len(found.classes)} classes")
     if images.ndim == 3:  # Fashion-MNIST, gray as (N, H, W)
         images = images[..., None].repeat(3, axis=3)
     elif images.shape[1] == 3:  # STL-10, as (N, 3, H, W)
@@ -75,7 +80,7 @@ def download(data: Path, name: str) -> None:
     try:
         data.mkdir(parents=True, exist_ok=True)
         _open(data, name, _SETS[name][1]["val"], download=True)
-    except (RuntimeError, OSError) as error:  # what the network raises is an OSError
+    except _UNREADABLE as error:  # what the network raises is an OSError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--download: {name} cannot be fetched to {data} ({reason})") from error
 

@@ -15,6 +15,8 @@ _MAY_DIFFER = {
     *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),
     *("bad_images", "max_bad_images", "sup_split_file", "label_file", "tensorboard"),
 }
+# Flags that older checkpoints do not have, and the values that change nothing.
+_AS_BEFORE = {"topk_plain": (None, 0)}
 
 
 def decisive(settings: dict) -> dict:
@@ -46,6 +48,11 @@ def check_same(
         f"--{name} {_said(before[name])}, not {value}"
         for name, value in settings.items()
         if name in before and not _may_become(name, before[name], value)
+    ]
+    differing += [
+        f"no --{name}, not {settings[name]}"
+        for name, values in _AS_BEFORE.items()
+        if name not in before and settings.get(name) not in values
     ]
     differing += [
         f"other {_said(name)}"

@@ -50,6 +50,7 @@ _MOSTLY_RIGHT, _OFTEN_WRONG = 80, 50  # percent
 # target alone, on all small data sets that were tried (docs/results.md); ImageNet is larger.
 NEAREST_COST_UP_TO = 65.0
 _SMALL = 100_000
+_MOST_NEIGHBORS = 10**6
 
 
 class Verdict(NamedTuple):
@@ -174,23 +175,33 @@ def _purity(run: RunLog) -> Verdict:
     return _verdict(question, word, "; ".join(texts))
 
 
+def beside_target(purity: float, k: float) -> float:
+    """The purity of the other neighbors of k, of which the target itself is one; in percent."""
+    return max(0.0, (k * purity - 100) / (k - 1))
+
+
 def _neighbors_pay(run: RunLog) -> Verdict | None:
-    """Nearest rows teach more than the target alone, as far as that was measured; None: no such."""
+    """Whether the k nearest rows cost accuracy at such a purity; None for a method without them."""
     question, k = "whether neighbors pay", run.settings.get("topk")
     if run.method not in ("MSF", "CMSFKM", "CMSF2Q") or not isinstance(k, int) or k < 2:
         return None
     purity = run.last("purity_plain" if run.method == "MSF" else "purity_constrained")
-    if purity is None:
-        return _verdict(question, "no figure", "purity is not known")
+    if purity is None or k > _MOST_NEIGHBORS:
+        return _verdict(question, "no figure", "their purity is not known")
     images = run.about.get("counts", {}).get("train") or 0
     if images >= _SMALL:
-        reason = f"measured on small data sets only; on ImageNet they paid ({images} images here)"
+        reason = f"known for small data sets only, not for {images} images; in the paper they do"
         return _verdict(question, "no figure", reason)
-    others = max(0.0, (k * purity - 100) / (k - 1))  # the target itself is one of the k
-    text = f"{_text(others)}% of the {k - 1} neighbors beside the target are of its class"
+    bank = run.settings.get("mem_bank_size")
+    several = run.settings.get("symmetric") or (isinstance(bank, int) and 0 < images < bank)
+    if several or run.last("fewer_than_k"):
+        reason = "as there are several rows of an image, or fewer than k neighbors"
+        return _verdict(question, "no figure", f"purity beside the target is not known, {reason}")
+    others = min(beside_target(purity, k), 100.0)
+    text = f"beside the target itself {_text(others)}% of the neighbors are of its class"
     limit = f"up to {_text(NEAREST_COST_UP_TO)}% the target alone learned more on small data sets"
     if others > NEAREST_COST_UP_TO:
-        return _verdict(question, "healthy", f"{text}; {limit}")
+        return _verdict(question, "no figure", f"{text}; {limit}, above that nothing is known")
     advice = "compare with train_msf.py --topk 1 (docs/results.md)"
     return _verdict(question, "look", f"{text}; {limit}: {advice}")
 

@@ -278,15 +278,15 @@ def _add_mean_shift_options(parser: argparse.ArgumentParser, *, topk_all: bool) 
     )
 
 
-def add_plain_option(
-    parser: argparse.ArgumentParser, *, otherwise: str = "as many as --topk"
-) -> None:
-    """--topk_plain; otherwise: what holds without it."""
+def add_plain_option(parser: argparse.ArgumentParser, *, may_be_none: bool = False) -> None:
+    """--topk_plain; may_be_none: there need not be a plain loss, and without the flag is none."""
     parser.add_argument(
         "--topk_plain",
-        type=positive,
-        help="nearest rows of the whole bank in the plain loss, the mean of which and of the "
-        f"constrained loss is trained on; 1: the target alone; default: {otherwise}",
+        type=number(int, low=0) if may_be_none else positive,
+        default=0 if may_be_none else None,
+        help="neighbors of the plain loss, out of the whole bank; the training loss is the mean of "
+        "plain and constrained loss; 1: the target itself; "
+        + ("0, the default: no plain loss" if may_be_none else "default: as many as --topk"),
     )
 
 

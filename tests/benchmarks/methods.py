@@ -43,7 +43,8 @@ DEMO_METHODS: dict[str, tuple[str, list[str]]] = {
     "2q multi-crop": (TWO_Q, ["--multi_crop", CROPS]),
     "semi": (SEMI, []),
     "sup": (SUP, []),
-    "sup top-all": (SUP, ["--topk", "all"]),
+    "sup top-20": (SUP, ["--topk", "20", "--topk_plain", "0"]),
+    "sup top-all": (SUP, ["--topk", "all", "--topk_plain", "0"]),
     "xent": (XENT, []),
     "sup noise 25%": (SUP, ["--label_noise", "0.25"]),
     "xent noise 25%": (XENT, ["--label_noise", "0.25"]),
@@ -75,6 +76,7 @@ SMALL_METHODS: dict[str, tuple[str, list[str]]] = {
 }
 NOISES = (0.2, 0.4, 0.6, 0.9)  # of ten classes, purities of about 64, 38, 20 and 10%
 NOISY = {f"noise {100 * n:.0f}%": (SUP, [*FAR, "--label_noise", str(n)]) for n in NOISES}
+REAL = SMALL_METHODS | NOISY
 FIGURES = ("purity_constrained", "purity_plain", "effective_rank")  # of the log's last line
 TITLES = {
     "20-NN held out": "held out",
@@ -166,7 +168,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     args = parser.parse_args(argv)
     args.training_flags = training_flags
-    args.methods = SMALL_METHODS | NOISY if args.data else DEMO_METHODS
+    args.methods = REAL if args.data else DEMO_METHODS
+    if (args.data is None) != (args.test is None):
+        parser.error("--data and --test: both or none")
+    if unknown := set(args.only or []) - set(args.methods):
+        parser.error(f"--only {', '.join(unknown)}: one of {', '.join(args.methods)}")
     results = run_all(args.only or list(args.methods), args)
     about = {"epochs": args.epochs, "seeds": args.seeds, "data": str(args.data or "demo data")}
     (args.out / "figures.json").write_text(json.dumps(about | {"methods": results}, indent=1))

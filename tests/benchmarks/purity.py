@@ -22,6 +22,8 @@ import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.health import beside_target
+
 CURVE = ("noise ", "sup all + own")  # what the names of its methods begin with; the last has none
 PLAIN = "msf"  # its purity is that of plain neighbors
 
@@ -34,14 +36,9 @@ class Point(NamedTuple):
     deviation: float
 
 
-def without_itself(purity: float, k: float) -> float:
-    """The purity of a target's k neighbors without itself, which is one of them and always pure."""
-    return max(0.0, (k * purity - 100) / (k - 1))
-
-
 def neighbors_of(name: str) -> float:
     """k of a method; infinite where it pulls to all of a class."""
-    flags = (methods.SMALL_METHODS | methods.NOISY)[name][1]
+    flags = methods.REAL[name][1]
     k = flags[flags.index("--topk") + 1] if "--topk" in flags else "all"
     return float("inf") if k == "all" else float(k)
 
@@ -53,7 +50,7 @@ def points_of(results: dict[str, list[dict[str, float]]], figure: str) -> dict[s
         key = "purity_plain" if name == PLAIN else "purity_constrained"
         purities, k = [run.get(key, 100.0) for run in runs], neighbors_of(name)
         if 1 < k < float("inf"):
-            purities = [without_itself(purity, k) for purity in purities]
+            purities = [beside_target(purity, k) for purity in purities]
         values = [run[figure] for run in runs]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         found[name] = Point(statistics.mean(purities), statistics.mean(values), deviation)
@@ -68,7 +65,7 @@ def curve_of(points: dict[str, Point]) -> list[Point]:
 def break_even(curve: list[Point], level: float) -> float | None:
     """The purity above which the curve stays above a level, by straight lines; None: nowhere.
 
-    The lowest purity of the curve where all of it lies above.
+    Where all of the curve lies above, its lowest purity is returned.
     """
     above = curve[-1]
     if above.accuracy <= level:
@@ -138,14 +135,15 @@ def main() -> None:
     for text in args.sets:
         name, _, folder = text.partition("=")
         results = json.loads((Path(folder) / "figures.json").read_text())["methods"]
+        if "byol" not in results or not set(results) <= set(methods.REAL):
+            sys.exit(f"{text}: not of runs on real images with byol among them")
         points = sets[name] = points_of(results, args.figure)
         for method, point in points.items():
             print(f"{name}, {method:16} {point.purity:6.1f} {point.accuracy:6.1f}", end="")
             print(f" ± {point.deviation:.1f}")
         found = break_even(curve_of(points), points["byol"].accuracy)
-        print(
-            f"{name}: neighbors pay from a purity of {'none' if found is None else f'{found:.0f}%'}"
-        )
+        said = "at no purity" if found is None else f"from a purity of {found:.0f}% on"
+        print(f"{name}: neighbors pay {said}")
     draw(sets, args.figure, args.output)
 
 

@@ -66,14 +66,16 @@ def test_purity_against_chance_and_its_start(tmp_path):
     assert of(60.0, 55.0, epochs=30) == "healthy"  # early yet
     assert of(49.0, counts={}) == "healthy"  # chance is not known
     assert of(None) == "no figure"
+    byol = {"method": "MSF", "settings": {"topk": 1}}
+    assert of(100.0, **byol) == "no figure"  # the target itself
 
 
 def test_whether_neighbors_pay(tmp_path):
-    """By the constrained neighbors, or MSF's plain ones; else nothing is known."""
+    """By the constrained neighbors of 2Q, else by the plain ones."""
 
-    def of(purity, method="CMSF2Q", train=1000, name="purity_constrained", short=0.0, **flags):
+    def of(purity, method="CMSF2Q", train=1000, **flags):
         lines = [logs.record(1, 4, **{"purity_constrained": None, "purity_plain": None})]
-        lines[0] |= {name: purity, "fewer_than_k": short}
+        lines[0]["purity_constrained" if method == "CMSF2Q" else "purity_plain"] = purity
         settings = {"topk": 5, "mem_bank_size": 512} | flags
         start = {"method": method, "settings": settings, "counts": {"train": train}}
         return words(tmp_path, lines, **start).get("whether neighbors pay")
@@ -82,10 +84,10 @@ def test_whether_neighbors_pay(tmp_path):
     assert of(limit - 1) == of(limit - 1, "CMSFKM") == of(0.0) == "look"
     assert of(limit + 1) == of(limit + 1, "CMSFKM") == "no figure"
     assert of(limit - 1, mem_bank_size=1001) == of(limit - 1, symmetric=True) == "no figure"
-    assert of(limit - 1, "CMSFKM", short=0.1) == of(limit - 1, topk=10**400) == "no figure"
-    assert of(limit - 1, "MSF", name="purity_plain") == "look"
+    assert of(limit - 1, topk=10**400) == "no figure"
+    assert of(limit - 1, "MSF") == "look"
     assert of(limit - 1, train=1_281_167) == of(None) == "no figure"
-    assert of(100.0, "MSF", topk=1, name="purity_plain") is None  # the target alone
+    assert of(100.0, "MSF", topk=1) is None  # the target alone
     assert of(limit - 1, topk="all") is None
     assert of(limit - 1, "SupervisedCMSF") is of(limit - 1, "PseudoCMSF") is None
 

@@ -8,7 +8,8 @@ its neighbors by their true classes is what the log says. The curve is the mean 
 standard deviation; the line with a band is BYOL, which has no neighbors; methods lie on the same
 plot by the purity that they reached at the end. Where the curve crosses the line is the break-even
 purity. A target is its own nearest neighbor and counts in the log's purity, one of k: here it is
-left out, so that k nearest rows and all of a class compare.
+left out, so that k nearest rows and all of a class compare. CMSF-KM, of which small clusters have
+fewer than k rows, has at most the purity that this gives.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import methods
 
@@ -26,6 +27,14 @@ from utils.health import beside_target
 
 CURVE = ("noise ", "sup all + own")  # what the names of its methods begin with; the last has none
 PLAIN = "msf"  # its purity is that of plain neighbors
+SHOWN = {
+    "msf": "MSF",
+    "2q": "CMSF-2Q",
+    "2q + own": "CMSF-2Q, --topk_plain 1",
+    "km": "CMSF-KM",
+    "semi 10%": "semi-supervised (where a label is known)",
+    "sup top-10": "supervised, the 10 nearest",
+}
 
 
 class Point(NamedTuple):
@@ -85,43 +94,29 @@ def draw(sets: dict[str, dict[str, Point]], figure: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn, panels = pyplot.subplots(1, len(sets), figsize=(5.4 * len(sets), 4.4), squeeze=False)
+    drawn, panels = pyplot.subplots(1, len(sets), figsize=(5.2 * len(sets), 5), squeeze=False)
     for panel, (name, points) in zip(panels[0], sets.items(), strict=True):
         curve, byol = curve_of(points), points["byol"]
-        panel.axhspan(
-            byol.accuracy - byol.deviation, byol.accuracy + byol.deviation, color="0.88", zorder=0
-        )
-        panel.axhline(byol.accuracy, color="0.4", linestyle="--", linewidth=1)
-        panel.annotate("BYOL", (2, byol.accuracy), va="bottom", color="0.3", fontsize=9)
-        panel.errorbar(
-            [point.purity for point in curve],
-            [point.accuracy for point in curve],
-            yerr=[point.deviation for point in curve],
-            marker="o",
-            capsize=3,
-            label="all of the label and the target,\nlabels with noise",
-        )
-        others = {n: p for n, p in points.items() if not n.startswith(CURVE)}
-        for marker, (other, point) in zip("sD^vP*X<>", _with_purity(others).items(), strict=False):
-            panel.errorbar(
-                point.purity,
-                point.accuracy,
-                yerr=point.deviation,
-                marker=marker,
-                linestyle="",
-                capsize=3,
-                label=other,
-            )
-        panel.set(title=name, xlabel="purity of the neighbors, %", xlim=(0, 104))
+        low, high = byol.accuracy - byol.deviation, byol.accuracy + byol.deviation
+        panel.axhspan(low, high, color="0.88", zorder=0)
+        panel.axhline(byol.accuracy, color="0.4", linestyle="--", linewidth=1, label="BYOL")
+        text = "supervised, all of the label and the target, labels with noise"
+        _mark(panel, curve, marker="o", label=text)
+        for marker, (method, label) in zip("sD^vP*", SHOWN.items(), strict=True):
+            if method in points:
+                _mark(panel, [points[method]], marker=marker, linestyle="", label=label)
+        panel.set(title=name, xlabel="purity of the neighbors beside the target, %", xlim=(0, 104))
         panel.set_ylabel(f"{figure}, %")
-        panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
-    drawn.tight_layout()
+    handles = panels[0][0].get_legend_handles_labels()
+    drawn.legend(*handles, loc="lower center", ncols=2, fontsize=9)
+    drawn.tight_layout(rect=(0, 0.2, 1, 1))
     drawn.savefig(path, dpi=110)
 
 
-def _with_purity(points: dict[str, Point]) -> dict[str, Point]:
-    return {name: point for name, point in points.items() if name not in ("byol", "xent")}
+def _mark(panel: Any, points: list[Point], **style: str) -> None:
+    x, y, deviation = zip(*points, strict=True)
+    panel.errorbar(x, y, yerr=deviation, capsize=3, **style)
 
 
 def main() -> None:

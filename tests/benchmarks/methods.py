@@ -62,6 +62,8 @@ SMALL_MEAN_SHIFT = shlex.split(
 SMALL_SEMI = shlex.split(
     "--label_fraction 0.1 --topk 10 --mlp_xent mlp --pseudo_lbl_epochs 10 --use_conf --cache_sup"
 )
+# All of the label among 4,096 rows of ten classes; the target alone without a label.
+SEMI_FAR = shlex.split("--topk 400 --topk_plain 1 --conf_th 0.5")
 FAR = ["--topk", "all", "--topk_plain", "1"]  # all of the class, and the target itself
 SMALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "byol": (MSF, ["--topk", "1"]),
@@ -70,6 +72,7 @@ SMALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "2q + own": (TWO_Q, ["--topk", "5", "--topkp", "5", "--topk_plain", "1"]),
     "km": (KM, ["--topk", "5", "--num_clusters", "1000"]),
     "semi 10%": (SEMI, SMALL_SEMI),
+    "semi 10% far": (SEMI, [*SMALL_SEMI, *SEMI_FAR]),
     "sup top-10": (SUP, ["--topk", "10"]),
     "sup all + own": (SUP, FAR),
     "xent": (XENT, []),

@@ -32,7 +32,8 @@ SHOWN = {
     "2q": "CMSF-2Q",
     "2q + own": "CMSF-2Q, --topk_plain 1",
     "km": "CMSF-KM",
-    "semi 10%": "semi-supervised (where a label is known)",
+    "semi 10%": "semi-supervised, k 10 (where a label counts)",
+    "semi 10% far": "semi-supervised, k 400 (where a label counts)",
     "sup top-10": "supervised, the 10 nearest",
 }
 
@@ -48,7 +49,8 @@ class Point(NamedTuple):
 def neighbors_of(name: str) -> float:
     """k of a method; infinite where it pulls to all of a class."""
     flags = methods.REAL[name][1]
-    k = flags[flags.index("--topk") + 1] if "--topk" in flags else "all"
+    last = len(flags) - 1 - flags[::-1].index("--topk") if "--topk" in flags else None
+    k = "all" if last is None else flags[last + 1]
     return float("inf") if k == "all" else float(k)
 
 
@@ -102,7 +104,7 @@ def draw(sets: dict[str, dict[str, Point]], figure: str, path: Path) -> None:
         panel.axhline(byol.accuracy, color="0.4", linestyle="--", linewidth=1, label="BYOL")
         text = "supervised, all of the label and the target, labels with noise"
         _mark(panel, curve, marker="o", label=text)
-        for marker, (method, label) in zip("sD^vP*", SHOWN.items(), strict=True):
+        for marker, (method, label) in zip("sD^vPX*", SHOWN.items(), strict=True):
             if method in points:
                 _mark(panel, [points[method]], marker=marker, linestyle="", label=label)
         panel.set(title=name, xlabel="purity of the neighbors beside the target, %", xlim=(0, 104))

@@ -62,14 +62,16 @@ def cmsf(
     """
     if encoder not in ("query", "target"):
         raise ValueError(f"encoder {encoder}: neither query nor target")
-    checkpoint, encoders, errors = _own("checkpoint", "encoders", "errors")
+    checkpoint, encoders, files, errors = _own(
+        "method.checkpoint", "method.encoders", "runtime.files", "runtime.errors"
+    )
     try:
         state = {}
         if weights is not None:
             with _usable(
                 os.path.expanduser(weights), errors.DamagedError, progress=progress
             ) as path:
-                if sha256 and not checkpoint.sha256(path).startswith(sha256.lower()):
+                if sha256 and not files.sha256(path).startswith(sha256.lower()):
                     raise errors.DamagedError(f"weights {weights}: its SHA-256 is not {sha256}")
                 state = checkpoint.load(path, flag="weights")
         what = f"weights {weights}"

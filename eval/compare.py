@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, checked, result_files, running
-from utils.errors import InputError
-from utils.result_files import Encoder, ValImages
+from utils.cli import arguments
+from utils.evaluation import result_files
+from utils.evaluation.result_files import Encoder, ValImages
+from utils.runtime import checked, script
+from utils.runtime.errors import InputError
 
 KNN, LINEAR, FINETUNE = "knn.json", "linear/linear.json", "finetune/linear.json"
 # Column -> the file it stands in, and where in it.
@@ -142,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -17,23 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    distributed,
-    evaluation,
-    faiss_library,
-    feature_cache,
-    knn,
-    options,
-    result_files,
-    running,
-    setup,
-)
-from utils.bad_images import BadImages
-from utils.data import ImageSet, check_classes, read_split
-from utils.encoders import Backbone
-from utils.errors import InputError
-from utils.splits import check_every_class, unreadable_classes
+from utils.cli import arguments, build_evaluation, build_training, options
+from utils.data.bad_images import BadImages
+from utils.data.datasets import ImageSet, check_classes, read_split
+from utils.data.splits import check_every_class, unreadable_classes
+from utils.evaluation import feature_cache, knn, result_files
+from utils.method.encoders import Backbone
+from utils.runtime import distributed, faiss_library, script
+from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 DECIDING = ("k", "temperature", "bad_images")
@@ -114,8 +105,8 @@ def get_features(
 ) -> feature_cache.Features | None:
     """Read from --load_cache, whose key is this one, or extracted; None but on the main process."""
     if not args.load_cache:
-        loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
-        return feature_cache.extract(evaluation.place(args, backbone.module), *loaders)
+        loaders = build_evaluation.eval_loaders(args, train, val, bad_images=bad_images)
+        return feature_cache.extract(build_evaluation.place(args, backbone.module), *loaders)
     if not distributed.is_main():
         return None
     return feature_cache.load(
@@ -135,19 +126,21 @@ def main() -> None:
     faiss_library.load("k-NN")  # not after the features are extracted
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
     check_classes(train, val)
-    train = train.take(setup.labeled_index(args, train, file=args.train_file, flag="--train_file"))
+    train = train.take(
+        build_training.labeled_index(args, train, file=args.train_file, flag="--train_file")
+    )
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
-    backbone, state = evaluation.evaluated_backbone(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
     check_flags(args, state)
-    if evaluation.is_check(args, train, val):
+    if build_evaluation.is_check(args, train, val):
         return
     keeps = args.save or args.load_cache
-    digests = evaluation.image_digests(args, train=train, val=val) if keeps else {}
-    wanted = evaluation.identity(args, state, DECIDING, digests)
-    if evaluation.is_done(args, "knn.json", wanted, table="k"):
+    digests = build_evaluation.image_digests(args, train=train, val=val) if keeps else {}
+    wanted = build_evaluation.identity(args, state, DECIDING, digests)
+    if build_evaluation.is_done(args, "knn.json", wanted, table="k"):
         return
-    key = evaluation.feature_key(args, state, digests)
-    bad_images = evaluation.build_bad_images(args)
+    key = build_evaluation.feature_key(args, state, digests)
+    bad_images = build_evaluation.build_bad_images(args)
     features = get_features(args, backbone, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
         return
@@ -173,7 +166,7 @@ def main() -> None:
     if args.save:
         counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
-        record |= evaluation.result_record(
+        record |= build_evaluation.result_record(
             args,
             state,
             counts=counts,
@@ -186,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

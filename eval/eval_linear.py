@@ -24,31 +24,19 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    batch_norm,
-    checked,
-    checkpoint,
-    checkpoint_fields,
-    distributed,
-    evaluation,
-    feature_cache,
-    linear,
-    options,
-    result_files,
-    running,
-    setup,
-    torch_file,
-)
-from utils.bad_images import BadImages
-from utils.data import ImageSet, check_classes, read_split
-from utils.encoders import Backbone
-from utils.errors import InputError, RunError, printable
-from utils.labeled_features import FromFeatures, FromImages
-from utils.loaders import EvalLoader, LabeledLoader
-from utils.meters import Log
-from utils.schedule import learning_rate
-from utils.splits import check_every_class, unreadable_classes
+from utils.cli import arguments, build_evaluation, build_training, options
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader, LabeledLoader
+from utils.data.datasets import ImageSet, check_classes, read_split
+from utils.data.splits import check_every_class, unreadable_classes
+from utils.evaluation import feature_cache, linear_probe, result_files
+from utils.evaluation.labeled_features import FromFeatures, FromImages
+from utils.method import batch_norm, checkpoint, checkpoint_fields
+from utils.method.encoders import Backbone
+from utils.runtime import checked, distributed, files, script, torch_file
+from utils.runtime.errors import InputError, RunError, printable
+from utils.training.log import Log
+from utils.training.schedule import learning_rate
 
 DEMO = {
     "weights": options.DEMO_CHECKPOINT,
@@ -184,7 +172,7 @@ def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
     check_classes(train, val)
     if not args.evaluate:
-        index = setup.labeled_index(args, train, file=args.train_file, flag="--train_file")
+        index = build_training.labeled_index(args, train, file=args.train_file, flag="--train_file")
         train = train.take(index)
     return train, val
 
@@ -199,7 +187,7 @@ def build_data(
     bad_images: BadImages,
 ) -> FromImages | FromFeatures | None:
     """Where features come from; key: of their cache. None: another process trains on them."""
-    loaders = evaluation.eval_loaders(args, train, val, bad_images=bad_images)
+    loaders = build_evaluation.eval_loaders(args, train, val, bad_images=bad_images)
     if args.cached and not args.evaluate:
         features = cached_features(args, backbone, *loaders, key=key)
         return features and FromFeatures(
@@ -337,7 +325,7 @@ def check_history(saved: dict, *, num_rates: int, what: str) -> None:
 
 def save_run(
     args: argparse.Namespace,
-    probe: linear.LinearProbe,
+    probe: linear_probe.LinearProbe,
     optimizer: torch.optim.Optimizer,
     encoder: nn.Module,
     history: list[dict],
@@ -363,7 +351,7 @@ def save_run(
     if args.fine_tune:
         weights = encoder.state_dict()
         state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
-    checkpoint.save(args.save / "linear.pth", state, flag="--save")
+    files.save(args.save / "linear.pth", state, flag="--save")
 
 
 def trained_backbone(args: argparse.Namespace, backbone: Backbone, saved: dict | None) -> Backbone:
@@ -374,7 +362,7 @@ def trained_backbone(args: argparse.Namespace, backbone: Backbone, saved: dict |
 
 
 def train_epoch(
-    probe: linear.LinearProbe,
+    probe: linear_probe.LinearProbe,
     data: FromImages | FromFeatures,
     optimizer: torch.optim.Optimizer,
     *,
@@ -385,7 +373,7 @@ def train_epoch(
     # Only dropout in a fine-tuned encoder draws from here; so resuming changes no bit of it.
     entropy = [seed, epoch, distributed.rank()]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-    losses = linear.train_epoch(probe, data.epoch(epoch), optimizer)
+    losses = linear_probe.train_epoch(probe, data.epoch(epoch), optimizer)
     for value in (losses, *probe.state_dict().values()):  # each GPU may round differently
         distributed.from_main(value)
     losses = losses.tolist()
@@ -395,7 +383,7 @@ def train_epoch(
 
 
 def train_probe(
-    probe: linear.LinearProbe,
+    probe: linear_probe.LinearProbe,
     data: FromImages | FromFeatures,
     optimizer: torch.optim.Optimizer,
     history: list[dict],
@@ -425,10 +413,10 @@ def train_probe(
         losses = train_epoch(probe, data, optimizer, epoch=epoch, seed=seed)
         due = epoch % eval_freq == 0 or epoch == epochs
         figures = (measure(probe, data) if due else None) or unmeasured
-        history.append(linear.history_row(losses, figures))
+        history.append(linear_probe.history_row(losses, figures))
         if due and distributed.is_main():
             parts = (
-                f"lr {rate}: loss {loss:.4f} top-1 {linear.percent(row['top1'])}"
+                f"lr {rate}: loss {loss:.4f} top-1 {linear_probe.percent(row['top1'])}"
                 for rate, loss, row in zip(rates, losses, figures, strict=True)
             )
             Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
@@ -436,11 +424,11 @@ def train_probe(
 
 
 def measure(
-    probe: linear.LinearProbe, data: FromImages | FromFeatures
+    probe: linear_probe.LinearProbe, data: FromImages | FromFeatures
 ) -> list[dict[str, float | None]] | None:
     """Accuracy on val of each learning rate's classifier; None but on the main process."""
     val = data.val()
-    return linear.accuracy(probe, *val) if val else None
+    return linear_probe.accuracy(probe, *val) if val else None
 
 
 def protocol(args: argparse.Namespace) -> str:
@@ -466,16 +454,16 @@ def build_probe(
     *,
     classes: list[str],
     saved: dict | None,
-) -> tuple[linear.LinearProbe, torch.optim.SGD]:
+) -> tuple[linear_probe.LinearProbe, torch.optim.SGD]:
     """Probe and optimizer: seeded by --seed, the statistics measured now, or as saved.
 
     InputError for a class of which no image can be read.
     """
     torch.manual_seed(args.seed)
-    probe = linear.LinearProbe(
+    probe = linear_probe.LinearProbe(
         backbone.feature_dim, len(classes), num_rates=len(args.lr), hidden=args.mlp
     ).to(args.device)
-    optimizer = linear.build_optimizer(
+    optimizer = linear_probe.build_optimizer(
         probe,
         args.lr,
         momentum=args.momentum,
@@ -502,9 +490,9 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
     """Print the table of each learning rate's figures; write it and the record to --save."""
     counts = record["counts"]
     print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
-    print(linear.format_table(summary))
+    print(linear_probe.format_table(summary))
     if args.save:
-        best = linear.best_rate(summary)
+        best = linear_probe.best_rate(summary)
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
         # Apart from the record of the training, which says more.
@@ -518,20 +506,20 @@ def main() -> None:
     start = time.monotonic()
     check_flags(args)
     train, val = read_images(args)
-    backbone, state = evaluation.evaluated_backbone(args)
-    if evaluation.is_check(args, train, val):
+    backbone, state = build_evaluation.evaluated_backbone(args)
+    if build_evaluation.is_check(args, train, val):
         return
     keeps = (args.save or args.cache_dir or args.resume) and not args.evaluate
-    digests = evaluation.image_digests(args, train=train, val=val) if keeps else {}
-    wanted = evaluation.identity(args, state, DECIDING, digests)
-    if evaluation.is_done(args, "linear.json", wanted, table="lr"):
+    digests = build_evaluation.image_digests(args, train=train, val=val) if keeps else {}
+    wanted = build_evaluation.identity(args, state, DECIDING, digests)
+    if build_evaluation.is_done(args, "linear.json", wanted, table="lr"):
         return
-    key = evaluation.feature_key(args, state, digests)
+    key = build_evaluation.feature_key(args, state, digests)
     saved = find_run(args, key, train.classes)
     if args.fine_tune:
         backbone = trained_backbone(args, backbone, saved)
-    evaluation.place(args, backbone.module)
-    bad_images = evaluation.build_bad_images(args)
+    build_evaluation.place(args, backbone.module)
+    bad_images = build_evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved["bad_images"])
     data = build_data(args, backbone, train, val, key=key, bad_images=bad_images)
@@ -561,7 +549,7 @@ def main() -> None:
             seed=args.seed,
             save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
         )
-        summary = linear.summarize(args.lr, history)
+        summary = linear_probe.summarize(args.lr, history)
     if not distributed.is_main():
         return
     counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
@@ -569,10 +557,10 @@ def main() -> None:
     about = {"counts": counts, "bad_images": bad_images, "images": {"train": train, "val": val}}
     record = {"epochs": len(history), "protocol": what_was_done}
     record |= {"classes_without_images": {"val": absent}}
-    record |= evaluation.result_record(args, state, **about)
+    record |= build_evaluation.result_record(args, state, **about)
     record |= {} if args.evaluate else wanted
     report(args, summary, record | {"seconds": round(time.monotonic() - start, 1)})
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -23,24 +23,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    distributed,
-    evaluation,
-    logistic,
-    options,
-    result_files,
-    running,
-    transfer,
-    transfer_data,
-)
-from utils.bad_images import BadImages
-from utils.data import check_classes, read_split
-from utils.errors import InputError, printable
-from utils.features import extract_features
-from utils.loaders import EvalLoader
-from utils.splits import check_every_class, unreadable_classes
-from utils.transfer_data import Splits
+from utils.cli import arguments, build_evaluation, options
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader
+from utils.data.datasets import check_classes, read_split
+from utils.data.splits import check_every_class, unreadable_classes
+from utils.evaluation import logistic, result_files, transfer, transfer_data
+from utils.evaluation.features import extract_features
+from utils.evaluation.transfer_data import Splits
+from utils.runtime import distributed, script
+from utils.runtime.errors import InputError, printable
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 FOLDER = "folder"  # the image folder's name among the sets
@@ -170,7 +162,7 @@ def evaluate(
 ) -> dict | None:
     """The row of one set in table and result file; None but on the main process."""
     start = time.monotonic()
-    features = extract(backbone, name, evaluation.eval_loaders(args, *images, bad_images=bad))
+    features = extract(backbone, name, build_evaluation.eval_loaders(args, *images, bad_images=bad))
     if features is None:
         return None
     labels = np.concatenate([features[split][1] for split in features if split != "test"])
@@ -231,10 +223,10 @@ def main() -> None:
     """Evaluate set by set, print a table, write transfer.json after each."""
     args = parse_args()
     check_flags(args)
-    backbone, state = evaluation.evaluated_backbone(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
     found, missing = open_sets(args)
-    network = evaluation.place(args, backbone.module)
-    bad_images = evaluation.build_bad_images(args)
+    network = build_evaluation.place(args, backbone.module)
+    bad_images = build_evaluation.build_bad_images(args)
     rows, path = {}, None
     for name, images in found.items():
         row = evaluate(args, network, name, images, bad_images)
@@ -244,7 +236,7 @@ def main() -> None:
         if args.save:
             counts = {"sets": len(rows)}
             folder = found[FOLDER]._asdict() if FOLDER in found else {}
-            record = evaluation.result_record(
+            record = build_evaluation.result_record(
                 args, state, counts=counts, bad_images=bad_images, images=folder
             )
             path = result_files.write_json(
@@ -259,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

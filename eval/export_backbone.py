@@ -27,21 +27,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    checked,
-    checkpoint,
-    evaluation,
-    options,
-    plain_json,
-    result_files,
-    running,
-    safetensors_file,
-)
-from utils.augment import IMAGENET_MEAN, IMAGENET_STD
-from utils.encoders import Backbone
-from utils.errors import InputError
-from utils.loaders import EvalLoader
+from utils.cli import arguments, build_evaluation, options
+from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.batches import EvalLoader
+from utils.evaluation import result_files
+from utils.method import checkpoint
+from utils.method.encoders import Backbone
+from utils.runtime import checked, files, plain_json, safetensors_file, script
+from utils.runtime.errors import InputError
 
 ENDINGS = (".pth", safetensors_file.ENDING)
 # What is taken over from a checkpoint where it has it; "protocol" says how linear.pth was trained.
@@ -76,7 +69,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
         kept["data"] = state["key"]
     about = {
         **kept,
-        "encoder": evaluation.encoder_name(args, state),
+        "encoder": build_evaluation.encoder_name(args, state),
         "checkpoint_sha256": args.sha256,
         **checkpoint.metadata(state),
     }
@@ -100,10 +93,10 @@ def write(path: Path, weights: dict[str, Tensor], about: dict) -> None:
     """Write the file in the kind that its ending says, atomically; RunError if that fails."""
     weights = {name: value.contiguous() for name, value in weights.items()}
     if not safetensors_file.has_ending(path):
-        checkpoint.save(path, checkpoint.exported(weights, about), flag="--output")
+        files.save(path, checkpoint.exported(weights, about), flag="--output")
         return
     data = safetensors_file.encode(weights, about, format=checkpoint.EXPORTED)
-    with checkpoint.atomic_file(path, flag="--output") as file:
+    with files.atomic_file(path, flag="--output") as file:
         file.write(data)
 
 
@@ -112,7 +105,7 @@ def main() -> None:
     """Read the backbone, check it, write it, say what was written."""
     args = parse_args()
     check_flags(args)
-    backbone, state = evaluation.evaluated_backbone(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
     weights = backbone.module.state_dict()
     about = describe(args, backbone, state)
     write(args.output, weights, about)
@@ -122,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -24,21 +24,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    checkpoint,
-    distributed,
-    evaluation,
-    options,
-    plain_json,
-    result_files,
-    running,
-)
-from utils.data import ImageSet, read_any_folder, read_split
-from utils.encoders import Encoder
-from utils.errors import InputError
-from utils.features import extract_features
-from utils.loaders import EvalLoader
+from utils.cli import arguments, build_evaluation, options
+from utils.data.batches import EvalLoader
+from utils.data.datasets import ImageSet, read_any_folder, read_split
+from utils.evaluation import result_files
+from utils.evaluation.features import extract_features
+from utils.method import checkpoint
+from utils.method.encoders import Encoder
+from utils.runtime import distributed, files, plain_json, script
+from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1, "split": "val"}
 SPLITS = ("train", "val")
@@ -76,14 +70,14 @@ def read_images(args: argparse.Namespace) -> ImageSet:
 
 def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """What gives the rows, (B, 3, S, S) -> (B, F), on the device, and its checkpoint."""
-    backbone, state = evaluation.evaluated_backbone(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
     network = backbone.module
     if args.projected:
         what = f"--projected: --weights {args.weights}"
-        encoder = evaluation.encoder_name(args, state)
+        encoder = build_evaluation.encoder_name(args, state)
         projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
         network = Encoder(network, projector)
-    return evaluation.place(args, network), state
+    return build_evaluation.place(args, network), state
 
 
 def extract(network: nn.Module, loader: EvalLoader) -> Tensor | None:
@@ -103,7 +97,7 @@ def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> Non
     """Write the rows with what they are, atomically; RunError if that fails."""
     images = loader.images
     kept = [number for number in range(len(images)) if number not in loader.left_out]
-    with checkpoint.atomic_file(path, flag="--output") as file:
+    with files.atomic_file(path, flag="--output") as file:
         np.savez(
             file,
             features=features.numpy(),
@@ -120,14 +114,14 @@ def main() -> None:
     result_files.check_output(args, endings=(ENDING,))
     images = read_images(args)
     network, state = build_network(args)
-    (loader,) = evaluation.eval_loaders(args, images)
+    (loader,) = build_evaluation.eval_loaders(args, images)
     features = extract(network, loader)
     if features is None:
         return
     if args.normalize:
         normalize(features, dim=1, out=features)
     counts = {"images": len(features), "classes": len(images.classes)}
-    record = evaluation.result_record(
+    record = build_evaluation.result_record(
         args,
         state,
         counts=counts,
@@ -147,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -18,16 +18,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    checkpoint,
-    experiment,
-    result_files,
-    run_log,
-    running,
-)
-from utils.errors import InputError, printable
-from utils.run_log import PANELS, Panel, RunLog
+from utils.cli import arguments
+from utils.evaluation import result_files
+from utils.reporting import run_log
+from utils.reporting.run_log import PANELS, Panel, RunLog
+from utils.runtime import files, script
+from utils.runtime.errors import InputError, printable
+from utils.training import resume_check
 
 # Okabe and Ito's colors without the yellow, which is faint on white, each with its own dashes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -105,13 +102,13 @@ def _experiment(run: RunLog) -> tuple:
     """What runs that differ by their seed alone have in common."""
     if not run.starts:
         return (str(run.path.resolve()),)  # not known: a group of its own
-    flags = {n: v for n, v in experiment.decisive(run.settings).items() if n != "seed"}
+    flags = {n: v for n, v in resume_check.decisive(run.settings).items() if n != "seed"}
     return (run.method, repr(sorted(flags.items())), repr(run.about.get("data")))
 
 
 def _names(groups: list[list[RunLog]]) -> list[str]:
     """Names of groups that the user gave none: method and flags that differ, or the folder."""
-    flags = [experiment.decisive(runs[0].settings) | {"seed": None} for runs in groups]
+    flags = [resume_check.decisive(runs[0].settings) | {"seed": None} for runs in groups]
     every = sorted({name for settings in flags for name in settings})
     differing = [n for n in every if any(f.get(n) != flags[0].get(n) for f in flags)]
     names = []
@@ -140,7 +137,7 @@ def _check(group: Group) -> None:
     if len({run.place for run in runs}) > 1:
         ends = ", ".join(str(run.place[0]) for run in runs)
         print(f"{group.name}: runs up to epoch {ends}: drawn as far as the shortest", flush=True)
-    flags = [experiment.decisive(run.settings) | {"seed": None} for run in runs]
+    flags = [resume_check.decisive(run.settings) | {"seed": None} for run in runs]
     others = sorted({n for f in flags for n in f if f[n] != flags[0].get(n)})
     if others and all(run.starts for run in runs):
         print(f"WARNING {group.name}: runs that differ in --{', --'.join(others)}", flush=True)
@@ -238,7 +235,7 @@ def draw(groups: list[Group], output: Path) -> int:
         figure.suptitle(literal(groups[0].label), fontsize=14)
     if any(len(group.runs) > 1 for group in groups):
         figure.supxlabel(BAND, fontsize=11)
-    with checkpoint.atomic_file(output, flag="--output") as file:
+    with files.atomic_file(output, flag="--output") as file:
         figure.savefig(file, format="png")
     return count
 
@@ -285,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -22,21 +22,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    checked,
-    checkpoint,
-    health,
-    plain_json,
-    result_files,
-    run_log,
-    running,
-    svg,
-)
-from utils.errors import InputError, printable
-from utils.result_files import Encoder, ValImages
-from utils.run_folder import REQUEUE, checkpoints_in
-from utils.run_log import PANELS, RunLog
+from utils.cli import arguments
+from utils.evaluation import result_files
+from utils.evaluation.result_files import Encoder, ValImages
+from utils.reporting import health, run_log, svg
+from utils.reporting.run_log import PANELS, RunLog
+from utils.runtime import checked, files, plain_json, script
+from utils.runtime.errors import InputError, printable
+from utils.training.run_folder import REQUEUE, checkpoints_in
 
 COMPARISON = "results.json"
 RESULTS = (*("knn.json", "linear.json", "linear/linear.json", "finetune/linear.json", COMPARISON),)
@@ -177,7 +170,7 @@ def last_checkpoint(folder: Path) -> tuple[Path, str] | None:
     """The checkpoint farthest on and its sha256; a run that goes on may remove older ones."""
     for path in checkpoints_in(folder):
         try:
-            return path, checkpoint.sha256(path)
+            return path, files.sha256(path)
         except FileNotFoundError:
             continue
     return None
@@ -475,7 +468,7 @@ def main() -> None:
     page = build_page(
         run, results=results, left_out=left_out, pictures=pictures, newest=newest, now=now
     )
-    checkpoint.replace_text(output, page, flag="--output")
+    files.replace_text(output, page, flag="--output")
     print(printable(status(run, now=now)))
     for verdict in health.verdicts(run):
         print(f"{verdict.sign} {verdict.question}: {verdict.word}, {verdict.reason}")
@@ -488,4 +481,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

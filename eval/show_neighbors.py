@@ -24,21 +24,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import (
-    arguments,
-    checkpoint,
-    distributed,
-    evaluation,
-    options,
-    result_files,
-    running,
-    shown_neighbors,
-)
-from utils.bad_images import BadImages
-from utils.data import ImageSet, read_split
-from utils.errors import InputError
-from utils.features import extract_features
-from utils.shown_neighbors import Shown
+from utils.cli import arguments, build_evaluation, options
+from utils.data.bad_images import BadImages
+from utils.data.datasets import ImageSet, read_split
+from utils.evaluation import result_files
+from utils.evaluation.features import extract_features
+from utils.reporting import shown_neighbors
+from utils.reporting.shown_neighbors import Shown
+from utils.runtime import distributed, files, script
+from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 PROGRAM = "CMSF show_neighbors.py"  # what a picture says that it was made by
@@ -138,7 +132,7 @@ def shown_from_bank(
     if not args.weights:
         raise InputError("--weights: name the checkpoint to show neighbors of")
     what = f"--weights {args.weights}"
-    if not (state := evaluation.read_weights(args)):
+    if not (state := build_evaluation.read_weights(args)):
         raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
     bank = shown_neighbors.bank_of(state, what=what)
     shown_neighbors.check_same_images(state, bank, images, what=what)
@@ -167,11 +161,11 @@ def shown_from_features(
     bad_images: BadImages,
 ) -> tuple[Shown, dict, list[str]] | None:
     """The same by features of all training images; None but on the main process."""
-    backbone, state = evaluation.evaluated_backbone(args)
-    (loader,) = evaluation.eval_loaders(args, images, bad_images=bad_images)
+    backbone, state = build_evaluation.evaluated_backbone(args)
+    (loader,) = build_evaluation.eval_loaders(args, images, bad_images=bad_images)
     bar = tqdm(loader, "features of train", leave=False, disable=not distributed.shows_bars())
     extracted = extract_features(
-        evaluation.place(args, backbone.module),
+        build_evaluation.place(args, backbone.module),
         bar,
         num_images=len(images),
         left_out=loader.left_out,
@@ -199,7 +193,7 @@ def main() -> None:
     named = named_targets(args, images)
     check_size(args, args.count if named is None else len(named))
     result_files.make_folder(args.output.parent, flag="--output")
-    bad_images = evaluation.build_bad_images(args)
+    bad_images = build_evaluation.build_bad_images(args)
     if args.from_features:
         found = shown_from_features(args, images, named, bad_images)
     else:
@@ -215,7 +209,7 @@ def main() -> None:
         side=args.side,
         bad_images=bad_images,
     )
-    with checkpoint.atomic_file(args.output, flag="--output") as file:
+    with files.atomic_file(args.output, flag="--output") as file:
         says = PngInfo()
         says.add_text("Software", PROGRAM)
         picture.save(file, format="PNG", pnginfo=says)
@@ -228,7 +222,7 @@ def main() -> None:
         "side": args.side,
     }
     counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
-    record |= evaluation.result_record(
+    record |= build_evaluation.result_record(
         args, state, counts=counts, bad_images=bad_images, images={"train": images}
     )
     name = args.output.with_suffix(".json").name
@@ -237,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, options, running, setup
-from utils.distributed import all_true, gather
-from utils.encoders import QueryTargetEncoders
-from utils.loaders import Batch
-from utils.memory_bank import MemoryBank
-from utils.meters import embedding_health
-from utils.neighbors import all_finite, mean_shift_loss, nearest, purity
+from utils.cli import arguments, build_training, options
+from utils.data.batches import Batch
+from utils.method.collapse import embedding_health
+from utils.method.encoders import QueryTargetEncoders
+from utils.method.memory_bank import MemoryBank
+from utils.method.neighbors import all_finite, mean_shift_loss, nearest, purity
+from utils.runtime import origin, script
+from utils.runtime.distributed import all_true, gather
 
 DEMO = options.DEMO | {
     "topk": 5,
-    "checkpoint_path": options.ROOT / "output" / "demo_msf",
+    "checkpoint_path": origin.ROOT / "output" / "demo_msf",
 }
 
 
@@ -80,15 +81,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    setup.check_bank(args)
-    train, val = setup.read_training_data(args)
-    loader = setup.build_loader(args, train)
-    encoders = setup.build_encoders(args)
+    build_training.check_bank(args)
+    train, val = build_training.read_training_data(args)
+    loader = build_training.build_loader(args, train)
+    encoders = build_training.build_encoders(args)
     model = MSF(encoders, mem_bank_size=args.mem_bank_size, topk=args.topk)
-    model = setup.place(args, model)
-    optimizer = setup.build_optimizer(args, model)
+    model = build_training.place(args, model)
+    optimizer = build_training.build_optimizer(args, model)
 
-    with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    with build_training.build_run(args, model, optimizer, loader=loader, val=val) as run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

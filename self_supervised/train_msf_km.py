@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, faiss_library, options, running, setup
-from utils.distributed import all_true, from_main, gather, is_main
-from utils.encoders import QueryTargetEncoders
-from utils.kmeans import kmeans
-from utils.loaders import Batch
-from utils.memory_bank import MemoryBank, PreviousEmbeddings
-from utils.meters import embedding_health
-from utils.neighbors import (
+from utils.cli import arguments, build_training, options
+from utils.data.batches import Batch
+from utils.method.collapse import embedding_health
+from utils.method.encoders import QueryTargetEncoders
+from utils.method.kmeans import kmeans
+from utils.method.memory_bank import MemoryBank
+from utils.method.neighbors import (
     Neighbors,
     all_finite,
     constrained_ranks,
@@ -38,12 +37,15 @@ from utils.neighbors import (
     nearest_with_label,
     purity,
 )
-from utils.streams import upload
+from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.runtime import faiss_library, origin, script
+from utils.runtime.distributed import all_true, from_main, gather, is_main
+from utils.runtime.streams import upload
 
 DEMO = options.DEMO | {
     "topk": 5,
     "num_clusters": 100,
-    "checkpoint_path": options.ROOT / "output" / "demo_km",
+    "checkpoint_path": origin.ROOT / "output" / "demo_km",
 }
 
 
@@ -160,25 +162,25 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    setup.check_bank(args)
+    build_training.check_bank(args)
     faiss_library.load("k-means")  # an epoch would be over before it is needed
-    train, val = setup.read_training_data(args)
+    train, val = build_training.read_training_data(args)
     if args.num_clusters > len(train):
         reason = f"above the {len(train)} training images, each of which becomes a cluster"
         print(f"WARNING --num_clusters {args.num_clusters}: {reason}", flush=True)
-    loader = setup.build_loader(args, train)
+    loader = build_training.build_loader(args, train)
     model = CMSFKM(
-        setup.build_encoders(args),
+        build_training.build_encoders(args),
         len(train),
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         num_clusters=args.num_clusters,
         topk_plain=args.topk_plain,
     )
-    model = setup.place(args, model)
-    optimizer = setup.build_optimizer(args, model)
+    model = build_training.place(args, model)
+    optimizer = build_training.build_optimizer(args, model)
 
-    with setup.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    with build_training.build_run(args, model, optimizer, loader=loader, val=val) as run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)
@@ -188,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

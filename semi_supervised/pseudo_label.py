@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from utils import distributed
-from utils.encoders import mlp
-from utils.errors import RunError
-from utils.loaders import batch_ends
-from utils.streams import upload
+from utils.data.batches import batch_ends
+from utils.method.encoders import mlp
+from utils.runtime import distributed
+from utils.runtime.errors import RunError
+from utils.runtime.streams import upload
 
 
 class PseudoLabelHead(nn.Module):

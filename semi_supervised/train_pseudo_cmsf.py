@@ -27,15 +27,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
-from utils import arguments, evaluation, options, running, setup
-from utils.distributed import all_true, gather, is_main, own_rows
-from utils.encoders import QueryTargetEncoders
-from utils.errors import InputError
-from utils.features import extract_features
-from utils.loaders import Batch, EvalLoader
-from utils.memory_bank import MemoryBank
-from utils.meters import embedding_health
-from utils.neighbors import (
+from utils.cli import arguments, build_evaluation, build_training, options
+from utils.data.batches import Batch, EvalLoader
+from utils.data.splits import unreadable_classes, write_split_file
+from utils.evaluation.features import extract_features
+from utils.method.collapse import embedding_health
+from utils.method.encoders import QueryTargetEncoders
+from utils.method.memory_bank import MemoryBank
+from utils.method.neighbors import (
     Neighbors,
     all_finite,
     constrained_ranks,
@@ -44,8 +43,10 @@ from utils.neighbors import (
     nearest_with_label,
     purity,
 )
-from utils.splits import unreadable_classes, write_split_file
-from utils.streams import upload
+from utils.runtime import origin, script
+from utils.runtime.distributed import all_true, gather, is_main, own_rows
+from utils.runtime.errors import InputError
+from utils.runtime.streams import upload
 
 DEMO = options.DEMO | {
     "topk": 50,
@@ -58,7 +59,7 @@ DEMO = options.DEMO | {
     "sup_mem_bank_size": 512,
     "mlp_xent": "mlp",
     "pseudo_lbl_epochs": 10,
-    "checkpoint_path": options.ROOT / "output" / "demo_semi",
+    "checkpoint_path": origin.ROOT / "output" / "demo_semi",
 }
 
 
@@ -242,9 +243,11 @@ def main() -> None:
             f"--pseudo_batch_size 1: --mlp_xent {args.mlp_xent} has batch norm, which "
             "cannot train on one row"
         )
-    setup.check_bank(args)
-    train, val = setup.read_training_data(args, labeled=True)
-    index = setup.labeled_index(args, train, file=args.sup_split_file, flag="--sup_split_file")
+    build_training.check_bank(args)
+    train, val = build_training.read_training_data(args, labeled=True)
+    index = build_training.labeled_index(
+        args, train, file=args.sup_split_file, flag="--sup_split_file"
+    )
     if args.cache_sup and args.sup_mem_bank_size < len(index):
         print(
             f"WARNING --sup_mem_bank_size {args.sup_mem_bank_size}: below the {len(index)} labeled "
@@ -253,8 +256,8 @@ def main() -> None:
         )
     labeled = torch.zeros(len(train), dtype=torch.bool)
     labeled[index] = True
-    loader = setup.build_loader(args, train)
-    encoders = setup.build_encoders(args)
+    loader = build_training.build_loader(args, train)
+    encoders = build_training.build_encoders(args)
     model = PseudoCMSF(
         encoders,
         PseudoLabelHead(args.mlp_xent, encoders.proj_dim, len(train.classes)),
@@ -266,12 +269,14 @@ def main() -> None:
         cache_size=args.sup_mem_bank_size if args.cache_sup else None,
         cache_confident=args.cache_conf_unsup,
     )
-    model = setup.place(args, model)
-    optimizer = setup.build_optimizer(args, model.encoders)
-    with setup.build_run(args, model, optimizer, loader=loader, val=val, labeled=index) as run:
+    model = build_training.place(args, model)
+    optimizer = build_training.build_optimizer(args, model.encoders)
+    with build_training.build_run(
+        args, model, optimizer, loader=loader, val=val, labeled=index
+    ) as run:
         if is_main():
             write_split_file(args.checkpoint_path / "labeled.txt", train, index)
-        (labeled_images,) = evaluation.eval_loaders(
+        (labeled_images,) = build_evaluation.eval_loaders(
             args, loader.images.take(index), bad_images=loader.bad_images
         )
         for batch in run.batches(loader):
@@ -321,4 +326,4 @@ def train_round(
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, options, running, setup
-from utils.distributed import all_true, gather, is_main
-from utils.encoders import QueryTargetEncoders
-from utils.label_noise import as_tensor, labels_to_use, write_changes
-from utils.loaders import Batch
-from utils.memory_bank import MemoryBank
-from utils.meters import embedding_health
-from utils.neighbors import (
+from utils.cli import arguments, build_training, options
+from utils.data.batches import Batch
+from utils.data.label_noise import as_tensor, labels_to_use, write_changes
+from utils.method.collapse import embedding_health
+from utils.method.encoders import QueryTargetEncoders
+from utils.method.memory_bank import MemoryBank
+from utils.method.neighbors import (
     Neighbors,
     all_finite,
     constrained_ranks,
@@ -40,12 +39,14 @@ from utils.neighbors import (
     purity,
     purity_all,
 )
+from utils.runtime import origin, script
+from utils.runtime.distributed import all_true, gather, is_main
 
 DEMO = options.DEMO | {
     "topk": "all",
     "topk_plain": 1,
     "mem_bank_size": 2000,
-    "checkpoint_path": options.ROOT / "output" / "demo_sup",
+    "checkpoint_path": origin.ROOT / "output" / "demo_sup",
 }
 
 
@@ -149,22 +150,24 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    setup.check_bank(args)
-    train, val = setup.read_training_data(args, labeled=True)
-    given = setup.given_labels(args, train)
-    loader = setup.build_loader(args, train)
+    build_training.check_bank(args)
+    train, val = build_training.read_training_data(args, labeled=True)
+    given = build_training.given_labels(args, train)
+    loader = build_training.build_loader(args, train)
     model = SupervisedCMSF(
-        setup.build_encoders(args),
+        build_training.build_encoders(args),
         len(train.classes),
         mem_bank_size=args.mem_bank_size,
         topk=None if args.topk == "all" else args.topk,
         topk_plain=args.topk_plain,
         given=as_tensor(given),
     )
-    model = setup.place(args, model)
-    optimizer = setup.build_optimizer(args, model)
+    model = build_training.place(args, model)
+    optimizer = build_training.build_optimizer(args, model)
 
-    with setup.build_run(args, model, optimizer, loader=loader, val=val, given=given) as run:
+    with build_training.build_run(
+        args, model, optimizer, loader=loader, val=val, given=given
+    ) as run:
         if is_main():
             write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):
@@ -174,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

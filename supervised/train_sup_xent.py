@@ -19,16 +19,17 @@ from torch.nn.functional import cross_entropy, normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import arguments, evaluation, options, running, setup
-from utils.distributed import is_main
-from utils.encoders import SoleBackbone
-from utils.errors import InputError
-from utils.features import extract_features
-from utils.label_noise import as_tensor, labels_to_use, write_changes
-from utils.loaders import Batch, EvalLoader
-from utils.meters import embedding_health
+from utils.cli import arguments, build_evaluation, build_training, options
+from utils.data.batches import Batch, EvalLoader
+from utils.data.label_noise import as_tensor, labels_to_use, write_changes
+from utils.evaluation.features import extract_features
+from utils.method.collapse import embedding_health
+from utils.method.encoders import SoleBackbone
+from utils.runtime import origin, script
+from utils.runtime.distributed import is_main
+from utils.runtime.errors import InputError
 
-DEMO = options.DEMO_TRAINING | {"checkpoint_path": options.ROOT / "output" / "demo_xent"}
+DEMO = options.DEMO_TRAINING | {"checkpoint_path": origin.ROOT / "output" / "demo_xent"}
 
 
 class CrossEntropy(nn.Module):
@@ -97,29 +98,33 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy and that of the classifier."""
     args = parse_args()
-    setup.check_batch(args)
-    train, val = setup.read_training_data(args, labeled=True)
+    build_training.check_batch(args)
+    train, val = build_training.read_training_data(args, labeled=True)
     if len(train.classes) < 2:
         raise InputError(f"data {args.data}: one class in train/, cross-entropy needs two")
-    given = setup.given_labels(args, train)
-    loader = setup.build_loader(args, train, single=args.view)
-    backbone, feature_dim = setup.build_sole_backbone(args)
+    given = build_training.given_labels(args, train)
+    loader = build_training.build_loader(args, train, single=args.view)
+    backbone, feature_dim = build_training.build_sole_backbone(args)
     model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given)).to(
         args.device
     )
-    optimizer = setup.build_optimizer(args, model)
+    optimizer = build_training.build_optimizer(args, model)
 
-    with setup.build_run(args, model, optimizer, loader=loader, val=val, given=given) as run:
+    with build_training.build_run(
+        args, model, optimizer, loader=loader, val=val, given=given
+    ) as run:
         if is_main():
             write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)
             if val is not None and run.epoch_step == run.epoch_steps and run.epoch == run.epochs:
-                (val_images,) = evaluation.eval_loaders(args, val, bad_images=loader.bad_images)
+                (val_images,) = build_evaluation.eval_loaders(
+                    args, val, bad_images=loader.bad_images
+                )
                 run.note(model.val_accuracy(val_images))
         run.finish("cross-entropy")
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

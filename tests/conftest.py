@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import running
+from utils.runtime import script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def signals_as_before():
 @pytest.fixture(autouse=True)
 def workers_are_watched(monkeypatch):
     """A script that ends in this process leaves torch's watch over workers, set up once."""
-    monkeypatch.setattr(running, "forget_workers", lambda: None)
+    monkeypatch.setattr(script, "forget_workers", lambda: None)
 
 
 def write_image(path: Path, *, seed: int, size: tuple[int, int] = (24, 20)) -> None:
@@ -127,7 +127,7 @@ def call_script(monkeypatch, capsys):
     def call(module, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_code:
-            running.run_script(module.main)
+            script.run_script(module.main)
         streams = capsys.readouterr()
         return exit_code.value.code, streams.out, streams.err
 

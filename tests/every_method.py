@@ -15,9 +15,10 @@ from semi_supervised.pseudo_label import PseudoLabelHead
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
-from utils import loss_watch, memory_bank
-from utils.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
-from utils.loaders import Batch
+from utils.data.batches import Batch
+from utils.method import memory_bank
+from utils.method.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
+from utils.training import loss_watch
 
 
 class Sizes(NamedTuple):

@@ -37,9 +37,9 @@ import torch
 from gpu_parts import report
 from gpu_parts.part import Part, run_module
 
-from utils import arguments
-from utils.errors import InputError, printable
-from utils.result_files import make_folder
+from utils.cli import arguments
+from utils.evaluation.result_files import make_folder
+from utils.runtime.errors import InputError, printable
 
 NOMINAL_MINUTES = 9
 _LEAST = 5  # seconds under which no part is started

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from utils.run_folder import ABOUT, ABOUT_FORMAT
+from utils.training.run_folder import ABOUT, ABOUT_FORMAT
 
 
 def record(epoch: int, step: int, **figures: object) -> dict:

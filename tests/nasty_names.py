@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from utils.data import ImageSet
+from utils.data.datasets import ImageSet
 
 _PARTS = [
     *(b"\n", b"\r", b" ", b"\t", b"\f", b'"', b"\\", b"'", b",", b".", b"\x1b[2J", b"\xff"),

@@ -22,12 +22,13 @@ from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
-from utils import batch_norm, distributed, running
-from utils.cropping import CropGroup
-from utils.data import ImageSet, read_split
-from utils.encoders import QueryTargetEncoders, SoleBackbone
-from utils.engine import Run
-from utils.loaders import TwoViewLoader
+from utils.data.batches import TwoViewLoader
+from utils.data.cropping import CropGroup
+from utils.data.datasets import ImageSet, read_split
+from utils.method import batch_norm
+from utils.method.encoders import QueryTargetEncoders, SoleBackbone
+from utils.runtime import distributed, script
+from utils.training.engine import Run
 
 SIZE, BATCH, STEPS = 8, 6, 30
 
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    running.run_script(main)
+    script.run_script(main)

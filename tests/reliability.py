@@ -32,10 +32,10 @@ sys.path.insert(0, str(ROOT))
 
 from tiny import tensors
 
-from utils import checkpoint
-from utils.demo_data import draw_data_set
-from utils.memory_bank import PreviousEmbeddings
-from utils.run_folder import PARTS, RunFolder
+from utils.data.demo_data import draw_data_set
+from utils.method import checkpoint
+from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.training.run_folder import PARTS, RunFolder
 
 torch.set_num_threads(1)  # also so that processes can be forked
 

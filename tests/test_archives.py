@@ -10,12 +10,12 @@ import tiny
 import torch
 from torchvision import datasets
 
-from utils import archives
-from utils.bad_images import BadImages
-from utils.data import read_split
-from utils.errors import InputError
-from utils.image_cache import cache_images
-from utils.splits import read_split_file
+from utils.data import archives
+from utils.data.bad_images import BadImages
+from utils.data.datasets import read_split
+from utils.data.image_cache import cache_images
+from utils.data.splits import read_split_file
+from utils.runtime.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 SUPERVISED = importlib.import_module("supervised.train_sup_msf")

@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils import arguments
+from utils.cli import arguments
 
 FOLDERS = ("self_supervised", "supervised", "semi_supervised", "eval")
 SCRIPTS = [

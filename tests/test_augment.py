@@ -14,8 +14,8 @@ from oracles import ks
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import augment
-from utils.augment import (
+from utils.data import augment
+from utils.data.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     JITTER_HIGH,
@@ -25,7 +25,7 @@ from utils.augment import (
     strong_view,
     weak_view,
 )
-from utils.random_draws import NUM_DRAWS, Draw, uniforms
+from utils.data.random_draws import NUM_DRAWS, Draw, uniforms
 
 FACTORS = (Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION, Draw.HUE)
 TOLERANCE = 2e-6  # of values in [0, 1], float32; a blur's 42 summands and HSV get ten times that

@@ -17,12 +17,13 @@ from test_bad_input import assert_refused
 from tiny import FLAGS
 from torch import nn
 
-from utils import augment, cropping, feature_cache, random_draws
-from utils.bad_images import BadImages
-from utils.data import ImageSet, read_image_folder, read_split
-from utils.errors import InputError
-from utils.features import extract_features
-from utils.loaders import EvalLoader, LabeledLoader, TwoViewLoader
+from utils.data import augment, cropping, random_draws
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader, LabeledLoader, TwoViewLoader
+from utils.data.datasets import ImageSet, read_image_folder, read_split
+from utils.evaluation import feature_cache
+from utils.evaluation.features import extract_features
+from utils.runtime.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 KNN = importlib.import_module("eval.eval_knn")

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from conftest import write_image
 
-from utils import checkpoint
+from utils.runtime import files
 
 TRAIN = "self_supervised.train_msf_2q"
 KNN = "eval.eval_knn"
@@ -160,7 +160,7 @@ class RunsCode:
 def test_no_path_that_loads_runs_code(call_script, image_tree, tmp_path, name, flag, sealed):
     trace, path = tmp_path / "was_run", tmp_path / "features.pth"
     state = {"state_dict": {"a": torch.zeros(1)}, "opt": RunsCode(trace)}
-    checkpoint.save(path, state) if sealed else torch.save(state, path)
+    files.save(path, state) if sealed else torch.save(state, path)
     small = ("--image_size", 16, "--batch_size", 8)
     flags = (*small, flag) if flag == "--cached" else (*small, flag, path)
     if "train" in name:

@@ -8,10 +8,10 @@ import tiny
 import torch
 from test_engine import Loader, Method, make_run, train
 
-from utils import board
-from utils.augment import IMAGENET_MEAN, IMAGENET_STD
-from utils.errors import InputError
-from utils.loaders import Batch
+from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.batches import Batch
+from utils.runtime.errors import InputError
+from utils.training import tensorboard
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 
@@ -39,14 +39,14 @@ def views(count=10, size=4):
 
 def test_the_picture_shows_views_as_they_look():
     looks, batch = views()
-    picture = board.views_picture(batch, most=3)
+    picture = tensorboard.views_picture(batch, most=3)
     assert picture.shape == (3, 8, 12)
     for place in range(3):
         for row in range(2):
             tile = picture[:, 4 * row : 4 * row + 4, 4 * place : 4 * place + 4]
             torch.testing.assert_close(tile, looks[row, place], atol=1e-6, rtol=0)
     bright = batch._replace(query_view=batch.query_view + 9)
-    assert board.views_picture(bright).max() == 1
+    assert tensorboard.views_picture(bright).max() == 1
 
 
 def test_scalars_of_each_record_and_views_of_each_saved_epoch(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from utils import checked
-from utils.errors import InputError
+from utils.runtime import checked
+from utils.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(

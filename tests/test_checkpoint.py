@@ -19,9 +19,10 @@ import torch
 import torchvision
 from conftest import ROOT
 
-from utils import checkpoint, checkpoint_fields
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.errors import InputError, RunError
+from utils.method import checkpoint, checkpoint_fields
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.runtime import files
+from utils.runtime.errors import InputError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_published_checkpoint(tmp_path, backbone, encoders, which, outer):
 def test_our_own_checkpoint(tmp_path, backbone, encoders):
     path = tmp_path / "ours.pth"
     state = {f"encoders.{name}": value for name, value in encoders.state_dict().items()}
-    checkpoint.save(path, {"state_dict": state, "args": {"arch": "resnet18"}, "epoch": 3})
+    files.save(path, {"state_dict": state, "args": {"arch": "resnet18"}, "epoch": 3})
     loaded = checkpoint.load(path, flag="--weights")
     checkpoint.load_backbone(backbone, loaded, what="--weights")
     expected = encoders.query_encoder.backbone.state_dict()
@@ -205,7 +206,7 @@ def test_an_epoch_of_others_becomes_a_number_or_is_left_out(tmp_path, capsys):
         capsys.readouterr()
         assert "epoch" not in checkpoint.load(path, flag="--weights")
         assert f"--weights {path}: its epoch is " in capsys.readouterr().out
-        checkpoint.save(path, {"format": "x", "epoch": given})
+        files.save(path, {"format": "x", "epoch": given})
         with pytest.raises(InputError, match=f"--weights {path}: epoch is .*, not a whole number"):
             checkpoint.load(path, flag="--weights")
 
@@ -255,7 +256,7 @@ def sealed(tmp_path):
     """A checkpoint of a few weights and its bytes."""
     path = tmp_path / "file.pth"
     state = {"format": checkpoint.FORMAT, "epoch": 3, "state_dict": {"a": torch.randn(500)}}
-    checkpoint.save(path, state)
+    files.save(path, state)
     return path, path.read_bytes()
 
 
@@ -309,14 +310,14 @@ def test_a_sealed_file_is_an_ordinary_one_for_others(sealed):
 
 def test_failed_save_keeps_the_old_file_and_no_temporary(tmp_path, monkeypatch):
     path = tmp_path / "file.pth"
-    checkpoint.save(path, {"epoch": 1})
+    files.save(path, {"epoch": 1})
 
     def disk_full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(RunError, match="file.pth could not be written: No space left on device"):
-        checkpoint.save(path, {"epoch": 2})
+        files.save(path, {"epoch": 2})
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["file.pth"]
     assert checkpoint.load(path, flag="--resume") == {"epoch": 1}
@@ -326,11 +327,12 @@ def test_file_size_limit_while_saving(tmp_path):
     """The system refuses bytes in the middle of torch.save, in a process of its own."""
     code = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from utils import checkpoint; from utils.errors import RunError\n"
-        "path = Path(sys.argv[1]); checkpoint.save(path, {'epoch': 1})\n"
+        "from utils.method import checkpoint; from utils.runtime import files\n"
+        "from utils.runtime.errors import RunError\n"
+        "path = Path(sys.argv[1]); files.save(path, {'epoch': 1})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "try: checkpoint.save(path, {'a': torch.ones(1_000_000)})\n"
+        "try: files.save(path, {'a': torch.ones(1_000_000)})\n"
         "except RunError as error: print(error)\n"
         "print(checkpoint.load(path, flag='--resume'))\n"
     )
@@ -350,15 +352,15 @@ def test_file_size_limit_while_saving(tmp_path):
 def test_sha256(tmp_path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")
-    assert checkpoint.sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert files.sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 # Writes half a file, says so, and waits to be killed or, by a line, to be let go on.
 HALF = """
 import sys
 from pathlib import Path
-from utils import checkpoint
-with checkpoint.atomic_file(Path(sys.argv[1])) as file:
+from utils.runtime import files
+with files.atomic_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
     print("half", flush=True)
@@ -395,9 +397,9 @@ def test_what_a_killed_process_left_is_removed_and_what_one_writes_is_not(tmp_pa
     with half_written(path) as alive:
         held = tmp_path / f".features.npz.{alive.pid}.tmp"
         assert set(tmp_path.iterdir()) == {path, held, of_another}  # it has removed what was left
-        checkpoint.replace_text(path, "new")
+        files.replace_text(path, "new")
         assert path.read_bytes() == b"new" and of_another.exists()
-        checkpoint.remove_temporaries(tmp_path)
+        files.remove_temporaries(tmp_path)
         assert set(tmp_path.iterdir()) == {path, held}
         alive.communicate("go on\n")
     assert path.read_bytes() == b"half and whole" and os.listdir(tmp_path) == [path.name]
@@ -415,7 +417,7 @@ def test_a_file_that_was_removed_before_it_was_held_is_made_anew(tmp_path, monke
         return real(file, *flags)
 
     monkeypatch.setattr(checkpoint.fcntl, "lockf", removed_first)
-    checkpoint.replace_text(path, "whole")
+    files.replace_text(path, "whole")
     assert path.read_text() == "whole" and len(calls) == 2
 
 
@@ -426,7 +428,7 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path):
         link.symlink_to(Path("disk") / link.name)
     (tmp_path / "disk" / "there.pth").write_bytes(b"old")
     for link in (there, to_come):
-        checkpoint.save(link, {"epoch": 7})
+        files.save(link, {"epoch": 7})
         assert link.is_symlink() and not (tmp_path / "disk" / link.name).is_symlink()
         assert checkpoint.load(tmp_path / "disk" / link.name, flag="x")["epoch"] == 7
     assert sorted(os.listdir(tmp_path / "disk")) == ["there.pth", "to_come.pth"]
@@ -440,7 +442,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     for name in ("pipe", "folder", "link"):
         expected = f"--save {tmp_path / name} could not be written: not a regular file"
         with pytest.raises(RunError, match=f"^{re.escape(expected)}$"):
-            checkpoint.replace_text(tmp_path / name, "x", flag="--save")
+            files.replace_text(tmp_path / name, "x", flag="--save")
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
     assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
 

@@ -11,7 +11,7 @@ import torchvision.transforms.functional as TF
 from oracles import ks
 from PIL import Image
 
-from utils.cropping import (
+from utils.data.cropping import (
     CropGroup,
     center_crop,
     crop_box,
@@ -20,7 +20,7 @@ from utils.cropping import (
     resized_crop,
     split_crops,
 )
-from utils.random_draws import CROP_ATTEMPTS, NUM_DRAWS, Draw, uniforms
+from utils.data.random_draws import CROP_ATTEMPTS, NUM_DRAWS, Draw, uniforms
 
 
 def test_decode_keeps_rgb_as_it_is(tmp_path):

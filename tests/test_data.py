@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from conftest import write_image
 
-from utils import cropping
-from utils.data import (
+from utils.data import cropping
+from utils.data.datasets import (
     ImageSet,
     check_classes,
     read_any_folder,
     read_image_folder,
     read_split,
 )
-from utils.errors import InputError
+from utils.runtime.errors import InputError
 
 
 def test_classes_are_sorted_folders_and_paths_are_in_order(tmp_path):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import demo_data
-from utils.demo_data import CLASSES, MARKER, PATTERNS, SPLITS, draw_data_set, draw_picture
+from utils.data import demo_data
+from utils.data.demo_data import CLASSES, MARKER, PATTERNS, SPLITS, draw_data_set, draw_picture
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = Path(demo_data.__file__).resolve()

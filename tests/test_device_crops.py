@@ -8,13 +8,13 @@ from conftest import write_image
 from test_streams import NeverWaits, pinned  # noqa: F401 (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils import cropping, random_draws
-from utils.bad_images import BadImages
-from utils.data import PixelSet, read_image_folder
-from utils.device_crops import DeviceCrops, crop_boxes, cut_crops
-from utils.image_cache import cache_images
-from utils.loaders import TwoViewLoader
-from utils.reading import EpochSampler
+from utils.data import cropping, random_draws
+from utils.data.bad_images import BadImages
+from utils.data.batches import TwoViewLoader
+from utils.data.datasets import PixelSet, read_image_folder
+from utils.data.device_crops import DeviceCrops, crop_boxes, cut_crops
+from utils.data.image_cache import cache_images
+from utils.data.reading import EpochSampler
 
 
 def noise(count, height, width):
@@ -167,8 +167,8 @@ def test_device_loader_of_several_processes(square_images, monkeypatch):
         def own_share(count, part=part):
             return range(count * part // 2, count * (part + 1) // 2)
 
-        monkeypatch.setattr("utils.reading.distributed.own_share", own_share)
-        monkeypatch.setattr("utils.two_views.distributed.world_size", lambda: 2)
+        monkeypatch.setattr("utils.data.reading.distributed.own_share", own_share)
+        monkeypatch.setattr("utils.data.train_loader.distributed.world_size", lambda: 2)
         parts.append(list(device.epoch(1)))
     for batch, one, two in zip(whole, *parts, strict=True):
         assert torch.equal(batch.index, torch.cat((one.index, two.index)))

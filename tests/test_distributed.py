@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from tiny import assert_same_checkpoint
 
-from utils import distributed
+from utils.runtime import distributed
 
 WORKER = ROOT / "tests" / "process_worker.py"
 REGIMES = ["2Q", "2Q of more crops", "MSF", "KM", "supervised", "cross-entropy", "semi-supervised"]
@@ -221,7 +221,8 @@ def test_a_killed_torchrun_ends_an_evaluation(image_tree, tmp_path):
 def test_a_process_that_does_not_stop_is_ended(tmp_path):
     """Here it cannot heed the signal; its launcher is a shell that ends."""
     code = (
-        "import os, signal, time; from utils import launcher; launcher._TIME_TO_SAVE = 0.5; "
+        "import os, signal, time; from utils.runtime import launcher; "
+        "launcher._TIME_TO_SAVE = 0.5; "
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); launcher.follow(); "
         f'open("{tmp_path}/ready", "w"); time.sleep(60)'
     )

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from utils.encoders import (
+from utils.method.encoders import (
     QueryTargetEncoders,
     SoleBackbone,
     build_backbone,
     check_image_size,
     mlp,
 )
-from utils.errors import InputError
+from utils.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, distributed, loss_watch
-from utils.bad_images import BadImages
-from utils.engine import Run
-from utils.errors import InputError, Interrupted, RunError
-from utils.memory_bank import MemoryBank
+from utils.data.bad_images import BadImages
+from utils.method.memory_bank import MemoryBank
+from utils.runtime import distributed, files
+from utils.runtime.errors import InputError, Interrupted, RunError
+from utils.training import loss_watch
+from utils.training.engine import Run
 
 
 class Method(nn.Module):
@@ -320,7 +321,7 @@ def test_what_cannot_be_resumed(tmp_path, change, words):
     train(make_run(tmp_path, epochs=1))
     path = tmp_path / "ckpt_epoch_1.pth"
     state = torch.load(path, weights_only=True) | change
-    checkpoint.save(tmp_path / "changed.pth", state)
+    files.save(tmp_path / "changed.pth", state)
     with pytest.raises(InputError, match=words) as error:
         make_run(tmp_path, resume=str(tmp_path / "changed.pth"))
     assert "--resume" in str(error.value)
@@ -410,7 +411,7 @@ def test_a_step_beyond_the_epoch_is_refused(tmp_path):
         train(make_run(tmp_path), Loader(after=stop))
     state = torch.load(tmp_path / "ckpt_epoch_1_step_3.pth", weights_only=True)
     path = tmp_path / "changed.pth"
-    checkpoint.save(path, state | {"step": 5})
+    files.save(path, state | {"step": 5})
     with pytest.raises(InputError, match="changed.pth: holds step 5 of an epoch of 4"):
         train(make_run(tmp_path / "b", resume=str(path)))
 
@@ -513,7 +514,7 @@ def test_saves_within_an_epoch_by_time(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 60))
     minute = {(e, s): lambda: now.append(next(clock)) for e in (1, 2, 3) for s in (1, 2, 3, 4)}
     now = [next(clock)]
-    monkeypatch.setattr("utils.engine.time.monotonic", lambda: now[-1])
+    monkeypatch.setattr("utils.training.engine.time.monotonic", lambda: now[-1])
     saved = []
     run = make_run(tmp_path, save_minutes=3, save_freq=2)
     path = tmp_path / "x"

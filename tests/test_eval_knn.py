@@ -12,8 +12,8 @@ from conftest import write_image
 from oracles import torchvision_resnet18
 from test_bad_input import assert_refused
 
-from utils import feature_cache
-from utils.encoders import build_backbone
+from utils.evaluation import feature_cache
+from utils.method.encoders import build_backbone
 
 KNN = importlib.import_module("eval.eval_knn")
 UNTRAINED = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "-j", 0)

@@ -14,19 +14,15 @@ import torchvision
 from conftest import write_image
 from test_bad_input import assert_refused
 
-from utils import (
-    augment,
-    checkpoint,
-    cropping,
-    evaluation,
-    feature_cache,
-    image_cache,
-    random_draws,
-)
-from utils.data import ImageSet, read_split
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.errors import InputError
-from utils.loaders import LabeledLoader, epoch_batches
+from utils.cli import build_evaluation
+from utils.data import augment, cropping, image_cache, random_draws
+from utils.data.batches import LabeledLoader, epoch_batches
+from utils.data.datasets import ImageSet, read_split
+from utils.evaluation import feature_cache
+from utils.method import checkpoint
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.runtime import files
+from utils.runtime.errors import InputError
 
 LINEAR = importlib.import_module("eval.eval_linear")
 QUICK = ("-j", 0, "-b", 9, "--epochs", 3, "--lr", 0.1, "--lr_schedule", "1,2")
@@ -113,7 +109,7 @@ def test_as_a_process_from_its_folder(run_script, seven_classes, weights, tmp_pa
     assert record["counts"] == {"train": 35, "val": 21, "classes": 7}
     assert (record["arch"], record["image_size"], record["epoch"]) == ("conv4", 16, 7)
     assert (record["epochs"], record["encoder"]) == (2, "query")
-    assert record["sha256"] == checkpoint.sha256(weights)
+    assert record["sha256"] == files.sha256(weights)
     assert f"{figures['top5']:.2f}" in done.stdout
     assert "scale 0.08 to 1" in record["protocol"] and "frozen" in record["protocol"]
 
@@ -301,13 +297,13 @@ def test_workers_change_no_bit(run_linear, tmp_path, flags):
 def test_without_fine_tune_no_bit_of_the_encoder_changes(run_linear, tmp_path, monkeypatch, flags):
     seen = {}
 
-    def spy(args, original=evaluation.evaluated_backbone):
+    def spy(args, original=build_evaluation.evaluated_backbone):
         backbone, state = original(args)
         seen["module"] = backbone.module
         seen["before"] = {n: v.clone() for n, v in backbone.module.state_dict().items()}
         return backbone, state
 
-    monkeypatch.setattr(evaluation, "evaluated_backbone", spy)
+    monkeypatch.setattr(build_evaluation, "evaluated_backbone", spy)
     _, _, saved = run_linear(tmp_path, *flags)
     assert_same_bits(seen["before"], dict(seen["module"].state_dict()))
     assert "state_dict" not in saved
@@ -517,7 +513,7 @@ def test_a_cache_with_features_that_are_not_finite_is_not_used(
     cache = tmp_path / "features.pth"
     state = torch.load(cache, weights_only=True)
     state["features"]["val"][0][3, 1] = value
-    checkpoint.save(cache, state)
+    files.save(cache, state)
     _, console, _ = run_linear(tmp_path, "--cached")
     assert "features is a dict, not finite features (N, 128)" in console
     assert len(extractions) == 2

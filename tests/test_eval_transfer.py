@@ -14,8 +14,8 @@ from stand_ins import WRITERS, without_checksums
 from test_bad_input import assert_refused
 from test_distributed import run
 
-from utils import transfer, transfer_data
-from utils.errors import InputError
+from utils.evaluation import transfer, transfer_data
+from utils.runtime.errors import InputError
 
 TRANSFER = importlib.import_module("eval.eval_transfer")
 UNTRAINED = ("--weights", "random", "--arch", "conv4", "--image_size", 16, "-j", 0)

@@ -8,8 +8,8 @@ import sys
 import torch
 import torchvision
 
-from utils import evaluation
-from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.cli import build_evaluation
+from utils.method.encoders import QueryTargetEncoders, build_backbone
 
 KNN = importlib.import_module("eval.eval_knn")
 
@@ -17,7 +17,7 @@ KNN = importlib.import_module("eval.eval_knn")
 def test_evaluated_backbones(monkeypatch, tmp_path):
     def evaluated(*flags):
         monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, flags), str(tmp_path)])
-        return evaluation.evaluated_backbone(KNN.parse_args())
+        return build_evaluation.evaluated_backbone(KNN.parse_args())
 
     torch.manual_seed(0)
     state = torchvision.models.resnet18(weights=None).state_dict()
@@ -38,11 +38,11 @@ def test_a_backbone_lies_as_in_training():
     alone = build_backbone("conv4").module
     encoders = QueryTargetEncoders(copy.deepcopy(alone), 128, channels_last=True)
     trained, images = encoders.query_encoder.backbone.eval(), torch.randn(8, 3, 32, 32)
-    placed = evaluation.place(argparse.Namespace(device=torch.device("cpu")), alone.eval())
+    placed = build_evaluation.place(argparse.Namespace(device=torch.device("cpu")), alone.eval())
     with torch.no_grad():
         assert torch.equal(placed(images), trained(images))
     layout = {"memory_format": torch.channels_last}
     assert placed.features[4].weight.is_contiguous(**layout)
     other = copy.deepcopy(build_backbone("conv4").module)
-    there = evaluation.place(argparse.Namespace(device=torch.device("meta")), other)
+    there = build_evaluation.place(argparse.Namespace(device=torch.device("meta")), other)
     assert not there.features[4].weight.is_contiguous(**layout)

@@ -17,10 +17,11 @@ from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 from torch import nn
 
-from utils import checkpoint, safetensors_file
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.errors import DamagedError, InputError
-from utils.loaders import EvalLoader
+from utils.data.batches import EvalLoader
+from utils.method import checkpoint
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.runtime import files, safetensors_file
+from utils.runtime.errors import DamagedError, InputError
 
 EXPORT = importlib.import_module("eval.export_backbone")
 EXTRACT = importlib.import_module("eval.extract_features")
@@ -109,7 +110,7 @@ def test_weights_and_metadata(call_script, published, tmp_path, encoder, ending)
     expected = {
         "arch": "resnet18",
         "encoder": encoder,
-        "checkpoint_sha256": checkpoint.sha256(source),
+        "checkpoint_sha256": files.sha256(source),
         "epoch": 200,
         "image_size": 224,
         "feature_dim": 512,
@@ -199,7 +200,7 @@ def test_a_fine_tuned_encoder_and_an_exported_one(call_script, image_tree, tmp_p
     assert all(torch.equal(v, saved["state_dict"][LINEAR.ENCODER + n]) for n, v in weights.items())
     about = read_metadata(files[-1])
     assert about == read_metadata(files[1])
-    assert about["checkpoint_sha256"] == checkpoint.sha256(tuned)
+    assert about["checkpoint_sha256"] == files.sha256(tuned)
     assert about["protocol"] == saved["protocol"] and about["data"] == saved["key"]
 
 

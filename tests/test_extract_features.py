@@ -15,9 +15,9 @@ from test_distributed import run as run_processes
 from test_eval_linear import write_checkpoint
 from test_export_backbone import published_layout
 
-from utils import checkpoint
-from utils.data import read_any_folder
-from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.data.datasets import read_any_folder
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.runtime import files
 
 EXTRACT = importlib.import_module("eval.extract_features")
 EXPORT = importlib.import_module("eval.export_backbone")
@@ -81,7 +81,7 @@ def test_any_folder(call_script, folder, tmp_path):
     assert torch.cdist(expected, expected).add(torch.eye(5) * 9).min() > 1
     np.testing.assert_allclose(found["features"], expected, atol=0.01)
     about = found["metadata"]
-    assert about["sha256"] == checkpoint.sha256(weights) and about["arch"] == "resnet18"
+    assert about["sha256"] == files.sha256(weights) and about["arch"] == "resnet18"
     assert (about["image_size"], about["encoder"], about["layer"]) == (28, "query", "backbone")
     assert about["counts"] == {"images": 5, "classes": 2} and about["normalized"] is False
     assert "256/224" in about["view"] and "--image_size 28" in about["command"]

@@ -11,8 +11,8 @@ import tiny
 from conftest import ROOT
 from test_bad_input import assert_refused
 
-from utils import faiss_library
-from utils.errors import InputError
+from utils.runtime import faiss_library
+from utils.runtime.errors import InputError
 
 NONE = "import sys\n\nsys.modules['faiss'] = None\n"  # as if it were not installed
 

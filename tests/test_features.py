@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils.errors import RunError
-from utils.features import extract_features
-from utils.loaders import EvalBatch
+from utils.data.batches import EvalBatch
+from utils.evaluation.features import extract_features
+from utils.runtime.errors import RunError
 
 
 def batches(*index_lists):
@@ -30,7 +30,7 @@ def test_missing_and_repeated_images_are_an_error(visits):
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_rows_of_images_left_out_are_taken_out(monkeypatch, chunk):
-    monkeypatch.setattr("utils.features._CHUNK", chunk)
+    monkeypatch.setattr("utils.evaluation.features._CHUNK", chunk)
     visits = batches([5, 1], [3, 2, 7])
     rows, labels = extract_features(nn.Flatten(), visits, num_images=8, left_out={0, 4, 6})
     assert rows[:, 0].tolist() == [1, 2, 3, 5, 7]

@@ -20,7 +20,7 @@ from conftest import ROOT, write_image
 from gpu_parts import report
 from gpu_parts.part import Part
 
-from utils.errors import InputError
+from utils.runtime.errors import InputError
 
 GOOD = """
 def run(part):

@@ -11,8 +11,8 @@ from gpu_parts import agreement, no_waiting
 from gpu_parts.part import Part
 from spans import Span, Trace
 
-from utils import loss_watch
-from utils.encoders import QueryTargetEncoders
+from utils.method.encoders import QueryTargetEncoders
+from utils.training import loss_watch
 
 CPU = torch.device("cpu")
 

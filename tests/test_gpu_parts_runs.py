@@ -13,7 +13,8 @@ import torch
 from gpu_parts import cifar, suite, survival
 from gpu_parts.part import RECORD, Part
 
-from utils import checkpoint
+from utils.method import checkpoint
+from utils.runtime import files
 
 GPU_TESTS = """
 import time
@@ -222,7 +223,7 @@ def finished_run(folder, *, lr=0.5, **weights):
     """A folder as a finished run leaves it, as far as it is compared."""
     logs.write(folder, [logs.record(1, 2, lr=lr, seconds=time.monotonic())])
     path = folder / f"ckpt_epoch_{reliability.EPOCHS}.pth"
-    checkpoint.save(path, {"format": checkpoint.FORMAT, "epoch": 3, "state_dict": weights})
+    files.save(path, {"format": checkpoint.FORMAT, "epoch": 3, "state_dict": weights})
     return folder
 
 

@@ -3,7 +3,7 @@
 import logs
 import pytest
 
-from utils import health, run_log
+from utils.reporting import health, run_log
 
 
 def verdicts(folder, lines, **start):

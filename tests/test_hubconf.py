@@ -15,8 +15,9 @@ from test_checkpoint import Malicious, published_layout
 from torch import nn
 
 import hubconf
-from utils import checkpoint, safetensors_file
-from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.method import checkpoint
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.runtime import files, safetensors_file
 
 load = functools.partial(torch.hub.load, str(ROOT), source="local")
 
@@ -105,7 +106,7 @@ def test_urls_that_cannot_be(server, tmp_path, hub_folder):
 
 def test_a_checksum(published, hub_folder):
     path, _ = published
-    digest = checkpoint.sha256(path)
+    digest = files.sha256(path)
     for good in (digest, digest[:8].upper()):
         load("cmsf_resnet18", weights=path, sha256=good)
     wrong = digest[:-1] + ("0" if digest[-1] != "0" else "1")
@@ -124,7 +125,7 @@ def test_exported_files_say_what_they_are(tmp_path, ending):
     backbone = build_backbone("resnet18", small_stem=True).module.eval()
     path, about = tmp_path / f"out.{ending}", {"arch": "resnet18", "small_stem": True}
     if ending == "pth":
-        checkpoint.save(path, checkpoint.exported(backbone.state_dict(), about))
+        files.save(path, checkpoint.exported(backbone.state_dict(), about))
     else:
         format = checkpoint.EXPORTED
         path.write_bytes(safetensors_file.encode(backbone.state_dict(), about, format=format))

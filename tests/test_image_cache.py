@@ -14,11 +14,12 @@ from PIL import Image
 from test_device_crops import assert_same_batches
 from torch.nn import functional as F
 
-from utils import cropping, feature_cache, image_cache, random_draws
-from utils.bad_images import BadImages
-from utils.data import CachedSet, PixelSet, read_image_folder
-from utils.errors import InputError
-from utils.loaders import EvalLoader, LabeledLoader, TwoViewLoader
+from utils.data import cropping, image_cache, random_draws
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader, LabeledLoader, TwoViewLoader
+from utils.data.datasets import CachedSet, PixelSet, read_image_folder
+from utils.evaluation import feature_cache
+from utils.runtime.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 PSEUDO = importlib.import_module("semi_supervised.train_pseudo_cmsf")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from utils.kmeans import ITERATIONS, kmeans
+from utils.method.kmeans import ITERATIONS, kmeans
 
 
 def blobs(*, count=60, centers=4, noise=0.05, seed=0):
@@ -39,7 +39,7 @@ def test_as_a_slow_loop_from_the_same_first_centers(monkeypatch):
     """faiss without iterations gives the first centers."""
     rows = normalize(torch.randn(150, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     with monkeypatch.context() as patch:
-        patch.setattr("utils.kmeans.ITERATIONS", 0)
+        patch.setattr("utils.method.kmeans.ITERATIONS", 0)
         first = kmeans(rows, num_clusters=8, seed=[3]).centers
     assert all((row == rows).all(dim=1).any() for row in torch.from_numpy(first))
     found = kmeans(rows, num_clusters=8, seed=[3])

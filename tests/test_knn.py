@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import faiss_library, knn
-from utils.errors import InputError, RunError
+from utils.evaluation import knn
+from utils.runtime import faiss_library
+from utils.runtime.errors import InputError, RunError
 
 
 def circle(*degrees):

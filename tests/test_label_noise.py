@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nasty_names import image_sets
 
-from utils.data import ImageSet
-from utils.errors import InputError
-from utils.image_names import quoted
-from utils.label_noise import (
+from utils.data.batches import Batch
+from utils.data.datasets import ImageSet
+from utils.data.image_names import quoted
+from utils.data.label_noise import (
     as_tensor,
     labels_to_use,
     noisy_labels,
     read_label_file,
     write_changes,
 )
-from utils.loaders import Batch
+from utils.runtime.errors import InputError
 
 
 def image_set(count=1000, classes=5, root="train"):

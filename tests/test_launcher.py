@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils import launcher
+from utils.runtime import launcher
 
 
 @pytest.fixture

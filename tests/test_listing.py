@@ -13,10 +13,10 @@ from conftest import ROOT, write_image
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from utils import cropping
-from utils.data import read_any_folder, read_image_folder, read_split
-from utils.errors import InputError
-from utils.listing import LeftOut, endings
+from utils.data import cropping
+from utils.data.datasets import read_any_folder, read_image_folder, read_split
+from utils.data.listing import LeftOut, endings
+from utils.runtime.errors import InputError
 
 
 def names(images):
@@ -256,9 +256,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 def test_common_formats_are_tried_first():
     """Pillow asks its formats one after the other; in a process where nothing has begun it."""
-    code = (
-        "from PIL import Image; from utils.listing import endings; endings(); print(Image.ID[:6])"
-    )
+    code = "from PIL import Image; from utils.data.listing import endings; "
+        "endings(); print(Image.ID[:6])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert sorted(ast.literal_eval(done.stdout)) == ["BMP", "DIB", "GIF", "JPEG", "PNG", "PPM"], (
         done

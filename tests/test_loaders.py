@@ -7,12 +7,12 @@ import torch
 from conftest import write_image
 from PIL import Image
 
-from utils import augment, cropping, random_draws, reading
-from utils.bad_images import BadImages
-from utils.data import read_image_folder, read_split
-from utils.errors import InputError
-from utils.image_cache import cache_images
-from utils.loaders import EvalLoader, TwoViewLoader
+from utils.data import augment, cropping, random_draws, reading
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader, TwoViewLoader
+from utils.data.datasets import read_image_folder, read_split
+from utils.data.image_cache import cache_images
+from utils.runtime.errors import InputError
 
 
 def loader(images, **options):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from utils import logistic
-from utils.errors import RunError
-from utils.logistic import Fit, Problem
+from utils.evaluation import logistic
+from utils.evaluation.logistic import Fit, Problem
+from utils.runtime.errors import RunError
 
 
 def overlapping(

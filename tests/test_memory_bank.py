@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import memory_bank
-from utils.memory_bank import MemoryBank, PreviousEmbeddings
+from utils.method import memory_bank
+from utils.method.memory_bank import MemoryBank
+from utils.method.previous_embeddings import PreviousEmbeddings
 
 
 def columns(start, batch, dim):

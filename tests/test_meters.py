@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from utils import knn
-from utils.meters import Log, Means, effective_rank, embedding_health, spread
+from utils.evaluation import knn
+from utils.method.collapse import effective_rank, embedding_health, spread
+from utils.training.log import Log, Means
 
 
 def test_means_start_over_after_reading():

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from utils import neighbors
-from utils.neighbors import (
+from utils.method import neighbors
+from utils.method.neighbors import (
     Neighbors,
     mean_shift_loss,
     mean_shift_loss_all,

@@ -8,10 +8,11 @@ import torch
 from every_method import METHODS, Method, Sizes, device_of_shapes, placed
 from torch import nn
 
-from utils import loss_watch, memory_bank
-from utils.errors import RunError
-from utils.meters import Means
-from utils.streams import HostCopy, upload
+from utils.method import previous_embeddings
+from utils.runtime.errors import RunError
+from utils.runtime.streams import HostCopy, upload
+from utils.training import loss_watch
+from utils.training.log import Means
 
 STEPS = 6
 
@@ -109,7 +110,7 @@ def test_a_step_on_a_gpu_does_not_wait(name):
 
 @pytest.mark.gpu
 def test_what_comes_from_a_gpu_is_there_when_asked_for():
-    store = memory_bank.PreviousEmbeddings(50, 64)
+    store = previous_embeddings.PreviousEmbeddings(50, 64)
     for epoch in range(3):
         order = torch.randperm(50)
         for index in order.split(5):

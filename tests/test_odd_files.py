@@ -17,22 +17,18 @@ from test_checkpoint import published_layout
 
 import hubconf
 from self_supervised.train_msf_2q import CMSF2Q
-from utils import (
-    checkpoint,
-    evaluation,
-    feature_cache,
-    knn,
-    linear,
-    safetensors_file,
-    shown_neighbors,
-)
-from utils.bad_images import BadImages
-from utils.data import read_split
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.engine import Run
-from utils.errors import InputError, RunError
-from utils.labeled_features import FromFeatures
-from utils.memory_bank import MemoryBank
+from utils.cli import build_evaluation
+from utils.data.bad_images import BadImages
+from utils.data.datasets import read_split
+from utils.evaluation import feature_cache, knn, linear_probe
+from utils.evaluation.labeled_features import FromFeatures
+from utils.method import checkpoint
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.method.memory_bank import MemoryBank
+from utils.reporting import shown_neighbors
+from utils.runtime import files, safetensors_file
+from utils.runtime.errors import InputError, RunError
+from utils.training.engine import Run
 
 EXPORT = importlib.import_module("eval.export_backbone")
 LINEAR = importlib.import_module("eval.eval_linear")
@@ -51,7 +47,7 @@ def reads(read, content, path):
     """Whether a reader takes a file with this content; otherwise its InputError is one line."""
     try:
         if isinstance(content, dict) and "format" in content:
-            checkpoint.save(path, content)
+            files.save(path, content)
         else:
             torch.save(content, path)
         read()
@@ -119,9 +115,11 @@ def backbone_weights():
 def evaluate(path):
     """All that the evaluations and the export make of --weights; it can be written as JSON."""
     args = argparse.Namespace(**vars(WHERE), weights=str(path))
-    backbone, state = evaluation.evaluated_backbone(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
     about = EXPORT.describe(args, backbone, state)
-    counts = evaluation.result_record(args, state, counts={}, bad_images=BadImages(), images={})
+    counts = build_evaluation.result_record(
+        args, state, counts={}, bad_images=BadImages(), images={}
+    )
     json.dumps([about, counts], allow_nan=False)
     backbone.module.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
     fresh = copy.deepcopy(encoders())
@@ -261,7 +259,7 @@ def probe_run(monkeypatch, path, *flags):
         seed=0,
         save=lambda: None,
     )
-    json.dumps(linear.summarize(args.lr, history), allow_nan=False)
+    json.dumps(linear_probe.summarize(args.lr, history), allow_nan=False)
     origin = {"key": KEY, "classes": classes, "num_images": 8, "protocol": "x", "bad_images": []}
     LINEAR.save_run(args, probe, optimizer, backbone.module, history, origin)
 

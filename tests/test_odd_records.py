@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils import checkpoint
+from utils.runtime import files
 
 COMPARE, REPORT, PLOT = (
     importlib.import_module(f"eval.{name}") for name in ("compare", "report", "plot_training")
@@ -55,9 +55,9 @@ def whole_files(folder):
     lines += [logs.record(e, 4, constrained_ranks=[70.0, 30.0]) for e in (2, 3)]
     lines += logs.records()[-1:] + [{"epoch": 3, "step": 4, "error": "loss nan"}]
     logs.write(folder, lines, starts=[start, start])
-    checkpoint.save(folder / "ckpt_epoch_3.pth", {"weight": torch.zeros(1)})
+    files.save(folder / "ckpt_epoch_3.pth", {"weight": torch.zeros(1)})
     (folder / "linear").mkdir()
-    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    last = files.sha256(folder / "ckpt_epoch_3.pth")
     whose = {"checkpoint": "x", "sha256": last, "epoch": 3, "encoder": "query", "arch": "conv4"}
     whose |= {"image_size": 16, "small_stem": False, "seed": 0}
     whose |= {"counts": {"val": 12, "classes": 3}, "images": {"val": "x"}}

@@ -23,16 +23,19 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
-from utils import checkpoint_fields, cropping, linear, setup
-from utils.bad_images import BadImages
-from utils.data import read_split
-from utils.device_crops import cut_crops
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.features import extract_features
-from utils.image_cache import cache_images
-from utils.loaders import EvalLoader, TwoViewLoader
-from utils.logistic import Problem
-from utils.neighbors import nearest
+from utils.cli import build_training
+from utils.data import cropping
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader, TwoViewLoader
+from utils.data.datasets import read_split
+from utils.data.device_crops import cut_crops
+from utils.data.image_cache import cache_images
+from utils.evaluation import linear_probe
+from utils.evaluation.features import extract_features
+from utils.evaluation.logistic import Problem
+from utils.method import checkpoint_fields
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.method.neighbors import nearest
 
 pytestmark = pytest.mark.gpu
 DEVICES = ("cpu", "cuda")
@@ -52,7 +55,7 @@ def optimizer_of(model: nn.Module, *, learning_rate: float = 0.1) -> torch.optim
     """As the training scripts build it."""
     flags = {"learning_rate": learning_rate, "sgd_momentum": 0.9, "weight_decay": 1e-2}
     device = next(model.parameters()).device
-    return setup.build_optimizer(argparse.Namespace(device=device, **flags), model)
+    return build_training.build_optimizer(argparse.Namespace(device=device, **flags), model)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -205,8 +208,8 @@ def test_features_and_classifiers_are_those_of_the_cpu(image_tree):
         batches = [(features[:12].to(device), labels[:12].to(device))] * 5
         optimizer = sgd(probe, [0.1, 0.01])
         assert bool(optimizer.param_groups[1]["fused"]) == (device == "cuda")
-        losses = linear.train_epoch(probe, batches, optimizer)
-        figures.append((losses.tolist(), linear.accuracy(probe, features, labels)))
+        losses = linear_probe.train_epoch(probe, batches, optimizer)
+        figures.append((losses.tolist(), linear_probe.accuracy(probe, features, labels)))
     assert (
         figures[1][0] == pytest.approx(figures[0][0], abs=1e-9) and figures[0][1] == figures[1][1]
     )

@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from utils import options, reading, workers
+from utils.cli import options
+from utils.data import reading
+from utils.runtime import origin, workers
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 
@@ -108,7 +110,7 @@ def test_explicit_flags_override_the_demo(monkeypatch, tmp_path):
     assert args.data == tmp_path / "demo"
     args = parse(monkeypatch, "--demo", "--arch", "resnet18", tmp_path)
     assert (args.arch, args.data) == ("resnet18", tmp_path)
-    assert args.checkpoint_path == options.ROOT / "output" / "demo_2q"
+    assert args.checkpoint_path == origin.ROOT / "output" / "demo_2q"
 
 
 @pytest.mark.parametrize(

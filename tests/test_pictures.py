@@ -5,8 +5,9 @@ import pytest
 from conftest import write_image
 from PIL import Image, ImageChops, ImageColor
 
-from utils import cropping, pictures
-from utils.pictures import Panel, Row, Tile, neighbor_sheet
+from utils.data import cropping
+from utils.reporting import pictures
+from utils.reporting.pictures import Panel, Row, Tile, neighbor_sheet
 
 LONG = "a class name of many words that no thumbnail is wide enough for"
 

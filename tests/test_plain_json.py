@@ -8,8 +8,8 @@ import os
 import pytest
 from conftest import ROOT
 
-from utils import plain_json
-from utils.errors import InputError
+from utils.runtime import plain_json
+from utils.runtime.errors import InputError
 
 
 def strict(text):

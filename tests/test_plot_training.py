@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import run_log
-from utils.errors import InputError
+from utils.reporting import run_log
+from utils.runtime.errors import InputError
 
 SCRIPT = importlib.import_module("eval.plot_training")
 

@@ -12,9 +12,10 @@ import tiny
 import torch
 from torch import nn
 
-from utils import checkpoint, setup
-from utils.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
-from utils.errors import InputError
+from utils.cli import build_training
+from utils.method import checkpoint
+from utils.method.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
+from utils.runtime.errors import InputError
 
 SCRIPTS = {
     "self_supervised.train_msf_2q": (),
@@ -343,7 +344,7 @@ def test_tf32_only_when_asked_for(args):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch is about to give these settings new names
         for flags, matmul in ((("--tf32",), "high"), ((), "highest")):
-            setup.build_encoders(args(*flags))
+            build_training.build_encoders(args(*flags))
             assert torch.get_float32_matmul_precision() == matmul
             assert torch.backends.cudnn.allow_tf32 == bool(flags)
 
@@ -351,7 +352,7 @@ def test_tf32_only_when_asked_for(args):
 @pytest.mark.parametrize("flags", [(), ("--deterministic",)])
 def test_kernels_are_tried_out_unless_bits_must_be_the_same(args, monkeypatch, flags):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", bool(flags))
-    setup.build_encoders(args(*flags))
+    build_training.build_encoders(args(*flags))
     assert torch.backends.cudnn.benchmark == (not flags)
 
 
@@ -361,11 +362,13 @@ def test_flags_reach_the_encoders(args, monkeypatch):
     monkeypatch.setattr(
         QueryTargetEncoders, "compile", lambda self, cuda_graphs: compiled.append(self)
     )
-    fast = setup.build_encoders(args("--precision", "bf16", "--channels_last", "--compile"))
+    fast = build_training.build_encoders(
+        args("--precision", "bf16", "--channels_last", "--compile")
+    )
     assert (fast.autocast, fast.channels_last, compiled) == (torch.bfloat16, True, [fast])
-    plain = setup.build_encoders(args("--no_channels_last"))
+    plain = build_training.build_encoders(args("--no_channels_last"))
     assert (plain.autocast, plain.channels_last, compiled) == (None, False, [fast])
-    assert setup.build_encoders(args()).channels_last  # on a CPU
+    assert build_training.build_encoders(args()).channels_last  # on a CPU
 
 
 @pytest.mark.parametrize("sole", [False, True])
@@ -396,7 +399,7 @@ def test_a_step_begins_with_the_query_where_it_runs_as_cuda_graphs(monkeypatch, 
 def test_cuda_graphs_need_a_gpu_and_a_compiler(args, monkeypatch):
     for flags, missing in (((), "with --compile"), (("--compile",), "on a GPU, not on cpu")):
         with pytest.raises(InputError, match=f"^--cuda_graphs: only {missing}$"):
-            setup.build_encoders(args("--cuda_graphs", "--device", "cpu", *flags))
+            build_training.build_encoders(args("--cuda_graphs", "--device", "cpu", *flags))
 
 
 def test_gradients_are_gone_when_the_next_step_begins(tmp_path):
@@ -424,4 +427,4 @@ def test_a_gpu_without_bfloat16_is_told_at_once(args, monkeypatch):
     given = args("--precision", "bf16")
     given.device = torch.device("cuda")
     with pytest.raises(InputError, match="^--precision bf16: this GPU"):
-        setup.build_encoders(given)
+        build_training.build_encoders(given)

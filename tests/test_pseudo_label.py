@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
-from utils.errors import RunError
+from utils.runtime.errors import RunError
 
 ROUND = {
     "epochs": 4,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from oracles import ks
 
-from utils import random_draws
-from utils.random_draws import NUM_DRAWS, uniforms
+from utils.data import random_draws
+from utils.data.random_draws import NUM_DRAWS, uniforms
 
 
 def splitmix64(state: int) -> int:

@@ -11,7 +11,7 @@ from self_supervised.train_msf_km import CMSFKM
 from semi_supervised.pseudo_label import PseudoLabelHead
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
-from utils.demo_data import draw_data_set
+from utils.data.demo_data import draw_data_set
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import checkpoint, result_files, run_log
+from utils.evaluation import result_files
+from utils.reporting import run_log
+from utils.runtime import files
 
 SCRIPT = importlib.import_module("eval.report")
 CHROMIUM = shutil.which("chromium")
@@ -71,8 +73,8 @@ def folder(tmp_path):
     """A finished run with a checkpoint, results and a picture."""
     folder = logs.write(tmp_path / "runs" / "run", logs.records(), starts=[logs.start()])
     for epoch in (2, 3):
-        checkpoint.save(folder / f"ckpt_epoch_{epoch}.pth", {"weight": torch.zeros(epoch)})
-    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+        files.save(folder / f"ckpt_epoch_{epoch}.pth", {"weight": torch.zeros(epoch)})
+    last = files.sha256(folder / "ckpt_epoch_3.pth")
     origin = {"checkpoint": "ckpt_epoch_3.pth", "sha256": last, "epoch": 3}
     (folder / "knn.json").write_text(json.dumps({"k": KNN} | origin))
     (folder.parent / "finetune").mkdir()
@@ -99,7 +101,7 @@ def shown(value):
 
 
 def test_numbers_on_the_page_are_those_of_the_files(call_script, folder):
-    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    last = files.sha256(folder / "ckpt_epoch_3.pth")
     rows = {"a <row>": {"1-NN": 29.3, "x": None, "of": {"sha256": last}, "left_out": {}}}
     rows["random"] = {"1-NN": 8.125, "of": {"checkpoint": "random", "seed": 5}}
     (folder.parent / "results.json").write_text(json.dumps(rows))
@@ -199,9 +201,9 @@ def test_everything_from_files_is_escaped(call_script, tmp_path, left_out):
     lines = [logs.record(1, 4, warning="x", constrained_ranks=["x", 3.0])]
     lines += logs.records()[-1:] + [{"epoch": 3, "step": 4, "error": "x"}]
     folder = logs.write(tmp_path / name / name, evil(lines), starts=[evil(start)])
-    checkpoint.save(folder / "ckpt_epoch_3.pth", {"weight": torch.zeros(1)})
+    files.save(folder / "ckpt_epoch_3.pth", {"weight": torch.zeros(1)})
     Image.new("RGB", (8, 8)).save(folder / f"neighbors{name}.png")
-    last = "b" * 64 if left_out else checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    last = "b" * 64 if left_out else files.sha256(folder / "ckpt_epoch_3.pth")
     whose = {"checkpoint": "x", "sha256": last, "encoder": "x", "arch": "x"}
     for path, record in (
         (folder / "knn.json", {"k": KNN} | whose),
@@ -250,7 +252,7 @@ def test_a_run_that_broke(call_script, tmp_path):
 def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "linear").mkdir(parents=True)
-    last = checkpoint.sha256(folder / "ckpt_epoch_3.pth")
+    last = files.sha256(folder / "ckpt_epoch_3.pth")
     own = {"lr": LINEAR, "sha256": last}
     (elsewhere / "linear" / "linear.json").write_text(json.dumps(own))
     picture = tmp_path / "a.png"
@@ -313,7 +315,7 @@ def test_what_nobody_named_cannot_end_the_page(call_script, folder, text, reason
 
 def test_results_are_on_the_same_val_images(call_script, folder):
     """Those of the first; a fine-tuned encoder is told by its file, not by the folder."""
-    last = {"sha256": checkpoint.sha256(folder / "ckpt_epoch_3.pth"), "counts": {"val": 12}}
+    last = {"sha256": files.sha256(folder / "ckpt_epoch_3.pth"), "counts": {"val": 12}}
     tuned = {"lr": LINEAR, "settings": {"fine_tune": True}} | last
     (folder / "knn.json").write_text(json.dumps({"k": KNN} | last))
     (folder / "linear.json").write_text(json.dumps(tuned))

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils import result_files
-from utils.errors import InputError, RunError
-from utils.result_files import Encoder
+from utils.evaluation import result_files
+from utils.evaluation.result_files import Encoder
+from utils.runtime.errors import InputError, RunError
 
 
 def test_write_json(tmp_path):

@@ -10,10 +10,11 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from utils import checkpoint
-from utils.errors import InputError, RunError
-from utils.memory_bank import PreviousEmbeddings
-from utils.run_folder import PARTS, RunFolder, apart
+from utils.method import checkpoint
+from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.runtime import files
+from utils.runtime.errors import InputError, RunError
+from utils.training.run_folder import PARTS, RunFolder, apart
 
 
 class Model(nn.Module):
@@ -132,7 +133,8 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
 def test_two_runs_cannot_share_a_folder(tmp_path):
     """Another process is refused as long as the first one has the folder."""
     code = (
-        "import sys; from utils.errors import InputError; from utils.run_folder import RunFolder\n"
+        "import sys; from utils.runtime.errors import InputError; "
+        "from utils.training.run_folder import RunFolder\n"
         "try: RunFolder(sys.argv[1])\n"
         "except InputError as error: print(error, flush=True)\n"
         "else: print('not refused', flush=True)\n"
@@ -277,7 +279,7 @@ def test_a_part_that_cannot_be(tmp_path, change, words):
     visit(model, range(3))
     path = folder.save_step(state(model, 1, 1), model.stores)
     part = tmp_path / PARTS / "part_1.pth"
-    checkpoint.save(part, torch.load(part, weights_only=True) | change)
+    files.save(part, torch.load(part, weights_only=True) | change)
     with pytest.raises(InputError, match=f"--resume {part}: .*{words}"):
         loaded(RunFolder(tmp_path), path)
 
@@ -285,7 +287,7 @@ def test_a_part_that_cannot_be(tmp_path, change, words):
 def test_a_checkpoint_whose_parts_are_gone_from_it(tmp_path):
     folder, model = RunFolder(tmp_path), Model()
     path = folder.save_step(state(model, 1, 1), model.stores)
-    checkpoint.save(path, torch.load(path, weights_only=True) | {"parts": {}})
+    files.save(path, torch.load(path, weights_only=True) | {"parts": {}})
     with pytest.raises(InputError, match="a run that lacks previous, unlike this one"):
         folder.load(path, model.stores)
 
@@ -335,7 +337,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(InputError, match="--checkpoint_path .*file"):
         RunFolder(tmp_path / "file")
     with pytest.raises(RunError, match="could not be written: No such file"):
-        checkpoint.save(tmp_path / "no" / "x.pth", {})
+        files.save(tmp_path / "no" / "x.pth", {})
 
 
 def test_a_damaged_run_json_is_begun_anew(tmp_path):

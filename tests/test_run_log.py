@@ -6,8 +6,8 @@ import math
 import logs
 import pytest
 
-from utils import run_log
-from utils.errors import InputError
+from utils.reporting import run_log
+from utils.runtime.errors import InputError
 
 
 def test_epochs_that_have_passed_and_the_figures_there(tmp_path):

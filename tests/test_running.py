@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from utils import running, workers
-from utils.errors import InputError, RunError
+from utils.runtime import script, workers
+from utils.runtime.errors import InputError, RunError
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_exit_codes(capsys, error, code, words):
         raise error
 
     with pytest.raises(SystemExit) as exit_code:
-        running.run_script(main)
+        script.run_script(main)
     assert exit_code.value.code == code
     printed = capsys.readouterr().err
     assert words in printed and "Traceback" not in printed
@@ -50,8 +50,8 @@ def test_exit_codes(capsys, error, code, words):
 
 def test_what_the_console_cannot_show_is_escaped():
     """Characters that it does not know, bytes that are no text."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from utils import running\n"
-    code += r"running.run_script(lambda: print('\u2713 \xe9 \udcff'))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from utils.runtime import script\n"
+    code += r"script.run_script(lambda: print('\u2713 \xe9 \udcff'))"
     done = subprocess.run(
         [sys.executable, "-c", code, ROOT],
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
@@ -64,7 +64,7 @@ def test_what_the_console_cannot_show_is_escaped():
 def test_streams_that_are_no_files(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # closed
     with pytest.raises(SystemExit) as end:
-        running.run_script(lambda: None)
+        script.run_script(lambda: None)
     assert end.value.code == 0
 
 
@@ -73,7 +73,7 @@ def test_other_errors_keep_their_traceback():
         raise RuntimeError("a mistake of ours")
 
     with pytest.raises(RuntimeError, match="a mistake of ours"):
-        running.run_script(main)
+        script.run_script(main)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
@@ -81,7 +81,7 @@ def test_a_signal_ends_a_script_in_one_line(monkeypatch, capsys, name):
     """While it has nothing to save; another one, as it ends, changes nothing."""
     monkeypatch.setattr(sys, "argv", ["dir/script.py"])
     with pytest.raises(SystemExit) as stop:
-        running.run_script(lambda: os.kill(os.getpid(), getattr(signal, name)))
+        script.run_script(lambda: os.kill(os.getpid(), getattr(signal, name)))
     assert stop.value.code == 75
     assert capsys.readouterr().err == f"script.py: stopped by {name}\n"
     os.kill(os.getpid(), signal.SIGTERM)
@@ -93,12 +93,12 @@ def test_after_an_error_no_other_child_of_the_process_raises(monkeypatch):
     def fail(*_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr(running, "forget_workers", workers.forget_workers)
+    monkeypatch.setattr(script, "forget_workers", workers.forget_workers)
     monkeypatch.setattr(sys, "argv", ["dir/script.py"])
     before = signal.signal(signal.SIGCHLD, fail)
     try:
         with pytest.raises(SystemExit) as stop:
-            running.run_script(fail)
+            script.run_script(fail)
         subprocess.run(["true"], check=True)  # its end is a SIGCHLD
     finally:
         signal.signal(signal.SIGCHLD, before)

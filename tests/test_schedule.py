@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.schedule import learning_rate
+from utils.training.schedule import learning_rate
 
 
 def test_cosine():

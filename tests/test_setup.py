@@ -14,9 +14,10 @@ import torchvision
 from conftest import write_image
 from test_bad_input import assert_refused
 
-from utils import evaluation, image_cache, setup
-from utils.data import ImageSet
-from utils.errors import InputError
+from utils.cli import build_evaluation, build_training
+from utils.data import image_cache
+from utils.data.datasets import ImageSet
+from utils.runtime.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
 
@@ -37,15 +38,17 @@ TINY = ("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--mem_bank_si
 
 def test_encoders_follow_their_flags(args):
     flags = ("--momentum", 0.7, "--proj_dim", 6, "--hidden_dim", 10, "--proj_bn")
-    encoders = setup.build_encoders(args(*TINY, *flags))
+    encoders = build_training.build_encoders(args(*TINY, *flags))
     assert (encoders.momentum, encoders.proj_dim) == (0.7, 6)
     assert encoders.predictor[0].weight.shape == (10, 6)
     assert isinstance(encoders.query_encoder.projector[-1], torch.nn.BatchNorm1d)
-    plain = setup.build_encoders(args(*TINY))
+    plain = build_training.build_encoders(args(*TINY))
     assert (plain.proj_dim, len(plain.query_encoder.projector)) == (32, 4)
 
 
-@pytest.mark.parametrize("build", [setup.build_encoders, setup.build_sole_backbone])
+@pytest.mark.parametrize(
+    "build", [build_training.build_encoders, build_training.build_sole_backbone]
+)
 def test_a_run_that_goes_on_needs_no_weights(args, build, tmp_path, capsys):
     """The file that it started from may be gone; one that starts still needs it."""
     folder = tmp_path / "out"
@@ -65,7 +68,7 @@ def test_a_run_that_goes_on_needs_no_weights(args, build, tmp_path, capsys):
 
 def test_encoders_are_seeded(args):
     one, same, other = (
-        setup.build_encoders(args(*TINY, "--seed", seed)).query_encoder.projector[0].weight
+        build_training.build_encoders(args(*TINY, "--seed", seed)).query_encoder.projector[0].weight
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other)
@@ -73,24 +76,24 @@ def test_encoders_are_seeded(args):
 
 def test_optimizer_is_plain_sgd_over_what_has_a_gradient(args):
     given = args(*TINY, "--learning_rate", 0.3, "--sgd_momentum", 0.8, "--weight_decay", 0.02)
-    encoders = setup.build_encoders(given)
-    optimizer = setup.build_optimizer(given, encoders)
+    encoders = build_training.build_encoders(given)
+    optimizer = build_training.build_optimizer(given, encoders)
     (group,) = optimizer.param_groups
     expected = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.02, "nesterov": False, "dampening": 0}
     assert {name: group[name] for name in expected} == expected
     assert group["fused"] is None
     given.device = torch.device("cuda")
-    assert setup.build_optimizer(given, encoders).param_groups[0]["fused"]
+    assert build_training.build_optimizer(given, encoders).param_groups[0]["fused"]
     trained = {id(p) for m in (encoders.query_encoder, encoders.predictor) for p in m.parameters()}
     assert {id(p) for p in group["params"]} == trained
 
 
 def test_loader_follows_its_flags(args):
     given = args(*TINY, "--weak_strong", "--blur", 0.25, "--seed", 4, "--num_workers", 0)
-    train, val = setup.read_training_data(given)
-    loader = setup.build_loader(given, train)
+    train, val = build_training.read_training_data(given)
+    loader = build_training.build_loader(given, train)
     assert (loader.batch_size, len(loader), len(val)) == (8, 3, 12)
-    direct = setup.TwoViewLoader(
+    direct = build_training.TwoViewLoader(
         train, batch_size=8, image_size=16, weak_strong=True, blur=0.25, seed=4
     )
     one, two = next(loader.epoch(2)), next(direct.epoch(2))
@@ -100,20 +103,20 @@ def test_loader_follows_its_flags(args):
 
 def test_every_loader_does_about_broken_images_what_the_flags_say(args):
     given = args(*TINY, "--bad_images", "skip", "--max_bad_images", 7, "--num_workers", 0)
-    train, val = setup.read_training_data(given)
-    bad_images = setup.build_loader(given, train).bad_images
+    train, val = build_training.read_training_data(given)
+    bad_images = build_training.build_loader(given, train).bad_images
     assert (bad_images.skip, bad_images.most) == (True, 7)
-    alone, other = evaluation.eval_loaders(given, train, val)
+    alone, other = build_evaluation.eval_loaders(given, train, val)
     assert alone.bad_images is other.bad_images and alone.bad_images.most == 7
-    (shared,) = evaluation.eval_loaders(given, val, bad_images=bad_images)
+    (shared,) = build_evaluation.eval_loaders(given, val, bad_images=bad_images)
     assert shared.bad_images is bad_images
-    plain = setup.build_loader(args(*TINY, "--num_workers", 0), train).bad_images
+    plain = build_training.build_loader(args(*TINY, "--num_workers", 0), train).bad_images
     assert (plain.skip, plain.most, plain.names) == (False, 100, [])
 
 
 def test_a_batch_of_one_is_refused(args):
     with pytest.raises(InputError, match="--batch_size 1"):
-        setup.check_bank(args(*TINY, "--batch_size", 1))
+        build_training.check_bank(args(*TINY, "--batch_size", 1))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_a_class_that_no_image_is_given_is_named(capsys, tmp_path):
     ):
         file.write_text(f'a/1.jpg\t{classes[0]}\n"b\\n/1.jpg"\t{classes[1]}\n')
         flags = argparse.Namespace(label_file=file, label_noise=None)
-        assert setup.given_labels(flags, images) is not None
+        assert build_training.given_labels(flags, images) is not None
         assert capsys.readouterr().out == words
 
 
@@ -202,8 +205,8 @@ def test_one_class_teaches_nothing_by_labels(call_script, tmp_path):
 def test_a_bank_above_the_data_set_is_warned_of(args, capsys, size, flags, warned):
     """30 training images: with more rows some image has two, with both views as targets twice."""
     given = args(*TINY, "--num_workers", 0, "--mem_bank_size", size, *flags)
-    train, _ = setup.read_training_data(given)
-    setup.build_loader(given, train)
+    train, _ = build_training.read_training_data(given)
+    build_training.build_loader(given, train)
     lines = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert len(lines) == warned
     for line in lines:
@@ -226,13 +229,13 @@ FREE = 10**6
 def test_what_does_not_fit_the_memory_is_refused_by_name(args, monkeypatch, flags, needed, words):
     """conv4 has 128 features, so 32 in an embedding; of a view a byte and a float a number."""
     given = args(*TINY, "--mem_bank_size", 60, "--num_workers", 0, *flags)
-    train, val = setup.read_training_data(given)
+    train, val = build_training.read_training_data(given)
 
     def build(free):
         monkeypatch.setattr(image_cache, "available_memory", lambda: free)
         if "--batch_size" in flags:
-            return evaluation.eval_loaders(given, val, train)
-        return setup.build_loader(given, train), setup.build_encoders(given)
+            return build_evaluation.eval_loaders(given, val, train)
+        return build_training.build_loader(given, train), build_training.build_encoders(given)
 
     with pytest.raises(InputError, match=f"{words}.* at least {needed} bytes .*{needed - 1} are"):
         build(needed - 1)
@@ -249,9 +252,9 @@ def test_a_run_folder_among_the_images_is_refused(args, image_tree, tmp_path, wh
     if refused:
         words = f"--checkpoint_path .*/link/{where}: lies in .*/{where.split('/')[0]}, whose"
         with pytest.raises(InputError, match=words):
-            setup.read_training_data(given)
+            build_training.read_training_data(given)
     else:
-        assert len(setup.read_training_data(given)[0]) == 30
+        assert len(build_training.read_training_data(given)[0]) == 30
 
 
 def test_a_val_folder_that_is_a_link_to_nowhere_is_named(args, image_tree, tmp_path):
@@ -261,4 +264,4 @@ def test_a_val_folder_that_is_a_link_to_nowhere_is_named(args, image_tree, tmp_p
     given = args(*TINY)
     given.data = data
     with pytest.raises(InputError, match="tree/val: a link to what is not there, /no/disk"):
-        setup.read_training_data(given)
+        build_training.read_training_data(given)

@@ -16,9 +16,11 @@ from PIL import Image, ImageOps
 from test_bad_input import assert_refused
 from torch.nn.functional import normalize
 
-from utils import checkpoint, pictures, shown_neighbors
-from utils.data import read_split
-from utils.memory_bank import MemoryBank
+from utils.data.datasets import read_split
+from utils.method import checkpoint
+from utils.method.memory_bank import MemoryBank
+from utils.reporting import pictures, shown_neighbors
+from utils.runtime import files
 
 SHOW = importlib.import_module("eval.show_neighbors")
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
@@ -45,7 +47,7 @@ def write_checkpoint(path, tree, *, method="CMSF2Q", with_previous=False, cluste
     weights |= {} if clusters is None else {"clusters": clusters}
     state = {"format": checkpoint.FORMAT, "method": method, "epoch": 3, "step": None}
     state |= {"state_dict": weights, "args": {"arch": "conv4"}, "data": {"x": images.digest()}}
-    checkpoint.save(path, state)
+    files.save(path, state)
     return bank
 
 
@@ -369,7 +371,7 @@ def test_checkpoints_without_a_bank(call_script, image_tree, tmp_path, kind):
         torch.save({"state_dict": {"module.queue": torch.zeros(4, 3)}, "epoch": 2}, path)
     else:
         bank = {f"bank.{n}": v for n, v in MemoryBank(5, 3).state_dict().items()}
-        checkpoint.save(path, {"format": checkpoint.FORMAT, "state_dict": bank})
+        files.save(path, {"format": checkpoint.FORMAT, "state_dict": bank})
     flags = ("--weights", path, "--output", tmp_path / "x.png", image_tree)
     word = "is empty" if kind == "empty bank" else "no memory bank in it (--from_features"
     assert_refused(call_script(SHOW, *flags), f"--weights {path}", word)

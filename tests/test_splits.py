@@ -11,9 +11,14 @@ from conftest import write_image
 from hypothesis import given, settings
 from nasty_names import image_sets
 
-from utils.data import ImageSet, read_split
-from utils.errors import InputError
-from utils.splits import check_every_class, class_balanced_split, read_split_file, write_split_file
+from utils.data.datasets import ImageSet, read_split
+from utils.data.splits import (
+    check_every_class,
+    class_balanced_split,
+    read_split_file,
+    write_split_file,
+)
+from utils.runtime.errors import InputError
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from conftest import write_image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import augment, random_draws, streams, two_views
-from utils.data import read_image_folder
-from utils.loaders import TwoViewLoader
-from utils.streams import ahead, upload
+from utils.data import augment, random_draws, train_loader
+from utils.data.batches import TwoViewLoader
+from utils.data.datasets import read_image_folder
+from utils.runtime import streams
+from utils.runtime.streams import ahead, upload
 
 CPU = torch.device("cpu")
 
@@ -145,7 +146,9 @@ def test_both_crops_at_once_are_as_one_after_the_other():
         calls.append(len(crops))
         return crops.as_subclass(torch.Tensor) + torch.from_numpy(draws[:, :1, None, None])
 
-    here, there = (two_views._of_both(render, c, draws) for c in (crops, crops.as_subclass(OnGpu)))
+    here, there = (
+        train_loader._of_both(render, c, draws) for c in (crops, crops.as_subclass(OnGpu))
+    )
     assert calls == [5, 5, 10]
     assert all(torch.equal(*pair) for pair in zip(here, there, strict=True))
 

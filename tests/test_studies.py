@@ -11,7 +11,7 @@ import torch
 from purity import Point, break_even, curve_of, points_of
 from stages import rank_of_means, share_between
 
-from utils import demo_data
+from utils.data import demo_data
 
 HELD_OUT = "tests/benchmarks/held_out.py"
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils import svg
-from utils.svg import HEIGHT, WIDTH, Line, line_chart, ticks
+from utils.reporting import svg
+from utils.reporting.svg import HEIGHT, WIDTH, Line, line_chart, ticks
 
 finite = st.floats(-1e9, 1e9, allow_nan=False)
 TAG = "{http://www.w3.org/2000/svg}"

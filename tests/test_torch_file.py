@@ -10,8 +10,9 @@ import pytest
 import torch
 import torchvision
 
-from utils import checkpoint, torch_file
-from utils.errors import DamagedError, InputError
+from utils.method import checkpoint
+from utils.runtime import torch_file
+from utils.runtime.errors import DamagedError, InputError
 
 
 class Own:

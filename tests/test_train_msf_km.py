@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from self_supervised.train_msf_km import CMSFKM
-from utils.kmeans import kmeans
+from utils.method.kmeans import kmeans
 
 SCRIPT = importlib.import_module("self_supervised.train_msf_km")
 FLAGS = (*tiny.FLAGS, "--num_clusters", 5)

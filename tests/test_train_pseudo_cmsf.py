@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
-from utils.data import ImageSet, read_split
-from utils.loaders import EvalBatch
-from utils.splits import read_split_file
+from utils.data.batches import EvalBatch
+from utils.data.datasets import ImageSet, read_split
+from utils.data.splits import read_split_file
 
 SCRIPT = importlib.import_module("semi_supervised.train_pseudo_cmsf")
 LINEAR = importlib.import_module("eval.eval_linear")

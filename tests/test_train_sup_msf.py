@@ -10,7 +10,7 @@ import torch
 from conftest import write_image
 
 from supervised.train_sup_msf import SupervisedCMSF
-from utils import checkpoint
+from utils.runtime import files
 
 SCRIPT = importlib.import_module("supervised.train_sup_msf")
 
@@ -117,7 +117,7 @@ def test_a_plain_loss_cannot_begin_in_the_middle(call_script, image_tree, tmp_pa
         state = tiny.state(path)
         if not there:
             del state["args"]["topk_plain"]
-            checkpoint.save(path, state)
+            files.save(path, state)
         again = (*flags, "--resume", path, image_tree)
         code, _, stderr = call_script(SCRIPT, *again, "--topk_plain", 1)
         assert code == 2 and "--topk_plain" in stderr, stderr

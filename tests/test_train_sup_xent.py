@@ -11,7 +11,7 @@ from conftest import ROOT, write_image
 from torch import nn
 
 from supervised.train_sup_xent import CrossEntropy
-from utils.encoders import SoleBackbone
+from utils.method.encoders import SoleBackbone
 
 SCRIPT = importlib.import_module("supervised.train_sup_xent")
 FLAGS = (
@@ -96,9 +96,9 @@ def test_script_resumes_and_its_checkpoints_are_read(
 
 def own_accuracy(path, image_tree):
     """The classifier's accuracy by hand: build the network, read its weights, look at val/."""
-    from utils.data import read_split
-    from utils.encoders import Conv4
-    from utils.loaders import EvalLoader
+    from utils.data.batches import EvalLoader
+    from utils.data.datasets import read_split
+    from utils.method.encoders import Conv4
 
     state = tiny.state(path)["state_dict"]
     network = Conv4(3)

@@ -9,10 +9,10 @@ from PIL import Image
 from stand_ins import CLASSES, COUNTS, WRITERS, without_checksums, write_cifar, write_sun
 from torchvision import datasets
 
-from utils import transfer_data
-from utils.data import PixelSet, read_split
-from utils.loaders import EvalLoader
-from utils.transfer_data import Unavailable, hold_out, open_set
+from utils.data.batches import EvalLoader
+from utils.data.datasets import PixelSet, read_split
+from utils.evaluation import transfer_data
+from utils.evaluation.transfer_data import Unavailable, hold_out, open_set
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, start_method, write_image
 from tiny import FLAGS
 
-from utils.workers import start_failure, worker_failure
+from utils.runtime.workers import start_failure, worker_failure
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc"),
@@ -27,10 +27,10 @@ SCRIPT = "self_supervised/train_msf_2q.py"
 READER = """
 import os, signal, sys, time
 from pathlib import Path
-from utils import running
-from utils.data import read_image_folder
+from utils.runtime import script
+from utils.data.datasets import read_image_folder
 from torch.utils.data import _utils
-from utils.loaders import TwoViewLoader
+from utils.data.batches import TwoViewLoader
 
 _utils.worker.MP_STATUS_CHECK_INTERVAL = 1  # seconds until a worker misses its main process, not 5
 keep = []
@@ -45,7 +45,7 @@ def main():
     exec(sys.argv[2])
     print(sum(1 for _ in epoch), flush=True)
 
-running.run_script(main)
+script.run_script(main)
 """
 
 

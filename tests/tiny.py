@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import cropping
-from utils.encoders import QueryTargetEncoders
-from utils.loaders import Batch
+from utils.data import cropping
+from utils.data.batches import Batch
+from utils.method.encoders import QueryTargetEncoders
 
 # A run of seconds on the `image_tree` of conftest.
 FLAGS = (

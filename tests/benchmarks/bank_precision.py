@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import checkpoint
-from utils.neighbors import nearest
+from utils.method import checkpoint
+from utils.method.neighbors import nearest
 
 KS = (1, 5, 10, 50)
 

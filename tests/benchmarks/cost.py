@@ -29,9 +29,9 @@ from semi_supervised.pseudo_label import PseudoLabelHead
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
-from utils import options
-from utils.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
-from utils.loaders import Batch
+from utils.cli import options
+from utils.data.batches import Batch
+from utils.method.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
 
 IMAGES, CLASSES = 2000, 10
 SMALL_CROPS = 4  # of half the size

@@ -21,9 +21,9 @@ from loader import draw_picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import cropping, demo_data
-from utils.data import ImageSet, read_image_folder
-from utils.feature_cache import image_digest
+from utils.data import cropping, demo_data
+from utils.data.datasets import ImageSet, read_image_folder
+from utils.evaluation.feature_cache import image_digest
 
 
 def digest(images: ImageSet, size: int) -> None:

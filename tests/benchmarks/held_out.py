@@ -17,8 +17,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import archives
-from utils.data import ImageSet, read_split
+from utils.data import archives
+from utils.data.datasets import ImageSet, read_split
 
 
 def place(images: ImageSet, number: int, folder: Path) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from search import status_megabytes
 
-from utils.knn import knn_figures
+from utils.evaluation.knn import knn_figures
 
 
 def main() -> None:

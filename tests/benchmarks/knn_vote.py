@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.knn import majority_vote
+from utils.evaluation.knn import majority_vote
 
 
 def published(neighbor_labels: np.ndarray) -> np.ndarray:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import options
-from utils.encoders import QueryTargetEncoders, build_backbone
+from utils.cli import options
+from utils.method.encoders import QueryTargetEncoders, build_backbone
 
 # Arch, whether with the small stem, side of the images, batch.
 CASES = (

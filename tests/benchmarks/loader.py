@@ -35,15 +35,15 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.augment import IMAGENET_MEAN, IMAGENET_STD, strong_view
-from utils.bad_images import BadImages
-from utils.cropping import CropGroup, decode, random_crops
-from utils.data import ImageSet, PixelSet, read_image_folder
-from utils.device_crops import DeviceCrops
-from utils.image_cache import cache_images
-from utils.loaders import TwoViewLoader
-from utils.random_draws import uniforms
-from utils.reading import EpochSampler
+from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD, strong_view
+from utils.data.bad_images import BadImages
+from utils.data.batches import TwoViewLoader
+from utils.data.cropping import CropGroup, decode, random_crops
+from utils.data.datasets import ImageSet, PixelSet, read_image_folder
+from utils.data.device_crops import DeviceCrops
+from utils.data.image_cache import cache_images
+from utils.data.random_draws import uniforms
+from utils.data.reading import EpochSampler
 
 SIZE = 224
 SMALL = 32

@@ -25,9 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import options
+from utils.runtime import origin
 
-ROOT = options.ROOT
+ROOT = origin.ROOT
 SELF, SUPERVISED = "self_supervised", "supervised"
 TWO_Q, KM, MSF = (f"{SELF}/train_msf{kind}.py" for kind in ("_2q", "_km", ""))
 SUP, XENT = (f"{SUPERVISED}/train_sup_{kind}.py" for kind in ("msf", "xent"))

@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from self_supervised import train_msf
-from utils import demo_data, options, setup
-from utils.encoders import build_backbone
+from utils.cli import build_training, options
+from utils.data import demo_data
+from utils.method.encoders import build_backbone
 
 try:
     from lightly.loss import NegativeCosineSimilarity
@@ -118,12 +119,15 @@ def ours(output: str, *flags: str) -> Callable[[int], int]:
     sys.argv = ["train_msf.py", *fixed, "--knn_freq", "-1", "--checkpoint_path", output, *flags]
     args = train_msf.parse_args()
     args.weak_strong = False  # the demo's target sees the weak view, which is less work
-    images, _ = setup.read_training_data(args)
-    loader, encoders = setup.build_loader(args, images), setup.build_encoders(args)
+    images, _ = build_training.read_training_data(args)
+    loader, encoders = (
+        build_training.build_loader(args, images),
+        build_training.build_encoders(args),
+    )
     model = train_msf.MSF(encoders, mem_bank_size=args.mem_bank_size, topk=args.topk)
-    model = setup.place(args, model)
-    optimizer = setup.build_optimizer(args, model)
-    run = setup.build_run(args, model, optimizer, loader=loader, val=None)
+    model = build_training.place(args, model)
+    optimizer = build_training.build_optimizer(args, model)
+    run = build_training.build_run(args, model, optimizer, loader=loader, val=None)
     batches = run.batches(loader)
 
     def train(epochs: int) -> int:

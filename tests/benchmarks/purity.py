@@ -23,7 +23,7 @@ import methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.health import beside_target
+from utils.reporting.health import beside_target
 
 CURVE = ("noise ", "sup all + own")  # what the names of its methods begin with; the last has none
 PLAIN = "msf"  # its purity is that of plain neighbors

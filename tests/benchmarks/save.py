@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from self_supervised.train_msf_2q import CMSF2Q
-from utils import checkpoint
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.run_folder import RunFolder, apart
+from utils.method import checkpoint
+from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.training.run_folder import RunFolder, apart
 
 NUM_IMAGES, BANK = 1_281_167, 128_000
 TEN_MINUTES = 10 * 60 * 510  # images at the published speed, 510 a second

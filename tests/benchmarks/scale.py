@@ -23,7 +23,8 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.memory_bank import MemoryBank, PreviousEmbeddings
+from utils.method.memory_bank import MemoryBank
+from utils.method.previous_embeddings import PreviousEmbeddings
 
 ROWS = (4_000, 16_000, 64_000, 256_000, 1_000_000)
 IMAGES = (10_000, 100_000, 1_000_000, 10_000_000)

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.neighbors import mean_shift_loss, nearest, nearest_among, nearest_with_label
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_among, nearest_with_label
 
 
 def make_data(args: argparse.Namespace) -> dict[str, Tensor]:

@@ -20,13 +20,13 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import checkpoint
-from utils.data import read_split
-from utils.encoders import QueryTargetEncoders, build_backbone
-from utils.features import extract_features
-from utils.knn import knn_figures
-from utils.loaders import EvalLoader
-from utils.meters import effective_rank
+from utils.data.batches import EvalLoader
+from utils.data.datasets import read_split
+from utils.evaluation.features import extract_features
+from utils.evaluation.knn import knn_figures
+from utils.method import checkpoint
+from utils.method.collapse import effective_rank
+from utils.method.encoders import QueryTargetEncoders, build_backbone
 
 
 def share_between(vectors: Tensor, labels: Tensor) -> float:

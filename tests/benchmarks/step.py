@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from self_supervised import train_msf_2q
 from self_supervised.train_msf_2q import CMSF2Q
-from utils import setup
-from utils.engine import Run
-from utils.loaders import Batch, TwoViewLoader
-from utils.reading import CropBatch
-from utils.streams import upload
+from utils.cli import build_training
+from utils.data.batches import Batch, TwoViewLoader
+from utils.data.reading import CropBatch
+from utils.runtime.streams import upload
+from utils.training.engine import Run
 
 IMAGES = 100_000  # N: what the store of previous embeddings holds
 _NEVER = 10**9  # epochs, images or minutes after which something would happen
@@ -82,8 +82,8 @@ def script_flags(*flags: object) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> tuple[CMSF2Q, torch.optim.SGD]:
     """The method as the script builds it, with a full bank whose rows all have previous ones."""
     sizes = {"mem_bank_size": args.mem_bank_size, "topk": args.topk, "topkp": args.topkp}
-    model = setup.place(args, CMSF2Q(setup.build_encoders(args), IMAGES, **sizes))
-    optimizer = setup.build_optimizer(args, model)
+    model = build_training.place(args, CMSF2Q(build_training.build_encoders(args), IMAGES, **sizes))
+    optimizer = build_training.build_optimizer(args, model)
     bank, previous = model.bank, model.previous
     shape, device = bank.features.shape, bank.features.device
     for start in range(0, shape[0], 2**14):
@@ -169,7 +169,7 @@ class ReadyCrops:
 
 def ready_loader(args: argparse.Namespace) -> TwoViewLoader:
     """The script's loader of an endless epoch, but for the workers."""
-    loader = setup.build_loader(args, range(_NEVER))
+    loader = build_training.build_loader(args, range(_NEVER))
     loader._loader = ReadyCrops(args)
     return loader
 

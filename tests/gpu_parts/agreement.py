@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from gpu_parts.part import Part
 from semi_supervised.pseudo_label import train_head
-from utils import workers
-from utils.encoders import QueryTargetEncoders
+from utils.method.encoders import QueryTargetEncoders
+from utils.runtime import workers
 
 TOLERANCE = 1e-9
 ROUNDED = {"float32": None, "bfloat16": torch.bfloat16}

@@ -22,8 +22,8 @@ import torch
 from eval import plot_training
 from gpu_parts import ROOT
 from gpu_parts.part import Part
-from utils import faiss_library, plain_json, workers
-from utils.run_folder import checkpoints_in
+from utils.runtime import faiss_library, plain_json, workers
+from utils.training.run_folder import checkpoints_in
 
 MOST = 200  # epochs, as tables of CIFAR-10 have them
 LEAST_OF_TWO = 40  # epochs under which a second method would only take the first one's time

@@ -28,13 +28,16 @@ from torch.profiler import record_function
 
 from gpu_parts.part import Part
 from self_supervised.train_msf_2q import CMSF2Q
-from utils import loss_watch, memory_bank, setup, workers
-from utils.cropping import CropGroup
-from utils.data import PixelSet
-from utils.encoders import QueryTargetEncoders
-from utils.engine import Run
-from utils.loaders import TwoViewLoader
-from utils.streams import HostCopy
+from utils.cli import build_training
+from utils.data.batches import TwoViewLoader
+from utils.data.cropping import CropGroup
+from utils.data.datasets import PixelSet
+from utils.method import memory_bank
+from utils.method.encoders import QueryTargetEncoders
+from utils.runtime import workers
+from utils.runtime.streams import HostCopy
+from utils.training import loss_watch
+from utils.training.engine import Run
 
 WARM_UP, WATCHED = 4, 6  # steps
 PLAIN, SETTLING, TRACED = 6, 2, 8  # steps after a warm-up: without a profile, and with it
@@ -102,7 +105,7 @@ def train(
     """The loop of the training scripts, broken off after some steps; at_step: begins each."""
     flags = argparse.Namespace(learning_rate=0.05, sgd_momentum=0.9, weight_decay=1e-4)
     flags.device = loader.device
-    optimizer = setup.build_optimizer(flags, model)
+    optimizer = build_training.build_optimizer(flags, model)
     rate = {"learning_rate": lambda _: flags.learning_rate, "epochs": 1, "knn_freq": -1}
     with Run(model, optimizer, folder=folder, settings={}, **rate) as run:
         for batch in run.batches(loader):

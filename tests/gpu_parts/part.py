@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from utils import demo_data, options, workers
+from utils.cli import options
+from utils.data import demo_data
+from utils.runtime import workers
 
 RECORD = "record.json"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts.part import RECORD
-from utils import plain_json
-from utils.errors import printable
+from utils.runtime import plain_json
+from utils.runtime.errors import printable
 
 OUTPUT = "output.txt"
 _SHOWN_LINES = 40  # of the output of a part that went wrong

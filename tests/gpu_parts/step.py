@@ -26,8 +26,9 @@ import step as step_benchmark
 import torch
 
 from gpu_parts.part import Part
-from utils import setup, workers
-from utils.data import read_image_folder
+from utils.cli import build_training
+from utils.data.datasets import read_image_folder
+from utils.runtime import workers
 
 ROUNDS = 5
 _ROUND = 0.6  # seconds that a side has of one
@@ -192,7 +193,7 @@ def from_files(study: Study, *, seconds: float) -> None:
     loader_benchmark.write_pictures(folder, 8 if part.tiny else _PICTURES)
     files = read_image_folder(folder)
     images = files.take(np.arange(step_benchmark.IMAGES) % len(files))
-    loader = setup.build_loader(args, images)
+    loader = build_training.build_loader(args, images)
     run, batches = step_benchmark.training_batches(
         study.model, study.optimizer, loader, part.scratch / "from_files"
     )

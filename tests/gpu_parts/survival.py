@@ -18,8 +18,11 @@ import reliability
 import torch
 
 from gpu_parts.part import Part
-from utils import checkpoint, demo_data, options, torch_file, workers
-from utils.run_folder import PARTS, checkpoints_in
+from utils.cli import options
+from utils.data import demo_data
+from utils.method import checkpoint
+from utils.runtime import torch_file, workers
+from utils.training.run_folder import PARTS, checkpoints_in
 
 _FLAGS = ("--deterministic", "--num_workers", 2)
 _PLACES = range(1, 11)  # lines of the log, of 15 in all, after which a run is killed or stopped

@@ -1,0 +1,173 @@
+"""A parser whose errors are one line, and the types of flags' values."""
+
+import argparse
+import itertools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from utils.data.cropping import CropGroup
+from utils.runtime.errors import printable
+
+# What float32 can hold, in which networks and their learning rates compute.
+_LARGEST = torch.finfo(torch.float32).max
+_MOST = 10**9  # of anything that is counted; sizes have limits of their own
+_MOST_CROPS = 100  # of an image
+_SHOWN = 60  # characters of a wrong value in a message
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `script: error: message` and exit with code 2.
+
+        Of several processes, which all get the same flags, one prints.
+        """
+        first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n" if first else None)
+
+
+def wrong(text: str, what: str) -> argparse.ArgumentTypeError:
+    """The error of a type for a flag's value; argparse puts the flag's name before it."""
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return argparse.ArgumentTypeError(f"{shown or repr(text)} {what}")
+
+
+def number(kind: type, *, low: float, high: float | None = None) -> Callable[[str], Any]:
+    """An argparse type: int or float from `low` to `high`; the message names flag and value.
+
+    high: default: a billion for an int, what float32 can hold for a float.
+    """
+    most = high if high is not None else (_MOST if kind is int else _LARGEST)
+
+    def parse(text: str) -> Any:
+        """The number, or an error that says what is wrong with it."""
+        try:
+            value = kind(text) + 0  # -0.0 becomes 0.0
+        except ValueError:  # also for more digits than Python reads
+            raise wrong(text, f"is no {kind.__name__}") from None
+        if not low <= value <= most:
+            shown = most if kind is int else f"{most:.3g}"
+            raise wrong(text, f"is out of range ({low} to {shown})")
+        return value
+
+    return parse
+
+
+def _list_of(parse: Callable[[str], Any], text: str, what: str) -> list:
+    """The parts between commas; an error that says what the text is no list of."""
+    try:
+        return [parse(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise wrong(text, f"is no list of {what}") from None
+
+
+def int_list(text: str) -> list[int]:
+    """An argparse type: "7,0,12" -> [7, 0, 12]."""
+    return _list_of(number(int, low=-_MOST), text, "integers like 7,0,12")
+
+
+def epoch_list(text: str) -> list[int]:
+    """An argparse type: "90,120" -> [90, 120]; from 1, ascending."""
+    epochs = _list_of(positive, text, "epochs like 90,120")
+    if any(one >= next_one for one, next_one in itertools.pairwise(epochs)):
+        raise wrong(text, "is no list of epochs like 90,120: each above the one before")
+    return epochs
+
+
+def rate_list(text: str) -> list[float]:
+    """An argparse type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
+    rates = _list_of(not_negative, text, "learning rates like 0.01,0.03")
+    if not all(rates):
+        raise wrong(text, "is no list of learning rates like 0.01,0.03: each above 0")
+    if len(set(rates)) < len(rates):
+        raise wrong(text, "names a learning rate twice")
+    return rates
+
+
+def path_text(text: str) -> str:
+    """An argparse type: a path as it stands, but `~` is the home folder.
+
+    bash leaves it alone in --flag=~/x.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text is no path")
+    try:
+        Path(text).expanduser()  # unlike that of os.path it tells
+    except RuntimeError:
+        raise wrong(text, "begins with a home folder that is not known") from None
+    return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, as `path_text`."""
+    return Path(path_text(text))
+
+
+def path_or(*words: str) -> Callable[[str], str]:
+    """An argparse type: one of a few words, or a path, as `path_text`."""
+    return lambda text: text if text in words else path_text(text)
+
+
+def named_path(text: str) -> str:
+    """An argparse type: NAME=PATH or PATH, the path as `path_text`."""
+    name, equals, rest = text.partition("=")
+    if not equals or os.path.exists(path_text(text)):
+        return path_text(text)
+    return f"{name}={path_text(rest)}"
+
+
+def device(text: str) -> torch.device:
+    """An argparse type: a device that is there."""
+    try:
+        chosen = torch.device(text)
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise wrong(text, "is no device that is here") from None
+    return chosen
+
+
+def positive_or_all(text: str) -> int | str:
+    """An argparse type: a positive integer or "all"."""
+    return text if text == "all" else positive(text)
+
+
+def crop_groups(text: str) -> list[CropGroup]:
+    """An argparse type: "2x224:0.2-1,6x96:0.05-0.2" -> groups of crops; the first has two."""
+    groups = [_crop_group(part.strip()) for part in text.split(",")]
+    if groups[0].count != 2:
+        raise wrong(text, "has another first group than the query's and the target's crop, 2x...")
+    if sum(group.count for group in groups) > _MOST_CROPS:
+        raise wrong(text, f"asks for more than {_MOST_CROPS} crops of an image")
+    return groups
+
+
+def _crop_group(text: str) -> CropGroup:
+    match = re.fullmatch(r"(\d+)x(\d+):([\d.]+)-([\d.]+)", text)
+    form = "is no group of crops like 6x96:0.05-0.2"
+    try:
+        count, size, low, high = match.groups()
+        count, size = number(int, low=1, high=_MOST_CROPS)(count), side(size)
+        low, high = float(low), float(high)
+    except (AttributeError, ValueError):
+        raise wrong(text, f"{form} (count x size : share of the area)") from None
+    except argparse.ArgumentTypeError as error:
+        raise wrong(text, f"{form}: {error}") from None
+    if not 0 < low <= high <= 1:
+        raise wrong(text, f"{form}: shares 0 < a <= b <= 1")
+    return CropGroup(count, size, (low, high))
+
+
+positive = number(int, low=1)
+seed = number(int, low=0, high=2**63 - 1)
+not_negative = number(float, low=0)
+share = number(float, low=0, high=1)
+side = number(int, low=1, high=8192)  # of an image, in pixels
+width = number(int, low=1, high=2**20)  # of a layer, in features

@@ -1,0 +1,227 @@
+"""From an evaluation script's flags to an encoder, loaders and what a result says of its origin."""
+
+import argparse
+from functools import partial
+
+import torch
+from torch import nn
+
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader
+from utils.data.datasets import ImageSet
+from utils.data.image_cache import check_memory
+from utils.evaluation import result_files
+from utils.evaluation.feature_cache import image_digest
+from utils.method import checkpoint
+from utils.method.encoders import Backbone, build_backbone, check_image_size
+from utils.runtime import checked, distributed, files, origin, plain_json
+from utils.runtime.errors import InputError, printable
+
+
+def build_bad_images(args: argparse.Namespace) -> BadImages:
+    """What the flags say is to be done about broken images."""
+    return BadImages(skip=args.bad_images == "skip", most=args.max_bad_images)
+
+
+def read_weights(args: argparse.Namespace) -> dict:
+    """The checkpoint that --weights names, {} for "random" and "pixels".
+
+    Its SHA-256 becomes `args.sha256`, None without a file: what a result says is of the file as it
+    was then, whatever becomes of it.
+    """
+    args.sha256 = None
+    if args.weights in result_files.NAMED:
+        return {}
+    state = checkpoint.load(args.weights, flag="--weights")
+    args.sha256 = files.sha256(args.weights)
+    return state
+
+
+def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
+    """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
+
+    What the flags leave open (arch, image size, stem) is taken from the checkpoint where it says
+    so, and written into args. "random": untrained, seeded by --seed. "pixels": flattened images.
+    """
+    if not args.weights:
+        raise InputError("--weights: name the checkpoint to evaluate")
+    state = read_weights(args)
+    said = partial(checkpoint.said, state, what=f"--weights {args.weights}")
+    args.arch = args.arch or said("arch") or "resnet50"
+    args.image_size = args.image_size or said("image_size") or 224
+    args.small_stem = args.small_stem or bool(said("small_stem"))
+    if args.weights == "pixels":
+        return Backbone(nn.Flatten(), 3 * args.image_size**2, ""), {}
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    check_image_size(backbone, args.arch, args.image_size)
+    if state:
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        encoder = "target" if args.use_target else "query"
+        checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
+    return backbone, state
+
+
+def place(args: argparse.Namespace, network: nn.Module) -> nn.Module:
+    """The network on the device of the flags; on a CPU with the channels last.
+
+    That is faster there, and what training does by default: k-NN figures then have the bits of
+    those in its log.
+    """
+    layout = torch.channels_last if args.device.type == "cpu" else None
+    return network.to(args.device, memory_format=layout)
+
+
+def encoder_name(args: argparse.Namespace, state: dict) -> str:
+    """Which encoder is read from a checkpoint, or was exported to it: "query" or "target"."""
+    named = "target" if args.use_target else "query"
+    return checkpoint.metadata(state).get("encoder", named)
+
+
+def check_view_memory(args: argparse.Namespace, images: int, *, views: int) -> None:
+    """InputError for batches of so many images, each with its views, that memory cannot hold."""
+    of_pixel = 5 if args.device.type == "cpu" else 1  # bytes: decoded, and a float32 on the device
+    check_memory(
+        images * views * 3 * args.image_size**2 * of_pixel,
+        flags=f"--batch_size {args.batch_size}, --image_size {args.image_size}",
+    )
+
+
+def is_check(args: argparse.Namespace, *image_sets: ImageSet) -> bool:
+    """Whether --check asks for no more than has been seen; InputError where memory is too small."""
+    if args.check:
+        check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
+    return args.check
+
+
+def eval_loaders(
+    args: argparse.Namespace, *image_sets: ImageSet, bad_images: BadImages | None = None
+) -> list[EvalLoader]:
+    """Evaluation loaders with the flags' batch size, image size, workers and device.
+
+    bad_images: shared by them, and with other loaders; default: a new one by the flags.
+    """
+    bad_images = bad_images or build_bad_images(args)
+    check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
+    return [
+        EvalLoader(
+            images,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            num_workers=args.num_workers,
+            device=args.device,
+            bad_images=bad_images,
+        )
+        for images in image_sets
+    ]
+
+
+def image_digests(args: argparse.Namespace, **splits: ImageSet) -> dict[str, str]:
+    """A digest of the bytes of each split's image files, names and labels; see `image_digest`.
+
+    All processes call it. Raises InputError for an image that is gone, unless such are skipped.
+    """
+    missing_ok = args.bad_images == "skip"
+    return {
+        split: image_digest(images, missing_ok=missing_ok, text=f"digest of {split}")
+        for split, images in splits.items()
+    }
+
+
+def feature_key(args: argparse.Namespace, state: dict, digests: dict[str, str]) -> dict[str, str]:
+    """All that an encoder's features depend on, by name; after `evaluated_backbone`.
+
+    digests: `image_digests` of the splits ("train", "val").
+    """
+    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
+    return {
+        "checkpoint": args.sha256 or origin,
+        "encoder": encoder_name(args, state),
+        "arch": args.arch,
+        "stem": "small" if args.small_stem else "as built",
+        "image size": str(args.image_size),
+        "view": EvalLoader.VIEW,
+    } | {f"{split} images": digest for split, digest in digests.items()}
+
+
+def identity(
+    args: argparse.Namespace, state: dict, settings: tuple[str, ...], digests: dict[str, str]
+) -> dict:
+    """What decides a result, by which it can be told from others: see `is_done`.
+
+    The encoder (see `result_files.Encoder`), those of the flags that are its settings, and
+    `image_digests`.
+    """
+    kept = {name: getattr(args, name) for name in settings}
+    return encoder_record(args, state) | {"settings": kept, "images": digests}
+
+
+def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) -> bool:
+    """Whether --keep_done is given and --save has the wanted result, by its `identity`, as `name`.
+
+    Prints it then, and else what becomes of another, as it will be replaced. table: where its
+    figures stand. All processes call it.
+    """
+    done = False
+    if args.keep_done and distributed.is_main():
+        path, found = args.save / name, {}
+        try:
+            if found := result_files.read_json(path):
+                rows = checked.take(found, table, result_files.TABLE, what=str(path))
+        except InputError as error:
+            found = {}
+            print(printable(f"--keep_done: {error}: replaced"), flush=True)
+        others = _differing(found, wanted) if found else ""
+        done = bool(found) and not others
+        if others:
+            print(f"--keep_done: {path} has another {others}: replaced", flush=True)
+        elif done:
+            print(f"{path}: there already, nothing to do\n{result_files.format_rows(rows)}")
+    return distributed.any_true(done)
+
+
+def _differing(found: dict, wanted: dict) -> str:
+    """Names of what a result has otherwise than it is wanted, "" if nothing; paths do not count."""
+    wanted = plain_json.loads(plain_json.dumps(wanted))  # lists for tuples
+    by_path = wanted["sha256"] is not None
+    names = [n for n in wanted if found.get(n) != wanted[n] and not (by_path and n == "checkpoint")]
+    if names == ["settings"] and isinstance(found.get("settings"), dict):
+        now, then = wanted["settings"], found["settings"]
+        names = [f"--{n} ({checked.shown(then.get(n))})" for n in now if now[n] != then.get(n)]
+    return ", ".join(names)
+
+
+def encoder_record(args: argparse.Namespace, state: dict) -> dict:
+    """Which encoder a result is of: what `result_files.encoder_of` reads."""
+    return {
+        "checkpoint": args.weights,
+        "sha256": args.sha256,
+        "epoch": state.get("epoch"),
+        "encoder": encoder_name(args, state),
+        "arch": args.arch,
+        "image_size": args.image_size,
+        "small_stem": args.small_stem,
+        "seed": args.seed,
+    }
+
+
+def result_record(
+    args: argparse.Namespace,
+    state: dict,
+    *,
+    counts: dict[str, int],
+    bad_images: BadImages,
+    images: dict[str, ImageSet],
+) -> dict:
+    """What every result file says of its origin: encoder, counts, command.
+
+    counts: of what was used; bad_images: the files that were not, as they cannot be read. images:
+    by split; "left_out" tells what lies among their files and is no image.
+    """
+    return encoder_record(args, state) | {
+        "counts": counts,
+        "left_out": {split: found.left_out.record() for split, found in images.items()},
+        "bad_images": bad_images.names,
+        "command": origin.command(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,460 @@
+"""From a training script's flags to the objects it works with.
+
+Each training script builds its run of these parts; what is its own (method, constraint) stays in
+the script.
+"""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.cli import options
+from utils.cli.build_evaluation import build_bad_images, check_view_memory, eval_loaders
+from utils.data import archives
+from utils.data.batches import TwoViewLoader
+from utils.data.datasets import ImageSet, check_classes, read_split
+from utils.data.image_cache import cache_images, check_memory
+from utils.data.label_noise import noisy_labels, read_label_file
+from utils.data.listing import is_folder
+from utils.data.splits import (
+    absent_classes,
+    check_every_class,
+    class_balanced_split,
+    read_split_file,
+)
+from utils.evaluation.knn import evaluate_knn, ks_for
+from utils.method import batch_norm, checkpoint
+from utils.method.encoders import (
+    Backbone,
+    QueryTargetEncoders,
+    SoleBackbone,
+    build_backbone,
+    check_image_size,
+)
+from utils.method.memory_bank import MemoryBank
+from utils.runtime import distributed, faiss_library, origin
+from utils.runtime.errors import InputError, printable
+from utils.training import run_folder, tensorboard
+from utils.training.engine import Run
+from utils.training.schedule import learning_rate
+
+
+def check_batch(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics."""
+    each = args.batch_size // distributed.world_size()
+    if args.batch_size < 2 or (each < 2 and args.bn != "sync"):
+        of = f" of each of {distributed.world_size()} processes" if each < args.batch_size else ""
+        raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images{of}")
+
+
+def check_bank(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
+    check_batch(args)
+    twice = getattr(args, "symmetric", False)
+    if args.mem_bank_size < args.batch_size * (1 + twice):
+        raise InputError(
+            f"--mem_bank_size {args.mem_bank_size}: below {'twice ' * twice}--batch_size "
+            f"{args.batch_size}, so not every target would be in the bank"
+        )
+    for flag in ("topk", "topkp", "topk_plain"):
+        value = getattr(args, flag, None)
+        if isinstance(value, int) and value > args.mem_bank_size:
+            raise InputError(f"--{flag} {value}: above --mem_bank_size {args.mem_bank_size}")
+
+
+def read_training_data(
+    args: argparse.Namespace, *, labeled: bool = False
+) -> tuple[ImageSet, ImageSet | None]:
+    """The training images, and those of val/ for k-NN figures, None where there can be none.
+
+    labeled: the method needs labels; otherwise images without one are added, where a set has such.
+    InputError if it has none, if k-NN figures are asked for during training but labels or val/ are
+    missing, if there can be such figures but faiss is missing, or if the run's folder would lie
+    among the images.
+    """
+    _check_run_folder(args)
+    train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
+    if labeled and not train.classes:
+        raise InputError(f"data {args.data}: labels need class folders in train/")
+    if labeled and len(train.classes) == 1:
+        raise InputError(f"data {args.data}: one class only, {train.classes[0]}; labels need two")
+    if args.knn_freq < 0:
+        return train, None
+    if len(train.classes) < 2:
+        reason = f"the training images have {'one class only' if train.classes else 'no classes'}"
+    elif args.dataset not in archives.NAMES and not is_folder(args.data / "val"):
+        reason = f"{args.data} has no folder val/"
+    else:
+        val = read_split(args.data, "val", dataset=args.dataset)
+        if val.classes:
+            check_classes(train, val)
+            user = f"--knn_freq {args.knn_freq} (k-NN figures)"
+            faiss_library.load(user, otherwise="; --knn_freq -1 trains without k-NN figures")
+            return train, val
+        reason = "the val images have no classes"
+    if args.knn_freq > 0:
+        raise InputError(f"--knn_freq {args.knn_freq}: {reason}")
+    print(f"no k-NN figures: {reason}", flush=True)
+    return train, None
+
+
+def _check_run_folder(args: argparse.Namespace) -> None:
+    """InputError for a --checkpoint_path that the next reading of the images would find."""
+    if args.dataset in archives.NAMES:
+        return
+    folder = Path(os.path.realpath(args.checkpoint_path))
+    for split in ("train", "val"):
+        images = args.data / split
+        if folder.is_relative_to(os.path.realpath(images)):
+            raise InputError(
+                f"--checkpoint_path {args.checkpoint_path}: lies in {images}, whose folders are "
+                "classes of images"
+            )
+
+
+def build_loader(
+    args: argparse.Namespace, images: ImageSet, *, single: str | None = None
+) -> TwoViewLoader:
+    """The two-view loader of the training images, which are cached first if flags say so.
+
+    single: "strong" or "weak" for one view of each image only. InputError for images that cannot be
+    cached.
+    """
+    _warn_of_bank(args, len(images))
+    bad_images = build_bad_images(args)
+    batch = min(args.batch_size, len(images)) // distributed.world_size()
+    check_view_memory(args, batch, views=1 if single else 2)
+    if args.cache_images != "none":
+        images = cache_images(
+            images,
+            args.cache_images,
+            size=args.cache_size,
+            num_workers=args.num_workers,
+            device=args.device,
+            bad_images=bad_images,
+        )
+    elif args.cache_size:
+        raise InputError(f"--cache_size {args.cache_size}: only with --cache_images ram or device")
+    return TwoViewLoader(
+        images,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        weak_strong=getattr(args, "weak_strong", False),
+        blur=args.blur,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        device=args.device,
+        bad_images=bad_images,
+        cut_on_device=args.cache_images == "device",
+        single=single,
+        **_crops(args),
+    )
+
+
+def _warn_of_bank(args: argparse.Namespace, num_images: int) -> None:
+    """Say so if the bank is larger than what an epoch brings into it."""
+    twice = getattr(args, "symmetric", False)
+    if getattr(args, "mem_bank_size", 0) > num_images * (1 + twice):
+        print(
+            f"WARNING --mem_bank_size {args.mem_bank_size}: above {'twice ' * twice}the "
+            f"{num_images} training images, so that images have several rows in the bank, the "
+            "older ones of an earlier encoder",
+            flush=True,
+        )
+
+
+def _crops(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of a script with more crops say, for the loader."""
+    crops: dict[str, Any] = {"symmetric": getattr(args, "symmetric", False)}
+    if groups := getattr(args, "multi_crop", None):
+        crops |= {"scale": groups[0].scale, "small": groups[1:]}
+    return crops
+
+
+def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
+    """The encoders, seeded by --seed, filled from --weights if given; sets TF32 by --tf32.
+
+    InputError for speed flags that the device cannot serve, or a --compile that does not work here.
+    """
+    backbone = _seeded_backbone(args)
+    _check_encoder_memory(args, backbone.feature_dim)
+    encoders = QueryTargetEncoders(
+        backbone.module,
+        backbone.feature_dim,
+        proj_dim=args.proj_dim,
+        hidden_dim=args.hidden_dim,
+        proj_bn=args.proj_bn,
+        momentum=args.momentum,
+        shuffle_target=args.bn == "shuffle" and distributed.world_size() > 1,
+        autocast=options.PRECISIONS[args.precision],
+        channels_last=args.channels_last,
+    )
+    if args.bn == "sync":
+        encoders = batch_norm.synchronized(encoders, args.device)
+    if _are_needed(args):
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        state = checkpoint.load(args.weights, flag="--weights")
+        loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
+        print(f"{args.weights}: {loaded}", flush=True)
+    if args.compile:
+        encoders.compile(cuda_graphs=args.cuda_graphs)
+    return encoders
+
+
+def _check_encoder_memory(args: argparse.Namespace, feature_dim: int) -> None:
+    """InputError for a projector and predictor, or a bank, that do not fit into the memory."""
+    dim = args.proj_dim or feature_dim // 4
+    hidden = args.hidden_dim or 2 * feature_dim
+    projector, predictor = hidden * (feature_dim + dim), 2 * hidden * dim
+    check_memory(4 * (2 * projector + predictor), flags=f"--hidden_dim {hidden}, --proj_dim {dim}")
+    banks = ["mem_bank_size"] + ["sup_mem_bank_size"] * getattr(args, "cache_sup", False)
+    for flag in banks:
+        rows = getattr(args, flag)
+        check_memory(4 * rows * dim, flags=f"--{flag} {rows} (rows of {dim} numbers)")
+
+
+def place(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The method on the device of the flags, its bank in the precision that they ask for."""
+    for module in model.modules():
+        if isinstance(module, MemoryBank):
+            module.store_as(options.BANK_PRECISIONS[args.bank_precision])
+    return model.to(args.device)
+
+
+def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
+    """A backbone without projector and target, and its feature size; as `build_encoders`.
+
+    Of a --weights checkpoint with a query encoder, that one's backbone is taken.
+    """
+    backbone = _seeded_backbone(args)
+    sole = SoleBackbone(
+        backbone.module,
+        autocast=options.PRECISIONS[args.precision],
+        channels_last=args.channels_last,
+    )
+    if args.bn == "sync":
+        sole = batch_norm.synchronized(sole, args.device)
+    if _are_needed(args):
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        state = checkpoint.load(args.weights, flag="--weights")
+        checkpoint.load_backbone(backbone, state, what=what)
+        print(f"{args.weights}: backbone only; the classifier starts at random", flush=True)
+    if args.compile:
+        sole.compile(cuda_graphs=args.cuda_graphs)
+    return sole, backbone.feature_dim
+
+
+def _are_needed(args: argparse.Namespace) -> bool:
+    """Whether to start from --weights: not for a run that goes on from a checkpoint of its own."""
+    if not (args.weights and args.resume):
+        return bool(args.weights)
+    folder = Path(args.checkpoint_path)
+    if args.resume == "auto" and not (folder.is_dir() and run_folder.checkpoints_in(folder)):
+        return True
+    print(f"--weights {args.weights}: not read, as --resume {args.resume} goes on", flush=True)
+    return False
+
+
+def _seeded_backbone(args: argparse.Namespace) -> Backbone:
+    """The backbone with random weights by --seed; sets TF32 by --tf32, and checks speed flags."""
+    _check_speed(args)
+    # PyTorch's own default is TF32 for convolutions but not for products; here it is both or none.
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
+    # All training steps have the same sizes, so that trying out kernels in the first one pays.
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    for group in getattr(args, "multi_crop", None) or []:
+        check_image_size(backbone, args.arch, group.size, flag="--multi_crop: crops of side")
+    check_image_size(backbone, args.arch, args.image_size)
+    return backbone
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.SGD:
+    """SGD over everything that has a gradient, weight decay on all of it, as published.
+
+    On a GPU all of it is one kernel.
+    """
+    return torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        momentum=args.sgd_momentum,
+        weight_decay=args.weight_decay,
+        fused=True if args.device.type == "cuda" else None,
+    )
+
+
+def build_run(
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    loader: TwoViewLoader,
+    val: ImageSet | None,
+    labeled: np.ndarray | None = None,
+    given: np.ndarray | None = None,
+) -> Run:
+    """The run that the flags describe on the loader's images; val: for k-NN figures, or None.
+
+    labeled: numbers of the images whose labels are used, where it is not all or none. given: labels
+    to train with, where they are not those of the images. For the demo data the untrained network
+    and raw pixels are measured first, to compare with.
+    """
+    if args.tensorboard:
+        tensorboard.check_installed()
+    _set_randomness(args)
+    evaluate, untrained = None, {}
+    if val is not None:
+        backbone = model.encoders.query_encoder.backbone
+        evaluate, untrained = _build_evaluation(args, backbone, loader, val)
+    return Run(
+        model,
+        optimizer,
+        folder=args.checkpoint_path,
+        epochs=args.epochs,
+        learning_rate=partial(
+            learning_rate,
+            args.learning_rate,
+            epochs=args.epochs,
+            cosine=args.cos,
+            decay_epochs=args.lr_decay_epochs,
+            decay_rate=args.lr_decay_rate,
+        ),
+        settings={name: _builtin(value) for name, value in vars(args).items()},
+        data=_digests(loader.images, labeled=labeled, given=given),
+        about=origin.of_start(args.device) | _about_images(loader.images, val, labeled),
+        print_freq=args.print_freq,
+        save_freq=args.save_freq,
+        save_minutes=args.save_minutes,
+        knn_freq=args.knn_freq,
+        evaluate=evaluate,
+        compare_with=untrained,
+        resume=args.resume,
+        resume_anyway=args.resume_anyway,
+        tensorboard=args.tensorboard,
+        debug=args.debug,
+        num_images=len(loader.images),
+        num_classes=len(loader.images.classes),
+    )
+
+
+def _set_randomness(args: argparse.Namespace) -> None:
+    """What --deterministic asks for, and random numbers of its own for each process."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
+        torch.manual_seed(args.seed + distributed.rank())
+
+
+def _build_evaluation(
+    args: argparse.Namespace, backbone: nn.Module, loader: TwoViewLoader, val: ImageSet
+) -> tuple[Callable[[], dict | None], dict[str, dict]]:
+    """What measures the backbone's k-NN figures, and for the demo data those to compare with."""
+    train = loader.images
+    if (train.labels < 0).any():
+        train = train.take(np.flatnonzero(train.labels >= 0))
+    train_loader, val_loader = eval_loaders(args, train, val, bad_images=loader.bad_images)
+    knn = partial(evaluate_knn, train=train_loader, val=val_loader, ks=ks_for(len(train)))
+    untrained = {}
+    if args.demo and not args.weights:
+        untrained = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
+    found = {name: figures for name, figures in untrained.items() if figures}  # the main process'
+    return partial(knn, backbone), found
+
+
+def labeled_index(
+    args: argparse.Namespace, images: ImageSet, *, file: Path | None, flag: str
+) -> np.ndarray:
+    """Numbers of the labeled images by a split file or --label_fraction; all without either.
+
+    InputError if there is none of a class.
+    """
+    if not images.classes:
+        raise InputError(f"data {args.data}: labels need class folders in train/")
+    check_every_class(images.labels, images.classes, what=f"data {args.data}")
+    if args.label_fraction is not None:
+        return class_balanced_split(images, args.label_fraction, seed=args.split_seed)
+    if file is None:
+        return np.arange(len(images))
+    index = read_split_file(file, images, flag=flag)
+    check_every_class(images.labels[index], images.classes, what=f"{flag} {file}")
+    return index
+
+
+def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | None:
+    """Labels (N,) to train with by --label_file or --label_noise; None: those of the images.
+
+    A class that no image has then is named in a warning.
+    """
+    if args.label_file is not None:
+        what = f"--label_file {args.label_file}"
+        given = read_label_file(args.label_file, images, flag="--label_file")
+    elif args.label_noise is not None:
+        what = f"--label_noise {args.label_noise}"
+        given = noisy_labels(images, args.label_noise, seed=args.noise_seed)
+    else:
+        return None
+    if absent := absent_classes(given, images.classes):
+        print(printable(f"WARNING {what}: no image has the label of {absent}"), flush=True)
+    return given
+
+
+def _check_speed(args: argparse.Namespace) -> None:
+    """InputError for speed flags that do not go together or that this machine cannot serve."""
+    can_bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not can_bf16:
+        raise InputError("--precision bf16: this GPU has no instructions for bfloat16")
+    if args.cuda_graphs and not (args.compile and args.device.type == "cuda"):
+        missing = f"on a GPU, not on {args.device}" if args.compile else "with --compile"
+        raise InputError(f"--cuda_graphs: only {missing}")
+    if not args.compile:
+        return
+    try:
+        torch.compile(torch.cos)(torch.zeros(2, device=args.device))
+    except Exception as error:  # a compiler can fail in about any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--compile: does not work here ({reason})") from error
+
+
+def _digests(images: ImageSet, **chosen: np.ndarray | None) -> dict[str, str]:
+    """What tells one set of training data from another, by name.
+
+    chosen: by a word for them, the labels or images of the set that are used.
+    """
+    digests = {"training images or classes": images.digest()}
+    names = {"labeled": "labeled images", "given": "given labels"}
+    for word, values in chosen.items():
+        if values is not None:
+            digests[names[word]] = hashlib.sha256(values.tobytes()).hexdigest()
+    return digests
+
+
+def _about_images(train: ImageSet, val: ImageSet | None, labeled: np.ndarray | None) -> dict:
+    """How many images and classes there are, and what lies among the files and is not used."""
+    counts = {"train": len(train), "classes": len(train.classes)}
+    left_out = {"train": train.left_out.record()}
+    if val is not None:
+        counts["val"] = len(val)
+        left_out["val"] = val.left_out.record()
+    if labeled is not None:
+        counts["labeled"] = len(labeled)
+    return {"counts": counts, "left_out": left_out}
+
+
+def _builtin(value: Any) -> Any:
+    """Checkpoints hold builtins only."""
+    if isinstance(value, list):
+        return [_builtin(part) for part in value]
+    if isinstance(value, tuple):
+        return tuple(_builtin(part) for part in value)
+    return str(value) if isinstance(value, (Path, torch.device)) else value

@@ -1,0 +1,202 @@
+"""The loader for training: two views of each image, and more crops if asked for.
+
+The views of an image follow from (seed, epoch, image index). So the number of workers changes no
+bit, and any step of any epoch can be produced on its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.data import augment, cropping, random_draws
+from utils.data.bad_images import BadImages
+from utils.data.cropping import CropGroup
+from utils.data.datasets import ImageSet
+from utils.data.device_crops import DeviceCrops
+from utils.data.reading import CropBatch, EpochSampler, Wanted, data_loader, read, read_batches
+from utils.runtime import distributed
+from utils.runtime.errors import InputError
+from utils.runtime.streams import ahead, upload
+
+
+class Batch(NamedTuple):
+    """One training batch, on the training device but for `index`, which the host needs.
+
+    query_view, target_view: (B, 3, S, S) float32, normalized. index: (B,) int64. label: (B,) int64,
+    -1 where there is none. small_views: of each smaller size s the crops for the query encoder
+    alone, (n, B, 3, s, s). With a symmetric loss B is twice the number of images: each stands there
+    twice, one after the other.
+    """
+
+    query_view: Tensor
+    target_view: Tensor
+    index: Tensor
+    label: Tensor
+    small_views: tuple[Tensor, ...] = ()
+
+
+@dataclass(eq=False)
+class _RandomCrops(Dataset):
+    """The worker part: decodes an image once and cuts its crops; keys are a `Wanted`."""
+
+    images: ImageSet
+    groups: Sequence[CropGroup]
+    seed: int
+    tolerated: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, batch: Wanted) -> CropBatch:
+        views = sum(group.count for group in self.groups)
+        own = [batch.numbers[place] for place in batch.own]
+        draws = random_draws.by_image(self.seed, batch.epoch, own, views=views)
+
+        def crops(number: int, image: Tensor) -> Tensor:
+            original = self.images.original_size(number)
+            return cropping.random_crops(image, draws(number), self.groups, original=original)
+
+        return read(self.images, batch.numbers, crops, tolerated=self.tolerated, own=batch.own)
+
+
+class TwoViewLoader:
+    """Yields a `Batch` of two views of each image, drawn from (seed, epoch, image index).
+
+    Of several processes each yields its part of every batch of `batch_size`.
+
+    Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
+    whole batch; a GPU does it for the next batch on a stream of its own while the present one is
+    trained on. An epoch is `len(loader)` full batches of a new permutation; the few images left
+    over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
+    blur: probability of blur in a strong view. bad_images: what is done about a broken image; by
+    default InputError. Where it is skipped, the next image of the set that can be read and is not
+    in the batch takes its place, with its own label and views. cut_on_device: a `PixelSet` is
+    copied to the device and cropped there, without workers: the same order and the same views, but
+    for a gray level here and there in a crop (`device_crops.cut_crops`).
+
+    scale: share of the image's area that the two views take. small: groups of smaller crops, strong
+    views for the query encoder alone (multi-crop, arXiv 2006.09882). symmetric: each of the two
+    crops is once in the query view and once in the target view (BYOL). single: "strong" or "weak":
+    only one view is made of an image, and stands for both.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        image_size: int = 224,
+        weak_strong: bool = False,
+        blur: float = augment.BLUR_PROBABILITY,
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        bad_images: BadImages | None = None,
+        cut_on_device: bool = False,
+        scale: tuple[float, float] = (0.2, 1.0),
+        small: Sequence[CropGroup] = (),
+        symmetric: bool = False,
+        single: str | None = None,
+    ) -> None:
+        assert not (single and (small or symmetric))
+        if len(images) < batch_size:
+            raise InputError(f"--batch_size {batch_size}: only {len(images)} training images")
+        if batch_size % distributed.world_size():
+            count = distributed.world_size()
+            raise InputError(f"--batch_size {batch_size}: no multiple of the {count} processes")
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        self.bad_images = bad_images or BadImages()
+        self.symmetric, self.single = symmetric, single
+        self._groups = [CropGroup(1 if single else 2, image_size, scale), *small]
+        self._strong_view = partial(augment.strong_view, blur=blur)
+        self._target_view = augment.weak_view if weak_strong else self._strong_view
+        self._sampler = EpochSampler(len(images), batch_size, seed)
+        settings = {"groups": self._groups, "seed": seed, "tolerated": self.bad_images.tolerated}
+        if cut_on_device:
+            self._loader = DeviceCrops(images, self._sampler, device=self.device, **settings)
+        else:
+            self._loader = data_loader(
+                _RandomCrops(images, **settings),
+                self.device,
+                batch_sampler=self._sampler,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+            )
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (from 1), from step `start` (from 0)."""
+        self._sampler.epoch, self._sampler.start = epoch, start
+        yield from ahead(self._views(epoch), self.device)
+
+    def _views(self, epoch: int) -> Iterator[Batch]:
+        """The batches that the sampler is set to. Nothing here makes the host wait for a GPU."""
+        for crops, index, label, _ in read_batches(self._loader, self.images, self.bad_images):
+            if len(index) < self.batch_size // distributed.world_size():
+                raise InputError(
+                    f"--batch_size {self.batch_size}: of {len(self.images)} training images only "
+                    f"{len(index)} can be read"
+                )
+            views = sum(group.count for group in self._groups)
+            draws = random_draws.uniforms(self.seed, epoch, index, views=views)
+            large, *small = cropping.split_crops(upload(crops, self.device), self._groups)
+            yield self._batch(large, small, draws, index, upload(label, self.device))
+
+    def _batch(
+        self, large: Tensor, small: list[Tensor], draws: np.ndarray, index: Tensor, label: Tensor
+    ) -> Batch:
+        """What the device makes of crops (B, n, 3, s, s) uint8 and of draws (B, V, NUM_DRAWS)."""
+        if self.single:
+            render = augment.weak_view if self.single == "weak" else self._strong_view
+            view = render(large[:, 0], draws[:, 0])
+            return Batch(view, view, index, label)
+        alike = self._target_view is self._strong_view
+        if not (self.symmetric or alike):
+            query = self._strong_view(large[:, 0], draws[:, 0])
+            target = self._target_view(large[:, 1], draws[:, 1])
+        else:
+            query, target = views = _of_both(self._strong_view, large, draws)
+        if self.symmetric:
+            others = views if alike else _of_both(self._target_view, large, draws)
+            query, target = _interleaved(*views), _interleaved(*reversed(others))
+            index, label = index.repeat_interleave(2), label.repeat_interleave(2)
+        return Batch(query, target, index, label, tuple(self._small_views(small, draws[:, 2:])))
+
+    def _small_views(self, small: list[Tensor], draws: np.ndarray) -> Iterator[Tensor]:
+        """Strong views (n, B, 3, s, s) of each group's crops (B, n, 3, s, s)."""
+        for crops in small:
+            count, draws_of_group = crops.shape[1], draws[:, : crops.shape[1]]
+            draws = draws[:, count:]
+            flat = crops.transpose(0, 1).flatten(0, 1)
+            views = self._strong_view(flat, draws_of_group.swapaxes(0, 1).reshape(len(flat), -1))
+            yield views.unflatten(0, (count, -1))
+
+
+def _of_both(
+    render: Callable[..., Tensor], large: Tensor, draws: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """A view of either crop, (B, 3, S, S) each, of crops (B, 2, 3, S, S) and draws (B, V, ...).
+
+    A GPU makes both at once: with small images the launches take longer than what they launch.
+    """
+    if large.device.type == "cpu":
+        return render(large[:, 0], draws[:, 0]), render(large[:, 1], draws[:, 1])
+    both = np.concatenate((draws[:, 0], draws[:, 1]))
+    return render(large.transpose(0, 1).flatten(0, 1), both).chunk(2)
+
+
+def _interleaved(one: Tensor, other: Tensor) -> Tensor:
+    """Rows of both, (B, ...) each, in turn: (2 B, ...)."""
+    return torch.stack([one, other], dim=1).flatten(0, 1)

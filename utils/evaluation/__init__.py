@@ -1,0 +1,4 @@
+"""Evaluation: features of a data set, k-NN, linear and logistic classifiers, transfer.
+
+May import: runtime, method, data.
+"""

@@ -1,0 +1,158 @@
+"""Features of the train and the val images in one file, bound to what they were made of.
+
+The file holds its key: checkpoint, encoder, network, view, and a digest of each split's labels and
+of every byte of its image files. Features are handed out only if the whole key is the same, so a
+stale file cannot be used, not even with image files that have the size and the time of others.
+For that all files are read once more, in 4% of the time that decoding and cropping them takes (11%
+for files of 2 kB: tests/benchmarks/feature_key.py), as fast as the disk gives them. They are read
+before the features are made: of a file that changes in between the key has the old bytes.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader
+from utils.data.datasets import ImageSet, PixelSet
+from utils.evaluation.features import extract_features, finite_rows
+from utils.method import checkpoint
+from utils.runtime import checked, distributed, files, torch_file
+from utils.runtime.checked import Kind
+from utils.runtime.errors import InputError
+
+FORMAT = "cmsf-features-2"  # 1 had a key of sizes and times
+NAME = "features.pth"
+_THREADS, _AT_ONCE = 8, 256  # that read files, and files that one takes at a time
+
+# By split, "train" and "val": features (N, F) float32, not normalized, and labels (N,) int64.
+Features = dict[str, tuple[Tensor, Tensor]]
+
+
+def image_digest(images: ImageSet, *, missing_ok: bool = False, text: str = "images") -> str:
+    """A digest (hexadecimal) of the images' names, labels and every byte of their files, in order.
+
+    Of images in memory the pixels count. All processes call it; each reads its part of the files.
+    Raises InputError for a file that is gone, unless missing_ok: then it counts as that. text: what
+    a progress bar says.
+    """
+    if isinstance(images, PixelSet):
+        return images.digest()
+    count = len(images)
+    parts = [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]
+    own = distributed.own_share(len(parts))
+
+    def digest_of(numbers: range) -> bytes:
+        entries = (_entry(images, number, missing_ok=missing_ok) for number in numbers)
+        return hashlib.sha256(b"".join(entries)).digest()
+
+    found = []
+    bar = tqdm(desc=text, total=count, leave=False, disable=not distributed.shows_bars())
+    with bar, ThreadPoolExecutor(_THREADS) as threads:  # they wait for files, and hash side by side
+        for digest in threads.map(digest_of, parts[own.start : own.stop]):
+            found.append(digest)
+            bar.update(_AT_ONCE * distributed.world_size())
+    of_all = b"".join(part for some in distributed.gather_objects(found) for part in some)
+    return hashlib.sha256(repr(images.classes).encode() + of_all).hexdigest()
+
+
+def _entry(images: ImageSet, number: int, *, missing_ok: bool) -> bytes:
+    """What a digest takes of one image; see `image_digest`."""
+    path, seen = images.path(number), None
+    try:
+        with open(path, "rb", buffering=0) as file:
+            seen = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if not missing_ok:
+            raise InputError(f"data {path}: {error.strerror}") from error
+    return repr((images.name(number), seen, int(images.labels[number]))).encode()
+
+
+def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features | None:
+    """Pass both splits through a backbone: what `features.extract_features` gives for each.
+
+    Of several processes only the main one has features, the others None.
+    """
+    features = {}
+    for split, loader in {"train": train, "val": val}.items():
+        hidden = not distributed.shows_bars()
+        bar = tqdm(loader, f"features of {split}", leave=False, disable=hidden)
+        features[split] = extract_features(
+            backbone,
+            bar,
+            num_images=len(loader.images),
+            left_out=loader.left_out,
+            path_of=loader.images.path,
+        )
+    return features if distributed.is_main() else None
+
+
+def save(path: Path, key: dict[str, str], features: Features, *, bad_images: list[str]) -> None:
+    """Write the features of both splits with their key, atomically; RunError if that fails.
+
+    bad_images: the files that have no row in them.
+    """
+    state = {"format": FORMAT, "key": key, "features": features, "bad_images": bad_images}
+    files.save(path, state)
+
+
+def load(
+    path: Path,
+    key: dict[str, str],
+    *,
+    flag: str,
+    bad_images: BadImages,
+    feature_dim: int,
+    num_classes: int,
+) -> Features:
+    """Read the features of a file whose key is this one.
+
+    flag: the user's flag that named the file, for the message. bad_images: is told which images
+    could not be read when the features were made. feature_dim, num_classes: what there is to be.
+    Raises InputError for a file that is missing, unreadable (a truncated one is) or no feature
+    cache, for one of another key, with the names of the parts that differ, for one with more images
+    left out than may be, and for features that are not finite or not of these sizes.
+    """
+    what = f"{flag} {path}"
+    state = checkpoint.load(path, flag=flag)
+    if state.get("format") != FORMAT:
+        raise InputError(f"{what}: no feature cache of this version")
+    saved_key = checked.take(state, "key", checked.table_of(checked.TEXT), what=what)
+    differing = [name for name in key if saved_key.get(name) != key[name]]
+    if differing:
+        raise InputError(f"{what}: features of another {', '.join(differing)}")
+    names = checked.take(state, "bad_images", checked.list_of(checked.TEXT), what=what, default=[])
+    features = checked.take(state, "features", _pairs(feature_dim, num_classes), what=what)
+    for name in names:
+        bad_images.add(name, f"there are no features of it in {path}")
+    return features
+
+
+def _pairs(feature_dim: int, num_classes: int) -> Kind:
+    """`Features` of this size, finite, and labels of so many classes."""
+    rows = torch_file.tensor(
+        "", lambda value: bool(finite_rows(value).all()), dims=2, dtype=torch.float32
+    )
+    in_range = torch_file.between(0, num_classes - 1)
+    labels = torch_file.tensor("", in_range, dims=1, dtype=torch.int64)
+
+    def is_pair(value: Any) -> bool:
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            return False
+        fits = rows.holds(value[0]) and labels.holds(value[1])
+        return fits and value[0].shape == (len(value[1]), feature_dim) and len(value[1]) > 0
+
+    words = f"finite features (N, {feature_dim}) and labels below {num_classes} of train and val"
+    return Kind(
+        words,
+        lambda value: (
+            isinstance(value, dict)
+            and value.keys() == {"train", "val"}
+            and all(map(is_pair, value.values()))
+        ),
+    )

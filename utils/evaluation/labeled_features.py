@@ -1,0 +1,143 @@
+"""Where a classifier gets features and labels from: images read anew each epoch, or kept features.
+
+Both have the same six: `for_statistics`, `epoch`, `val`, `num_images`, `labels` and `val_labels`. F
+is the feature size.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.data.batches import EvalLoader, LabeledLoader, epoch_batches
+from utils.evaluation import feature_cache
+from utils.evaluation.features import extract_features
+from utils.runtime import distributed
+from utils.runtime.streams import upload
+
+
+class FromImages:
+    """Labeled features of images that are read anew in every epoch.
+
+    views: the random crops to train on; train and val: the evaluation views. With fine_tune the
+    encoder trains: it is in train mode and features of `epoch` have gradients. Otherwise it is in
+    eval mode, nothing of it changes, and val features are computed once.
+
+    Of several processes each passes its part of the images through; all get the features of
+    `for_statistics` and `epoch`, the main one those of `val`. To train, the encoder's batch norm is
+    that of `batch_norm.synchronized`, and its gradients are to be summed over the processes.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        views: LabeledLoader,
+        train: EvalLoader,
+        val: EvalLoader,
+        *,
+        fine_tune: bool,
+    ) -> None:
+        self.encoder = encoder.requires_grad_(fine_tune)
+        self.views, self._train, self._val = views, train, val
+        self.fine_tune = fine_tune
+        self._val_features: tuple[Tensor, Tensor] | None = None
+        self._val_is_known = False
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """How many images of each split could be read in the evaluation view, as far as known."""
+        return {"train": self._train.num_readable, "val": self._val.num_readable}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (N,) of the training images that `num_images` counts."""
+        return np.delete(self._train.images.labels, sorted(self._train.left_out))
+
+    @property
+    def val_labels(self) -> np.ndarray:
+        """Labels (N,) of the val images that `num_images` counts."""
+        return np.delete(self._val.images.labels, sorted(self._val.left_out))
+
+    def for_statistics(self) -> Iterator[Tensor]:
+        """Features (b, F) of all training images in the evaluation view."""
+        self.encoder.eval()
+        batches = iter(_bar(self._train, "statistics"))
+        none = torch.empty(0, device=self._train.device)
+        while True:
+            with torch.no_grad():
+                batch = next(batches, None)
+                features = none if batch is None else self.encoder(batch.images)
+                features = distributed.gather_uneven(features)
+            if not len(features):
+                return
+            yield features
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (b, F) and labels (b,) of every training image once, on the device."""
+        self.encoder.train(self.fine_tune)
+        batches = self.views.epoch(epoch)
+        for images, _, label in _bar(batches, f"epoch {epoch}", total=len(self.views)):
+            with torch.set_grad_enabled(self.fine_tune):
+                features = distributed.gather_uneven(self.encoder(images))
+            label = distributed.gather_uneven(label)
+            yield features, upload(label, images.device)
+
+    def val(self) -> tuple[Tensor, Tensor] | None:
+        """Features (N, F) and labels (N,) of the val images in the evaluation view."""
+        if self.fine_tune or not self._val_is_known:
+            self._val_is_known = True
+            self._val_features = extract_features(
+                self.encoder,
+                _bar(self._val, "val"),
+                num_images=len(self._val.images),
+                left_out=self._val.left_out,
+                path_of=self._val.images.path,
+            )
+        return self._val_features
+
+
+class FromFeatures:
+    """Labeled features extracted once; batches are taken from one tensor on the device."""
+
+    def __init__(
+        self, features: feature_cache.Features, *, batch_size: int, seed: int, device: torch.device
+    ) -> None:
+        self._features, self._labels = (part.to(device) for part in features["train"])
+        self._val = features["val"]
+        self.batch_size, self.seed = batch_size, seed
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """How many images of each split there are features of."""
+        return {"train": len(self._labels), "val": len(self._val[1])}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (N,) of the training images."""
+        return self._labels.cpu().numpy()
+
+    @property
+    def val_labels(self) -> np.ndarray:
+        """Labels (N,) of the val images."""
+        return self._val[1].cpu().numpy()
+
+    def for_statistics(self) -> Iterator[Tensor]:
+        """Features (b, F) of all training images."""
+        yield from self._features.split(self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (b, F) and labels (b,) of every training image once, on the device."""
+        for batch in epoch_batches(len(self._labels), self.batch_size, seed=self.seed, epoch=epoch):
+            index = upload(torch.from_numpy(batch), self._labels.device)
+            yield self._features[index], self._labels[index]
+
+    def val(self) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and labels (N,) of the val images."""
+        return self._val
+
+
+def _bar(batches: Iterable, text: str, *, total: int | None = None) -> Iterable:
+    """A progress bar around batches."""
+    return tqdm(batches, text, total=total, leave=False, disable=not distributed.shows_bars())

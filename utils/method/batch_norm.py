@@ -1,0 +1,66 @@
+"""Batch norm whose statistics are those of the whole batch, over all processes."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.runtime import distributed
+
+
+class HostSyncBatchNorm(_BatchNorm):
+    """What torch's SyncBatchNorm does on GPUs, for processes without one: (B, C) or (B, C, H, W).
+
+    A process can have any number of rows. Running statistics as in nn.BatchNorm: those of the whole
+    batch, the variance unbiased.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions from two up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize by the statistics of all processes' rows, in eval mode by the running ones."""
+        if not self.training:
+            return super().forward(x)
+        given, x = x.dtype, x if x.dtype == torch.float64 else x.float()  # bf16 sums badly
+        shape = (1, -1, *(1 for _ in x.shape[2:]))
+        places = [0, *range(2, x.dim())]
+        count = int(distributed.add_up(torch.tensor(x.numel() // x.shape[1])))
+        mean = all_reduce(x.sum(places)) / count
+        centered = x - mean.view(shape)
+        variance = all_reduce(centered.square().sum(places)) / count
+        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        normalized = centered * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return normalized.to(given)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        share = self.momentum or 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+def synchronized(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with every batch norm over all processes, its names and values unchanged."""
+    if distributed.world_size() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        setattr(module, name, synchronized(child, device))
+    if not isinstance(module, _BatchNorm):
+        return module
+    new = HostSyncBatchNorm(
+        module.num_features, module.eps, module.momentum, module.affine, dtype=_dtype(module)
+    )
+    new.load_state_dict(module.state_dict())
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(getattr(module, name).requires_grad)
+    return new.train(module.training)
+
+
+def _dtype(module: _BatchNorm) -> torch.dtype:
+    return module.running_mean.dtype

@@ -1,0 +1,342 @@
+"""Backbones by name, MLP heads, and the pair of encoders of the method.
+
+A backbone maps images (B, 3, S, S) to features (B, F). An encoder is a backbone and its projector
+and maps images to embeddings (B, D); the query side has a predictor behind it, the target encoder
+is the moving average of the query encoder.
+"""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from utils.runtime import distributed
+from utils.runtime.errors import InputError
+
+# torchvision classifiers whose training output is not one tensor.
+_WITH_AUXILIARY_OUTPUT = ("googlenet", "inception_v3")
+# Of torch.compile for CUDA graphs: each size of crops has a graph of its own.
+_AS_GRAPHS = {"mode": "reduce-overhead", "dynamic": False}
+
+
+class Backbone(NamedTuple):
+    """A network that ends in features.
+
+    module: (B, 3, S, S) -> (B, feature_dim). classifier: the name that the removed last linear
+    layer has in the architecture's own state dict ("fc", "classifier.6"), which tells its weights
+    in a checkpoint.
+    """
+
+    module: nn.Module
+    feature_dim: int
+    classifier: str
+
+
+class Conv4(nn.Module):
+    """Four 3x3 convolutions of 16-32-64-128 channels for small images: 128 features.
+
+    Batch norm and ReLU after each, 2x2 max pooling between them, global average at the end.
+    """
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        channels = [3, 16, 32, 64, 128]
+        layers: list[nn.Module] = []
+        for block, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
+            if block:
+                layers.append(nn.MaxPool2d(2))
+            convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, num_classes), S at least 8."""
+        return self.fc(self.features(images).mean(dim=(2, 3)))
+
+
+def _torchvision_models() -> ModuleType:
+    """Imported only where they are needed: that takes as long as to import torch itself."""
+    import torchvision
+
+    return torchvision.models
+
+
+def backbone_names() -> list[str]:
+    """Every architecture `build_backbone` knows by name."""
+    models = _torchvision_models()
+    names = models.list_models(module=models)
+    return ["conv4"] + [name for name in names if name not in _WITH_AUXILIARY_OUTPUT]
+
+
+def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
+    """Build a backbone with random weights; its last linear layer becomes the identity.
+
+    arch: "conv4" or a torchvision classification model. small_stem: ResNets only, a 3x3 first
+    convolution of stride 1 and no pooling behind it, for images of about 32 px. Raises InputError
+    for an unknown arch, one that ends in no linear layer, or a small stem on what is no ResNet.
+    """
+    if arch != "conv4" and arch not in backbone_names():
+        raise InputError(f"--arch {arch}: unknown; a torchvision classification model or conv4")
+    module = Conv4() if arch == "conv4" else _torchvision_models().get_model(arch, weights=None)
+    if small_stem:
+        if not isinstance(module, _torchvision_models().ResNet):
+            raise InputError(f"--small_stem: only for ResNets, not for --arch {arch}")
+        module.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+        module.maxpool = nn.Identity()
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise InputError(f"--arch {arch}: ends in no linear layer that a projector could replace")
+    classifier = linear[-1]
+    feature_dim = module.get_submodule(classifier).in_features
+    module.set_submodule(classifier, nn.Identity())
+    return Backbone(module, feature_dim, classifier)
+
+
+def check_image_size(
+    backbone: Backbone, arch: str, image_size: int, *, flag: str = "--image_size"
+) -> None:
+    """Pass one black image through the backbone; InputError if it cannot take this size.
+
+    flag: what the error names.
+    """
+    was_training = backbone.module.training
+    try:
+        with torch.no_grad():
+            features = backbone.module.eval()(torch.zeros(1, 3, image_size, image_size))
+        if features.shape != (1, backbone.feature_dim):
+            raise RuntimeError(f"features of shape {tuple(features.shape)}")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{flag} {image_size}: --arch {arch} cannot take it ({reason})") from error
+    finally:
+        backbone.module.train(was_training)
+
+
+class _Layers(nn.Sequential):
+    """nn.Sequential with a forward of ours: PyTorch 2.11 compiles no container of its own."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pass features (B, F) through the layers, one after the other."""
+        for layer in self:
+            features = layer(features)
+        return features
+
+
+def mlp(sizes: Sequence[int], *, output_norm: bool = False) -> nn.Sequential:
+    """Linear-BN-ReLU-...-Linear through the given sizes, [input, hidden, ..., output].
+
+    output_norm: a batch norm without affine parameters on the output, which keeps the embeddings'
+    rank up (not in the published code).
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(sizes[-2], sizes[-1]))
+    if output_norm:
+        layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
+    return _Layers(*layers)
+
+
+class Encoder(nn.Module):
+    """A backbone and its projector: (B, 3, S, S) -> (B, D)."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, D), not normalized."""
+        return self.projector(self.backbone(images))
+
+
+def _pass_through(
+    images: Tensor,
+    networks: Sequence[nn.Module],
+    *,
+    autocast: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    """Pass images through networks, one after the other; float32 comes out of autocast's dtype."""
+    if channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    output = images
+    # No cache of cast weights: each is used once here, and one that outlived a step (in an
+    # autocast of the caller's) would hide what the optimizer did to it.
+    with torch.autocast(
+        images.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    ):
+        for network in networks:
+            output = network(output)
+    # bfloat16 has 8 significant bits: too few for a unit norm and for telling neighbors apart.
+    return output if autocast is None else output.float()
+
+
+def _begin_step(cuda_graphs: bool) -> None:
+    """Say that a step begins: what CUDA graphs made in the last one may be overwritten from here.
+
+    Embeddings and losses live on, as they are made outside of the graphs; gradients, made by the
+    graphs, must have been used by now.
+    """
+    if cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+class SoleBackbone(nn.Module):
+    """A backbone alone, for methods with neither projector nor target encoder.
+
+    Its weights have the names that `QueryTargetEncoders` gives to those of its query backbone, so
+    that whatever reads checkpoints reads these. backbone: any module (B, 3, S, S) -> (B, F).
+    autocast, channels_last: as there.
+    """
+
+    _cuda_graphs = False
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.query_encoder = nn.ModuleDict({"backbone": backbone})
+        self.autocast, self.channels_last = autocast, channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
+        """Compile in place; see `QueryTargetEncoders.compile`."""
+        self._cuda_graphs = cuda_graphs
+        super().compile(*args, **((_AS_GRAPHS if cuda_graphs else {}) | kwargs))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`forward`, in a step of its own; outside of what is compiled."""
+        _begin_step(self._cuda_graphs)
+        return super().__call__(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> features (B, F), with gradient."""
+        networks = self.query_encoder.values()
+        return _pass_through(
+            images, networks, autocast=self.autocast, channels_last=self.channels_last
+        )
+
+
+class QueryTargetEncoders(nn.Module):
+    """Query encoder with predictor, and the target encoder that follows it (CMSF sec. 3).
+
+    backbone: any module (B, 3, S, S) -> (B, feature_dim); the target encoder starts as a copy of
+    it. proj_dim: D, default feature_dim / 4; hidden_dim: of projector and predictor, default 2
+    feature_dim (the published sizes). proj_bn: batch norm without affine parameters on the
+    projector's output. momentum: m of the moving average, 0 to 1. shuffle_target: with several
+    processes, the target's batch norm sees other rows together than the query's (MoCo).
+
+    autocast: the dtype of 16 bits in which convolutions and linear layers compute (torch.autocast),
+    or None. Parameters, gradients, moving average and embeddings stay float32 all the same, so the
+    weights fit encoders with and without it. channels_last: images and the weights of convolutions
+    lie in memory with the channels last, which changes speed, and results by rounding alone.
+    """
+
+    _cuda_graphs = False
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        proj_dim: int | None = None,
+        hidden_dim: int | None = None,
+        proj_bn: bool = False,
+        momentum: float = 0.99,
+        shuffle_target: bool = False,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shuffle_target = shuffle_target
+        self.proj_dim = proj_dim or feature_dim // 4
+        hidden_dim = hidden_dim or 2 * feature_dim
+        self.momentum = momentum
+        self.autocast, self.channels_last = autocast, channels_last
+        projector = mlp([feature_dim, hidden_dim, self.proj_dim], output_norm=proj_bn)
+        self.query_encoder = Encoder(backbone, projector)
+        self.predictor = mlp([self.proj_dim, hidden_dim, self.proj_dim])
+        self.target_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def query(self, images: Tensor, *small: Tensor) -> Tensor:
+        """q = norm(h(f(images))): (B, D), unit norm, with gradient.
+
+        small: further crops of the same images, (n, B, 3, s, s) of each size s: then (V, B, D), a
+        row of queries for the images and for each of the small crops. Each size is one pass, with
+        batch-norm statistics of its own, as in SwAV (arXiv 2006.09882). Where each of the images is
+        there twice, one after the other (symmetric loss), small crops are given once. A step begins
+        with it.
+        """
+        _begin_step(self._cuda_graphs)
+        q = self._embed(images, self.query_encoder, self.predictor)
+        if not small:
+            return q
+        views = [q.unsqueeze(0)]
+        for crops in small:
+            one_pass = self._embed(crops.flatten(0, 1), self.query_encoder, self.predictor)
+            one_pass = one_pass.unflatten(0, crops.shape[:2])
+            views.append(one_pass.repeat_interleave(len(q) // crops.shape[1], dim=1))
+        return torch.cat(views)
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """t = norm(g(images)): (B, D), unit norm, no gradient.
+
+        With `shuffle_target` the rows are dealt out anew among the processes before, and taken back
+        after, all of which must then call it together.
+        """
+        if self.shuffle_target:
+            images, order = distributed.shuffled(images)
+            return distributed.unshuffled(self._target(images), order)
+        return self._target(images)
+
+    def _target(self, images: Tensor) -> Tensor:
+        return self._embed(images, self.target_encoder)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Moving average of the parameters: g <- m g + (1 - m) f.
+
+        Parameters only: g has batch-norm statistics of its own, from its own (weak) views, so an
+        average that copies or averages buffers, as torch.optim.swa_utils does, would be another
+        method.
+        """
+        torch._foreach_lerp_(
+            list(self.target_encoder.parameters()),
+            list(self.query_encoder.parameters()),
+            1 - self.momentum,
+        )
+
+    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
+        """Compile query encoder, predictor and target encoder in place, as nn.Module.compile does.
+
+        The names of the weights stay. A backbone run by itself, as in evaluation, is not compiled.
+        cuda_graphs: each network's pass forward or backward is launched as one CUDA graph, whose
+        inputs are copied into its memory; what stays between steps must not lie there.
+        """
+        self._cuda_graphs = cuda_graphs
+        options = (_AS_GRAPHS if cuda_graphs else {}) | kwargs
+        for network in (self.query_encoder, self.predictor, self.target_encoder):
+            network.compile(*args, **options)
+
+    def _embed(self, images: Tensor, *networks: nn.Module) -> Tensor:
+        """Pass images through the networks, one after the other: (B, D), unit norm."""
+        output = _pass_through(
+            images, networks, autocast=self.autocast, channels_last=self.channels_last
+        )
+        return normalize(output, dim=1)

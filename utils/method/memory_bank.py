@@ -1,0 +1,122 @@
+"""What the method remembers: a bank of past targets, and the last embedding of each image.
+
+Both are modules so that `state_dict`, `.double()` and `.to(device)` treat them as part of the
+model.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from utils.runtime.streams import upload
+
+_UNIT = 1.01  # no entry of a unit vector is above, whatever the rounding
+
+
+class MemoryBank(nn.Module):
+    """First-in, first-out store of K embeddings with columns aligned to its rows.
+
+    features: (K, D), unit norm. label, index: (K,) int64, of the image a row came from (-1:
+    unknown). With `with_previous` also M' of CMSF-2Q: previous: (K, D), the embedding that the
+    row's image had when it was visited before, and has_previous: (K,) bool. (The published code
+    kept one previous embedding for each image, which two rows of an image shared; here each row
+    keeps its own.)
+
+    Rows are written from 0 upward and then over the oldest, so the rows in use are always [0,
+    filled): an empty row is never searched. Any number of rows can be enqueued at once, also more
+    than K.
+    """
+
+    def __init__(
+        self, size: int, dim: int, *, with_previous: bool = False, with_true_label: bool = False
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.written = 0  # rows ever written: on the host, so that slicing never waits for a GPU
+        self.register_buffer("features", torch.zeros(size, dim))
+        self.register_buffer("label", torch.full((size,), -1))
+        self.register_buffer("index", torch.full((size,), -1))
+        if with_previous:
+            self.register_buffer("previous", torch.zeros(size, dim))
+            self.register_buffer("has_previous", torch.zeros(size, dtype=torch.bool))
+        if with_true_label:
+            self.register_buffer("true_label", torch.full((size,), -1))
+
+    @property
+    def filled(self) -> int:
+        """How many rows hold an embedding, 0 to K."""
+        return min(self.written, self.size)
+
+    def in_use(self, *names: str) -> list[Tensor]:
+        """The named columns, features among them, as far as they are filled: views, not copies."""
+        return [getattr(self, name)[: self.filled] for name in names]
+
+    def newest(self, count: int) -> Tensor:
+        """Numbers (n,) of the rows written last, oldest of them first; n is at most `filled`."""
+        count = min(count, self.filled)
+        return torch.arange(self.written - count, self.written) % self.size
+
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Keep embeddings in this dtype: float16 takes half the memory of float32.
+
+        An entry of a unit vector then errs by at most 2^-12, a similarity by about 2^-11 / sqrt(D).
+        """
+        for name in {"features", "previous"} & dict(self.named_buffers()).keys():
+            setattr(self, name, getattr(self, name).to(dtype))
+
+    @torch.no_grad()
+    def enqueue(
+        self, features: Tensor, *, only_if: Tensor | None = None, **columns: Tensor
+    ) -> None:
+        """Write a batch over the oldest rows.
+
+        features: (B, D), unit norm. columns: one (B, ...) tensor for every other column, by its
+        name; a missing or unknown name is a TypeError. only_if: () bool on the bank's device; where
+        it is False the rows stay as they are, and a GPU is not waited for to know it.
+        """
+        columns["features"] = features
+        own = dict(self.named_buffers())
+        if columns.keys() != own.keys():
+            raise TypeError(f"enqueue got columns {sorted(columns)}, the bank has {sorted(own)}")
+        if only_if is not None and only_if.device.type == "cpu":
+            if not only_if:
+                return
+            only_if = None
+        batch = features.shape[0]
+        kept = min(batch, self.size)  # of a batch larger than the bank only the newest rows stay
+        start = (self.written + batch - kept) % self.size
+        before_end = min(kept, self.size - start)
+        for name, values in columns.items():
+            newest = upload(values[batch - kept :], own[name].device)
+            parts = newest.split([before_end, kept - before_end])
+            places = own[name][start : start + before_end], own[name][: kept - before_end]
+            for place, part in zip(places, parts, strict=True):
+                place.copy_(part if only_if is None else torch.where(only_if, part, place))
+        self.written += batch
+
+    def clear(self) -> None:
+        """Forget every row: none is in use until new ones are written."""
+        self.written = 0
+
+    def fault(self, *, num_images: int, num_classes: int) -> str | None:
+        """In words what cannot be in a bank out of a file, None if it is sound."""
+        if not 0 <= self.written < 2**62:
+            return f"{self.written} rows were written to it"
+        last = {"index": num_images, "label": num_classes, "true_label": num_classes}
+        for name in last.keys() & dict(self.named_buffers()).keys():
+            (column,) = self.in_use(name)
+            lowest, highest = 0 if name == "index" else -1, last[name] - 1
+            if ((column < lowest) | (column > highest)).any():
+                return f"{name} is not everywhere from {lowest} to {highest}"
+        for name in {"features", "previous"} & dict(self.named_buffers()).keys():
+            (column,) = self.in_use(name)
+            if not (column.abs() < _UNIT).all():  # nor is nan
+                return f"{name} are not of unit norm"
+        return None
+
+    def get_extra_state(self) -> Tensor:
+        """Save `written` with the buffers: without it a resumed bank would start over at row 0."""
+        return torch.tensor(self.written)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore `written`."""
+        self.written = int(state)

@@ -1,0 +1,4 @@
+"""The process: errors, files, signals, workers, several processes. It knows no method.
+
+May import: no other room.
+"""

@@ -1,0 +1,110 @@
+"""Values out of files that anybody may have written: each is checked where it is read.
+
+A file that looks right can hold a list where a number is expected, or a number that no tensor has
+room for. Without a check it fails far from where it was read, in words that name no file.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from utils.runtime.errors import InputError, printable
+
+MOST = 2**63 - 1  # what an int64 tensor holds
+_SHOWN = 40  # characters of a wrong value in a message
+
+
+class Kind(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def whole(low: int = -MOST, high: int = MOST) -> Kind:
+    """An int from low to high; True and False are none."""
+    words = _limited("a whole number", low, high)
+    return Kind(words, lambda value: type(value) is int and low <= value <= high)
+
+
+def real(low: float = -float("inf"), high: float = float("inf")) -> Kind:
+    """A finite int or float from low to high."""
+
+    def holds(value: Any) -> bool:
+        finite = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return finite and low <= value <= high
+
+    return Kind(_limited("a finite number", low, high), holds)
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+
+
+def list_of(kind: Kind) -> Kind:
+    """A list or tuple of values of a kind."""
+    return Kind(
+        f"a list of {kind.words}",
+        lambda value: isinstance(value, (list, tuple)) and all(map(kind.holds, value)),
+    )
+
+
+def table_of(kind: Kind) -> Kind:
+    """A dict of text to values of a kind."""
+    return Kind(
+        f"a table of {kind.words}",
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(key, str) and kind.holds(part) for key, part in value.items())
+        ),
+    )
+
+
+def or_none(kind: Kind) -> Kind:
+    """A value of a kind, or None."""
+    return Kind(f"{kind.words} or nothing", lambda value: value is None or kind.holds(value))
+
+
+ANY = Kind("anything", lambda value: True)
+TABLE = Kind("a table", lambda value: isinstance(value, dict))
+PLAIN = Kind("plain values", lambda value: _is_plain(value, deep=4))
+
+
+def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -> Any:
+    """record[name], which must be of this kind; InputError that begins with `what` otherwise.
+
+    what: names the file, with its flag. default=: what stands for a value that is not there;
+    without one it must be there.
+    """
+    if name not in record and default:
+        return default["default"]
+    value = record.get(name)
+    if name not in record or not kind.holds(value):
+        found = shown(value) if name in record else "missing"
+        raise InputError(f"{what}: {printable(str(name))} is {found}, not {kind.words}")
+    return value
+
+
+def _is_plain(value: Any, *, deep: int) -> bool:
+    """Whether JSON can say a value: None, text, flag, finite number, or few levels of those."""
+    if isinstance(value, dict):
+        parts = [*value.values()] if all(isinstance(key, str) for key in value) else [object()]
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    else:
+        return value is None or isinstance(value, (str, bool)) or real().holds(value)
+    return deep > 0 and all(_is_plain(part, deep=deep - 1) for part in parts)
+
+
+def shown(value: Any) -> str:
+    """A wrong value, or what it is, in few characters of one line."""
+    if type(value) is int and abs(value) > MOST:
+        return "a very large number"
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else ""
+    return text if 0 < len(text) <= _SHOWN else f"a {type(value).__name__}"
+
+
+def _limited(words: str, low: float, high: float) -> str:
+    if abs(low) >= MOST and abs(high) >= MOST:
+        return words
+    return f"{words} of {low} or more" if high >= MOST else f"{words} from {low} to {high}"

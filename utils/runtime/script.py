@@ -1,0 +1,119 @@
+"""The frame around a script's main(): signals, errors in one line, exit codes."""
+
+import atexit
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from utils.runtime import distributed, launcher
+from utils.runtime.errors import InputError, Interrupted, RunError, printable
+from utils.runtime.stop_signals import StopSignals, ignore
+from utils.runtime.workers import check_is_main, end_all, forget_workers, worker_failure
+
+_MAIN_SPEAKS_FIRST = 15  # seconds
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run main(): what a user can mend is one line and exit code 2, a broken run exit code 1.
+
+    A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
+    """
+    check_is_main()
+    launcher.follow()
+    atexit.register(_remove_cache_folder)
+    code, name = 0, printable(os.path.basename(sys.argv[0]))
+    _let_streams_take_any_text()
+    signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
+    signals.install()
+    try:
+        with signals.heeded_at_once():  # outside of training nothing is to be saved
+            main()
+            distributed.wait_for_all()
+    except Interrupted as stop:
+        ignore()
+        if distributed.is_main():
+            print(printable(f"{name}: {stop}"), file=sys.stderr)
+        code = stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        forget_workers()
+        reason = _reason(error)
+        if reason is None:  # a mistake of ours
+            if not distributed.is_launched():
+                raise
+            reason = traceback.format_exc()
+        _say_error(name, reason, signals)
+        code = 2 if isinstance(error, InputError) else 1
+    if distributed.is_launched():
+        _leave(code)
+    sys.exit(code)
+
+
+def _let_streams_take_any_text() -> None:
+    """A character that the terminal or the log cannot hold is escaped instead of ending a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stand-in for a stream may have none
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _reason(error: Exception) -> str | None:
+    """What to say of an error that is the input's, the run's or the machine's; None for others."""
+    if isinstance(error, (InputError, RunError)):
+        return printable(str(error))
+    if isinstance(error, OSError):  # a full or failing disk, a closed pipe
+        return printable(f"{error.filename or 'output'}: {error.strerror or error}")
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return None
+    if reason := worker_failure(error) or distributed.failure(error):
+        return reason
+    text = str(error)
+    if "does not have a deterministic implementation" in text:
+        return f"--deterministic: {text.split(',')[0]}; only without it, or with another --arch"
+    if not isinstance(error, MemoryError) and not re.search("alloc|memory", text, re.IGNORECASE):
+        return None
+    first_line = text.splitlines()[0] if text else "no memory left"
+    return f"{first_line}; try a smaller --batch_size, --mem_bank_size or --arch"
+
+
+def _remove_cache_folder() -> None:
+    """Remove the folder that torch makes for what --compile compiles, where it is empty."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if os.path.basename(folder).startswith("torchinductor_"):
+        with suppress(OSError):
+            os.rmdir(folder)
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes at once.
+
+    An orderly end would close connections, which with nccl waits for the others, and with gloo now
+    and then aborts (torch 2.14) when threads are left.
+    """
+    end_all()
+    _remove_cache_folder()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _say_error(name: str, error: str, signals: StopSignals) -> None:
+    """Print an error: what all of several processes meet, as a mistake in a flag, once.
+
+    When the main process ends, torchrun ends the others, those that wait here among them.
+    """
+    prefix = distributed.prefix()
+    if not distributed.is_main() and not error.startswith(prefix):
+        until = time.monotonic() + _MAIN_SPEAKS_FIRST
+        while time.monotonic() < until:
+            if signals.received:
+                return
+            time.sleep(0.1)
+        error = prefix + error
+    print(f"{name}: error: {error}", file=sys.stderr)

@@ -1,0 +1,454 @@
+"""`Run`: what every training script does around its method.
+
+It owns epochs, learning rate, stopping, logging, evaluation, saving and resuming, and knows nothing
+of the method. A script iterates over it:
+
+    with Run(model, optimizer, ...) as run:
+        for batch in run.batches(loader):
+            loss, stats = run.forward(batch)
+            run.step(loss, stats)
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.data.batches import Batch, TwoViewLoader
+from utils.evaluation.knn import LOGGED, format_comparison
+from utils.method import checkpoint, checkpoint_fields, collapse
+from utils.method.memory_bank import MemoryBank
+from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.runtime import checked, distributed
+from utils.runtime.errors import InputError, Interrupted, RunError
+from utils.runtime.stop_signals import Stopped, StopSignals, ignore
+from utils.runtime.torch_file import is_finite
+from utils.runtime.workers import worker_failure
+from utils.training import resume_check
+from utils.training.log import Log, Means
+from utils.training.loss_watch import LossWatch
+from utils.training.run_folder import BOARD, RunFolder, apart
+from utils.training.tensorboard import Board
+
+
+class Run:
+    """A training run in a folder: `log.jsonl` and the checkpoints of `run_folder`.
+
+    model: the method's module; `forward(batch)` returns a loss and a dict of scalar tensors,
+    `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them; low
+    ones are warned of, unless the model has `can_collapse = False`.
+    learning_rate: epoch (from 1) -> rate. evaluate: returns k-NN figures, called every `knn_freq`
+    epochs (0: only after the last; -1: never). settings: the flags, kept in every checkpoint.
+    data: digests by name of what is trained on, compared when resuming. save_freq: epochs between
+    checkpoints for good; save_minutes: minutes after which the next step saves (0: none within an
+    epoch). about: what else `run.json` is to say of this start, of builtins. tensorboard: write for
+    it too. resume: a checkpoint to continue after, or "auto": the newest whole one of the folder,
+    if there is one. Otherwise the files of an earlier run in the folder are moved aside, never
+    overwritten. resume_anyway: also with flags or data that make it another experiment. debug: two
+    epochs of five steps. num_images, num_classes: of the data; the banks of a run that is resumed
+    may hold no others.
+
+    Of several processes each makes the same run; `forward` is the model's, with gradients that are
+    the mean over all of them, and the main one writes the files.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        folder: Path,
+        epochs: int,
+        learning_rate: Callable[[int], float],
+        settings: dict,
+        data: dict[str, str] | None = None,
+        about: dict | None = None,
+        print_freq: int = 100,
+        save_freq: int = 10,
+        save_minutes: float = 10,
+        knn_freq: int = 0,
+        evaluate: Callable[[], dict] | None = None,
+        compare_with: dict[str, dict] | None = None,
+        resume: str | None = None,
+        resume_anyway: bool = False,
+        tensorboard: bool = False,
+        debug: bool = False,
+        num_images: int = checked.MOST,
+        num_classes: int = checked.MOST,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.folder = Path(folder)
+        self.epochs = min(epochs, 2) if debug else epochs
+        self.max_steps = 5 if debug else sys.maxsize
+        self.settings, self.data, self._about = settings, data or {}, about or {}
+        self.print_freq, self.save_freq, self.knn_freq = print_freq, save_freq, knn_freq
+        self.save_minutes = save_minutes
+        self.knn: dict | None = None
+        self.epoch, self.epoch_step, self.epoch_steps, self.total_steps = 1, 0, 0, 0
+        self._learning_rate, self._evaluate = learning_rate, evaluate
+        self._compare_with = compare_with or {}
+        self._start = self._saved_at = time.monotonic()
+        self._interval_start, self._interval_steps = self._start, 0
+        self._means = Means()
+        self._shown = ""  # beside the progress bar
+        self._board = Board(self.folder / BOARD, wanted=tensorboard)
+        self._batch: Batch | None = None
+        self._loader: TwoViewLoader | None = None
+        self._bad_images: list[str] = []  # of a run that is resumed
+        self._signals = StopSignals(noted=lambda: self._files.ask_for_requeue())
+        self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
+        self._files = RunFolder(self.folder, say=Log.say)
+        self.log = Log(self._files.log, silent=not distributed.is_main())
+        self._losses = LossWatch(self.log, advice=self._advice)
+        self._last_saved: Path | None = None
+        self._epoch_ended = False  # all that is left of `epoch` is to evaluate
+        self._num = {"num_images": num_images, "num_classes": num_classes}
+        self._anyway = resume_anyway
+        self._begin(resume)
+        self.forward = distributed.parallel(model)
+
+    def __enter__(self) -> "Run":
+        """From here on the run stops for signals, and errors say what is kept."""
+        self._signals.install()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Add to an error that ends the run where the last checkpoint is."""
+        self._signals.restore()
+        self._board.close()
+        if error is None:
+            self._files.ask_for_requeue(False)  # a signal came too late to matter
+        if isinstance(error, Interrupted):
+            ignore()
+        if isinstance(error, OSError):
+            error = RunError(f"{error.filename or 'output'}: {error.strerror or error}")
+        if isinstance(error, RuntimeError):
+            reason = worker_failure(error) or distributed.failure(error)
+            error = RunError(reason) if reason else error
+        if isinstance(error, (RunError, InputError)):
+            text = f"{distributed.prefix()}{error}; last checkpoint: {self._where_to_resume()}"
+            raise type(error)(text) from None
+
+    def batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
+        """Yield every remaining batch of every remaining epoch; each must be followed by `step`.
+
+        `epoch` and `epoch_step` count from 1; an epoch has `epoch_steps`. When the loop's body is
+        done with a batch, the run may save, or stop for a signal (`Interrupted`).
+        """
+        self._loader = loader
+        loader.bad_images.restore(self._bad_images)
+        self._check_same_everywhere()
+        if self.epoch_step > len(loader) and not self._anyway:
+            reason = f"holds step {self.epoch_step} of an epoch of {len(loader)}"
+            raise InputError(f"--resume {self._last_saved}: {reason}")
+        self.epoch_steps = min(len(loader), self.max_steps)
+        self._say_what_it_is()
+        while self.epoch <= self.epochs:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate(self.epoch)
+            self._interval_start = time.monotonic()
+            if self.epoch_step < self.epoch_steps and not self._epoch_ended:
+                yield from self._epoch_batches(loader)
+            self._end_epoch()
+            self.epoch, self.epoch_step, self._epoch_ended = self.epoch + 1, 0, False
+
+    def _say_what_it_is(self) -> None:
+        """Write `run.json`, open the board; how long an epoch is, is known now."""
+        done = self.epoch_steps if self._epoch_ended else self.epoch_step
+        self.total_steps = (self.epoch - 1) * self.epoch_steps + done
+        start = {"method": type(self.model).__name__, "settings": self.settings, "data": self.data}
+        start |= {"epochs": self.epochs, "steps": self.epoch_steps, **self._about}
+        place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": done}
+        self._files.describe(start | {"resumed_from": place if self._last_saved else None})
+        self._board.open(self.log, steps=self.epoch_steps, after=self.total_steps)
+
+    def _epoch_batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
+        """The batches of an epoch that are left."""
+        start = self.epoch_step
+        bar = tqdm(
+            desc=f"epoch {self.epoch}/{self.epochs}",
+            total=self.epoch_steps,
+            initial=start,
+            disable=not distributed.shows_bars(),
+            postfix=self._shown,
+        )
+        with bar:
+            for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
+                self.epoch_step, self._batch = step, batch
+                self.total_steps = (self.epoch - 1) * self.epoch_steps + step
+                yield batch
+                bar.update()
+                if step % self.print_freq == 0 or step == self.epoch_steps:
+                    self._report(loader.batch_size)
+                    bar.set_postfix_str(self._shown)
+                self._save_if_due()
+                if step == self.epoch_steps:
+                    return
+
+    def step(self, loss: Tensor, stats: dict[str, Tensor]) -> None:
+        """Backward pass and update; RunError before either if the loss is not finite.
+
+        On a GPU it is seen a little later, see `LossWatch`, but before anything is kept.
+        """
+        place = {"epoch": self.epoch, "step": self.epoch_step}
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._losses.watch(loss, place, rate=rate, index=self._batch.index)
+        loss.backward()
+        self.optimizer.step()
+        # Now, not before the next backward pass: their memory can serve the forward pass, and that
+        # of gradients from CUDA graphs does.
+        self.optimizer.zero_grad(set_to_none=True)
+        self._means.add({"loss": loss, **stats})
+        self._interval_steps += 1
+
+    def note(self, figures: dict[str, float]) -> None:
+        """Log figures of something that happened within an epoch."""
+        self._losses.check()
+        self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
+        self._say_figures(figures)
+
+    def _say_figures(self, figures: dict[str, float]) -> None:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
+
+    def finish(self, name: str) -> None:
+        """Say what came out: the k-NN table, the last checkpoint, the time."""
+        if self.knn:
+            self.log.say("\nk-NN accuracy on the val images, percent")
+            self.log.say(format_comparison(self._compare_with | {name: self.knn}))
+        seconds = time.monotonic() - self._start
+        self.log.say(f"\n{self._files.epoch_path(self.epochs)} after {seconds:.0f} s")
+
+    def _report(self, batch_size: int) -> None:
+        """One line in the log and on the console for the steps since the last one."""
+        self._losses.check()
+        self._check_same_everywhere()
+        self._share_bad_images()
+        figures = self._means.read()
+        seconds = time.monotonic() - self._interval_start
+        figures |= {name: value.tolist() for name, value in self.model.diagnostics().items()}
+        figures["lr"] = self.optimizer.param_groups[0]["lr"]
+        figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
+        can_collapse = getattr(self.model, "can_collapse", True)
+        warning = collapse.warning(figures) if can_collapse else None
+        record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
+        self.log.write(record | ({"warning": warning} if warning else {}))
+        self._say_figures({name: v for name, v in figures.items() if not isinstance(v, list)})
+        self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
+        if warning:
+            self.log.say(f"WARNING {warning}")
+        self._interval_start, self._interval_steps = time.monotonic(), 0
+
+    def _share_bad_images(self) -> None:
+        """All processes know of the broken images that each has found, and count them."""
+        for names in distributed.gather_objects(self._loader.bad_images.names):
+            self._loader.bad_images.merge(names)
+
+    def _check_same_everywhere(self) -> None:
+        """RunError if weights, bank or clusters, which all processes have, differ between them."""
+        kept = ("bank.", "cache.", "clusters")
+        shared = [value for name, value in self.model.named_buffers() if name.startswith(kept)]
+        shared += [p for p in self.model.parameters() if p.requires_grad]
+        if not distributed.same_everywhere(shared):
+            raise RunError(
+                f"weights or bank differ between the processes at epoch {self.epoch}, step "
+                f"{self.epoch_step}: a fault of the machine or a bug; resume from a checkpoint"
+            )
+
+    def _save_if_due(self) -> None:
+        """Between two steps: save and stop for a signal, or save once --save_minutes are over.
+
+        What one process was told, or the main one's clock, holds for all.
+        """
+        due = 0 < self.save_minutes <= (time.monotonic() - self._saved_at) / 60
+        at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
+        told = torch.tensor([self._signals.received or 0, due and not at_end])
+        number, due = distributed.highest(told, of_main=[1]).tolist()
+        if number:
+            self._save_and_stop(signal.Signals(number))
+        if due:
+            self._save_step()
+
+    def _epoch_is_saved(self) -> bool:
+        """Whether this epoch's end has a checkpoint."""
+        return self.epoch == self.epochs or self.epoch % self.save_freq == 0
+
+    def _end_epoch(self) -> None:
+        """Save and evaluate as far as due after an epoch; not again what was done before."""
+        if self._epoch_is_saved() and not self._epoch_ended:
+            self._epoch_ended = True
+            self._last_saved = self._files.save_epoch(self._state())
+            self._saved_at = time.monotonic()
+            self._board.views(self._batch, self.epoch)
+        due = self.knn_freq > 0 and self.epoch % self.knn_freq == 0
+        if self._evaluate and self.knn_freq >= 0 and (due or self.epoch == self.epochs):
+            self._measure_knn()
+
+    def _measure_knn(self) -> None:
+        """k-NN figures of this epoch, from the log if they are there.
+
+        A signal breaks them off if there is only one process; several would wait for each other.
+        """
+        (logged, *_) = distributed.gather_objects(self.log.find("knn", LOGGED, epoch=self.epoch))
+        if logged:
+            self.knn = {int(k): figures for k, figures in logged.items()}
+            return
+        alone = distributed.world_size() == 1
+        if not (alone or self._epoch_ended):
+            self._save_step()
+        try:
+            with self._signals.heeded_at_once() if alone else nullcontext():
+                self.knn = self._evaluate()
+        except Stopped:
+            self._save_and_stop(self._signals.received)
+        if self.knn:
+            self.log.write({"epoch": self.epoch, "step": self.epoch_steps, "knn": self.knn})
+            parts = (f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
+            self.log.say(f"epoch {self.epoch}/{self.epochs}  {'  '.join(parts)}")
+
+    def _where_to_resume(self) -> str:
+        """The last checkpoint, and the flag that goes on from it."""
+        if self._last_saved is None:
+            return "none yet"
+        own = self._files.holds(self._last_saved)
+        return f"{self._last_saved} (--resume {'auto' if own else self._last_saved})"
+
+    def _advice(self) -> str:
+        """What may help against a loss that is not finite."""
+        again = " (with --resume_anyway)" if self._last_saved else ""
+        return f"try a lower --learning_rate (or --weight_decay){again}"
+
+    def _save_step(self) -> None:
+        self._last_saved = self._files.save_step(self._state(), self._stores)
+        self._saved_at = time.monotonic()
+
+    def _save_and_stop(self, told: signal.Signals) -> NoReturn:
+        if not self._epoch_ended:
+            self._save_step()
+        elif not self._files.holds(self._last_saved):  # resumed from elsewhere, nothing done since
+            self._last_saved = self._files.save_epoch(self._state())
+        self._files.ask_for_requeue()
+        raise Interrupted(
+            f"{told.name} after epoch {self.epoch}, step {self.epoch_step}: saved "
+            f"{self._last_saved}; the same command with --resume auto goes on",
+            exit_code=130 if told == signal.SIGINT else 75,
+        )
+
+    def _state(self) -> dict:
+        """All that decides how the run goes on, as of now; the main process' is complete."""
+        self._losses.check()
+        rng_state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            rng_state["cuda"] = torch.cuda.get_rng_state()
+        with apart(self._stores.values(), are_apart=not self._epoch_ended):
+            weights = self.model.state_dict()
+        for name, value in weights.items():
+            if not value.is_meta and not is_finite(value):
+                raise RunError(f"not saved: {name} is not finite; {self._advice()}")
+        return {
+            "format": checkpoint.FORMAT,
+            "method": type(self.model).__name__,
+            "epoch": self.epoch,
+            "step": None if self._epoch_ended else self.epoch_step,
+            "state_dict": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "rng_states": distributed.gather_objects(rng_state),
+            "means": self._means.state(),
+            "bad_images": self._loader.bad_images.names,
+            "seconds": self.log.seconds,
+            "data": self.data,
+            "args": self.settings,
+        }
+
+    def _accept(self, state: dict, what: str, parts_fit: Callable[[], bool]) -> None:
+        """InputError for a state that is not to be gone on from; see `experiment.check_same`."""
+
+        def fits() -> bool:
+            try:
+                self._restore(state, what=what)  # that ends the run or is done again
+            except InputError:
+                return False
+            return parts_fit()
+
+        resume_check.check_same(
+            state,
+            what,
+            method=type(self.model).__name__,
+            settings=self.settings,
+            data=self.data,
+            anyway=self._anyway,
+            fits=fits,
+            say=Log.say,
+        )
+
+    def _begin(self, resume: str | None) -> None:
+        """Go on from the checkpoint that `resume` names or finds, or start anew."""
+        if resume == "auto":
+            path, state = self._files.newest_good(self._stores, accept=self._accept)
+            if path is None:
+                Log.say(f"--resume auto: no checkpoint in {self.folder} yet, a new run")
+        elif resume:
+            path = Path(resume)
+            state = self._files.load(path, self._stores, accept=self._accept)
+        else:
+            path, state = None, None
+        if state:
+            self._restore(state, what=f"--resume {path}")
+            done = self.epoch - (not self._epoch_ended)
+            if done >= self.epochs and resume != "auto":
+                reason = f"it has finished epoch {done} of --epochs {self.epochs}"
+                raise InputError(f"--resume {path}: {reason}")
+        # All have read what the main process may move now, and the same.
+        places = distributed.gather_objects(state and (path.name, state["epoch"], state["step"]))
+        if any(place != places[0] for place in places):
+            raise RunError(f"--resume {resume}: the processes see different checkpoints: {places}")
+        if not distributed.is_main():
+            pass
+        elif path is None or not self._files.holds(path):
+            self._files.start_anew()
+        else:
+            self._files.continue_from(state["epoch"], state["step"])
+        distributed.wait_for_all()
+        if state:
+            self._last_saved = path
+            self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
+            place = f", step {self.epoch_step}" if not self._epoch_ended else ""
+            Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
+
+    def _restore(self, state: dict, *, what: str) -> None:
+        """Take over the state of a run; InputError that begins with `what` if it does not fit."""
+        if missing := [name for name in checkpoint_fields.RUN if name not in state]:
+            raise InputError(f"{what}: incomplete, without {', '.join(missing)}")
+        with apart(self._stores.values(), are_apart="parts" in state):
+            checkpoint.load_strictly(self.model, state["state_dict"], what=what)
+        for name, bank in self.model.named_modules():
+            if isinstance(bank, MemoryBank) and (fault := bank.fault(**self._num)):
+                raise InputError(f"{what}: memory bank {name}: {fault}")
+        checkpoint_fields.load_optimizer(self.optimizer, state["optimizer"], what=what)
+        if distributed.rank() < len(state["rng_states"]):  # else as seeded at the start
+            self._restore_rng(state["rng_states"][distributed.rank()], what=what)
+        if distributed.is_main():
+            self._means.restore(state["means"])
+        self._bad_images = state["bad_images"]
+        self.epoch, step = state["epoch"], state["step"]
+        self._epoch_ended, self.epoch_step = step is None, step or 0
+
+    @staticmethod
+    def _restore_rng(states: dict[str, Tensor], *, what: str) -> None:
+        """Go on with torch's random numbers where they were."""
+        try:
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{what}: rng_states is none of this torch's") from error

@@ -1,0 +1,59 @@
+"""Stops a run whose loss is not finite, without making the host wait for a GPU."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from utils.runtime.errors import RunError
+from utils.runtime.streams import HostCopy
+from utils.training.log import Log
+
+
+class _Step(NamedTuple):
+    """What an error says of a step: its loss, epoch and step, learning rate, image numbers (B,)."""
+
+    loss: HostCopy
+    place: dict[str, int]
+    rate: float
+    index: Tensor
+
+
+def _is_read_later(loss: Tensor) -> bool:
+    """Whether a loss is on a device that works on while the host goes ahead."""
+    return loss.device.type == "cuda"
+
+
+class LossWatch:
+    """Looks at the loss of every step: that of a GPU when the next step comes, or when asked to.
+
+    So a run that calls `check` before it saves or reports never keeps what a bad step did. advice:
+    what the error is to say last.
+    """
+
+    def __init__(self, log: Log, *, advice: Callable[[], str]) -> None:
+        self._log, self._advice = log, advice
+        self._last: _Step | None = None  # a step whose loss has not been looked at yet
+
+    def watch(self, loss: Tensor, place: dict[str, int], *, rate: float, index: Tensor) -> None:
+        """Check the step before, and on the CPU this one; place: "epoch" and "step", from 1.
+
+        loss: a scalar. rate: the learning rate. index: (B,) int64, the batch's images, on the host.
+        """
+        self.check()
+        self._last = _Step(HostCopy(loss.detach()), place, rate, index)
+        if not _is_read_later(loss):
+            self.check()
+
+    def check(self) -> None:
+        """RunError, and a line in the log, if the loss of the last step is not finite; waits."""
+        last, self._last = self._last, None
+        if last is None or math.isfinite(loss := last.loss.get().item()):
+            return
+        images = last.index.tolist()
+        self._log.write(last.place | {"error": f"loss {loss}", "lr": last.rate, "images": images})
+        raise RunError(
+            f"the loss is {loss} in epoch {last.place['epoch']}, step {last.place['step']}, "
+            f"learning rate {last.rate:.4g}, images {images}; {self._advice()}"
+        )

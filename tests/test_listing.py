@@ -256,8 +256,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 def test_common_formats_are_tried_first():
     """Pillow asks its formats one after the other; in a process where nothing has begun it."""
-    code = "from PIL import Image; from utils.data.listing import endings; "
-        "endings(); print(Image.ID[:6])"
+    code = "from PIL import Image; from utils.data.listing import endings\n"
+    code += "endings(); print(Image.ID[:6])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert sorted(ast.literal_eval(done.stdout)) == ["BMP", "DIB", "GIF", "JPEG", "PNG", "PPM"], (
         done

@@ -161,6 +161,20 @@ def test_the_drawing_of_imports_is_that_of_the_files():
     assert drawn == {room: others - {room} for room, others in found.items()}
 
 
+def test_what_a_flag_passes_is_there():
+    """The functions and classes that the two ways through the code name."""
+    section = DESIGN.read_text().split("## How a flag")[1].split("\n## ")[0]
+    names = re.findall(r"`([A-Za-z_]\w+)(?:\(.*?\))?`", section)
+    code = "\n".join(
+        path.read_text()
+        for folder in ("utils", "self_supervised")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    assert len(names) > 10
+    for name in names:
+        assert re.search(rf"\b(def|class) {name}\b|\b{name}\b *=", code), name
+
+
 def test_scripts_of_the_pages_run(call_script, run_script, image_tree, tmp_path, monkeypatch):
     """In the order of the text: what is evaluated is what the training command before wrote.
 

@@ -30,16 +30,15 @@ from utils.method.kmeans import kmeans
 from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import (
     Neighbors,
-    all_finite,
-    constrained_ranks,
     mean_shift_loss,
     nearest,
     nearest_with_label,
     purity,
 )
 from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.method.ranks import constrained_ranks
 from utils.runtime import faiss_library, origin, script
-from utils.runtime.distributed import all_true, from_main, gather, is_main
+from utils.runtime.distributed import from_main, gather, is_main
 from utils.runtime.streams import upload
 
 DEMO = options.DEMO | {
@@ -80,28 +79,23 @@ class CMSFKM(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent."""
         q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-        # The targets of all processes enter the bank before the search: each is its own nearest
-        # neighbor.
-        all_t, index, label = gather(t, batch.index, batch.label)
-        self.previous.remember(index, all_t, only_if=finite)
-        self.bank.enqueue(all_t, index=index, label=label, only_if=finite)
+        # Targets enter the bank before the search: each is its own nearest neighbor.
+        self.previous.remember(*gather(batch.index, t))
+        self.bank.enqueue(t, index=batch.index, label=batch.label)
         rows, row_index, row_labels = self.bank.in_use("features", "index", "label")
+
         # Clusters as they are now, of rows too that were written before the last refit.
         own = self.clusters[upload(batch.index, t.device)]  # (B,), -1: no constraint
+        clusters = {"labels": own, "row_labels": self.clusters[row_index]}
         near = nearest(t, rows, k=max(self.topk, self.topk_plain))
-        far = nearest_with_label(
-            t, rows, k=self.topk, labels=own, row_labels=self.clusters[row_index]
-        )
-
-        self.latest = t, far
+        far = nearest_with_label(t, rows, k=self.topk, **clusters)
         loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
-        return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
+        self.latest = t, far
+        return (loss_far + loss_near) / 2, {
             "no_cluster": 100 * (own < 0).float().mean(),
             "fewer_than_k": 100 * (far.valid.sum(dim=1) < self.topk).float().mean(),
             "loss_constrained": loss_far.detach(),
@@ -149,12 +143,8 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.Parser(description="Train self-supervised CMSF-KM.")
     options.add_training_options(parser)
     options.add_crop_options(parser)
-    parser.add_argument(
-        "--num_clusters",
-        type=arguments.positive,
-        default=50000,
-        help="of k-means after each epoch; with no more images than that each is its own cluster",
-    )
+    help_text = "of k-means after each epoch; with no more images than that each is its own cluster"
+    parser.add_argument("--num_clusters", type=arguments.positive, default=50000, help=help_text)
     options.add_plain_option(parser)
     return options.parse(parser, demo=DEMO)
 
@@ -164,23 +154,20 @@ def main() -> None:
     args = parse_args()
     build_training.check_bank(args)
     faiss_library.load("k-means")  # an epoch would be over before it is needed
-    train, val = build_training.read_training_data(args)
-    if args.num_clusters > len(train):
-        reason = f"above the {len(train)} training images, each of which becomes a cluster"
+    images, val = build_training.read_training_data(args)
+    if args.num_clusters > len(images):
+        reason = f"above the {len(images)} training images, each of which becomes a cluster"
         print(f"WARNING --num_clusters {args.num_clusters}: {reason}", flush=True)
-    loader = build_training.build_loader(args, train)
     model = CMSFKM(
         build_training.build_encoders(args),
-        len(train),
+        len(images),
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         num_clusters=args.num_clusters,
         topk_plain=args.topk_plain,
     )
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    run, loader = build_training.start_run(args, model, images, val)
+    with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

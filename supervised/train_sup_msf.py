@@ -17,7 +17,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +29,6 @@ from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import (
     Neighbors,
-    all_finite,
-    constrained_ranks,
     mean_shift_loss,
     mean_shift_loss_all,
     nearest,
@@ -39,8 +36,9 @@ from utils.method.neighbors import (
     purity,
     purity_all,
 )
+from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
-from utils.runtime.distributed import all_true, gather, is_main
+from utils.runtime.distributed import is_main
 
 DEMO = options.DEMO | {
     "topk": "all",
@@ -78,16 +76,12 @@ class SupervisedCMSF(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent."""
         q = self.encoders.query(batch.query_view)  # (B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-        # The targets of all processes enter the bank before the search: each is its own nearest
-        # neighbor.
+        # Targets enter the bank before the search: each is its own nearest neighbor.
         label = labels_to_use(batch, self.given)  # (B,)
-        all_t, index, all_labels, truth = gather(t, batch.index, label, batch.label)
-        self.bank.enqueue(all_t, index=index, label=all_labels, true_label=truth, only_if=finite)
+        self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
         (rows,) = self.bank.in_use("features")  # M (K, D)
         if self.topk is None:
             loss, stats = self._pull_to_all(q, label, batch.label)
@@ -97,7 +91,7 @@ class SupervisedCMSF(nn.Module):
             plain = mean_shift_loss(q, rows, nearest(t, rows, k=self.topk_plain))
             stats |= {"loss_constrained": loss.detach(), "loss_plain": plain.detach()}
             loss = (loss + plain) / 2
-        return loss.where(finite, torch.nan), stats
+        return loss, stats
 
     def _pull_to_nearest(
         self, q: Tensor, t: Tensor, label: Tensor, truth: Tensor
@@ -151,25 +145,20 @@ def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
     build_training.check_bank(args)
-    train, val = build_training.read_training_data(args, labeled=True)
-    given = build_training.given_labels(args, train)
-    loader = build_training.build_loader(args, train)
+    images, val = build_training.read_training_data(args, labeled=True)
+    given = build_training.given_labels(args, images)
     model = SupervisedCMSF(
         build_training.build_encoders(args),
-        len(train.classes),
+        len(images.classes),
         mem_bank_size=args.mem_bank_size,
         topk=None if args.topk == "all" else args.topk,
         topk_plain=args.topk_plain,
         given=as_tensor(given),
     )
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(
-        args, model, optimizer, loader=loader, val=val, given=given
-    ) as run:
+    run, loader = build_training.start_run(args, model, images, val, given=given)
+    with run:
         if is_main():
-            write_changes(args.checkpoint_path / "label_noise.txt", train, given)
+            write_changes(args.checkpoint_path / "label_noise.txt", images, given)
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

@@ -35,8 +35,7 @@ DEMO = options.DEMO | {
 class MSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, neighbors a
-    query is pulled to.
+    mem_bank_size: K. topk: k, neighbors a query is pulled to.
     """
 
     def __init__(self, encoders: QueryTargetEncoders, *, mem_bank_size: int, topk: int) -> None:

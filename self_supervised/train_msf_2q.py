@@ -46,9 +46,8 @@ DEMO = options.DEMO | {
 class CMSF2Q(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
-    set. mem_bank_size: K. topk: k, neighbors a query is pulled to. topkp: k', candidates taken from
-    M'. topk_plain: neighbors of the plain loss, if not k as well.
+    num_images: N, the size of the training set. mem_bank_size: K. topk: k, neighbors a query is
+    pulled to. topkp: k', candidates from M'. topk_plain: of the plain loss, if not k as well.
     """
 
     def __init__(

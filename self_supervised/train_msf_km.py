@@ -51,11 +51,9 @@ DEMO = options.DEMO | {
 class CMSFKM(nn.Module):
     """The method as one module: a batch in, the loss out; `refit` after each epoch.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
-    set. mem_bank_size: K. topk: k, neighbors a query is pulled to. num_clusters: most clusters that
-    a refit makes. topk_plain: neighbors of the plain loss, if not k as well.
-
-    clusters: (N,) int64, the cluster of each image, -1 where it has none (yet); may be assigned to.
+    num_images: N, the size of the training set. mem_bank_size: K. topk: k, neighbors a query is
+    pulled to. num_clusters: at most. topk_plain: of the plain loss, if not k as well. clusters:
+    (N,) int64, that of each image, -1 where it has none (yet); may be assigned to.
     """
 
     def __init__(
@@ -108,8 +106,8 @@ class CMSFKM(nn.Module):
     def refit(self, *, seed: Sequence[int]) -> dict[str, float]:
         """Cluster the images seen so far by their last embeddings, the same in every process.
 
-        seed: integers that the first centers follow from. Returns the figures of the clusters, on
-        the main process alone: how many have an image, and the images they have.
+        seed: integers that the first centers follow from. Returns figures of the clusters that have
+        an image, on the main process alone.
         """
         start = time.monotonic()
         embeddings, seen = self.previous.on_main()  # (N, D), (N,)
@@ -119,8 +117,7 @@ class CMSFKM(nn.Module):
             found = kmeans(rows, num_clusters=self.num_clusters, seed=seed)
             assignments = torch.from_numpy(found.assignments)
             clusters[seen.to(clusters.device)] = assignments.to(clusters.device)
-            sizes = assignments.bincount()
-            sizes = sizes[sizes > 0]
+            sizes = assignments.unique(return_counts=True)[1]
             figures = {
                 "clusters": len(sizes),
                 "cluster_min": sizes.min().item(),

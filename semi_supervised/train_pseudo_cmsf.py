@@ -65,11 +65,11 @@ DEMO = options.DEMO | {
 class PseudoCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. labeled: (N,) bool, on the host, the
-    images whose label may be used. mem_bank_size: K. topk: k with a label; topk_plain: k without.
-    conf_th: confidence from which a prediction counts. cache_size: rows of the cache of labeled
-    embeddings, or None: `train_head` takes them from the images. cache_confident: unlabeled
-    embeddings with a confident label enter the cache too; `start_epoch` then empties it.
+    labeled: (N,) bool, on the host, the images whose label may be used. mem_bank_size: K. topk: k
+    with a label; topk_plain: k without. conf_th: confidence from which a prediction counts.
+    cache_size: rows of the cache of labeled embeddings, or None: they are made of the images.
+    cache_confident: unlabeled ones with a confident label enter the cache too; `start_epoch` then
+    empties it.
     """
 
     def __init__(

@@ -51,9 +51,9 @@ DEMO = options.DEMO | {
 class SupervisedCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, or None for all
-    rows of the class. topk_plain: neighbors of the plain loss, 0: no such loss, as published.
-    given: (N,) int64, on the host, labels to use instead of the images' own.
+    mem_bank_size: K. topk: k, or None for all rows of the class. topk_plain: neighbors of the plain
+    loss, 0: no such loss, as published. given: (N,) int64, on the host, labels to use instead of
+    the images' own.
     """
 
     def __init__(
@@ -82,54 +82,42 @@ class SupervisedCMSF(nn.Module):
         # Targets enter the bank before the search: each is its own nearest neighbor.
         label = labels_to_use(batch, self.given)  # (B,)
         self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
-        (rows,) = self.bank.in_use("features")  # M (K, D)
+        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")  # M
+
+        among = {"labels": label, "row_labels": row_labels}
         if self.topk is None:
-            loss, stats = self._pull_to_all(q, label, batch.label)
+            among["num_classes"] = self.num_classes
+            loss, stats = mean_shift_loss_all(q, rows, **among), {}
+            if self.given is not None:
+                stats["purity_true"] = purity_all(truth=batch.label, row_truth=row_truth, **among)
         else:
-            loss, stats = self._pull_to_nearest(q, t, label, batch.label)
+            same = nearest_with_label(t, rows, k=self.topk, **among)
+            self.latest = t, same
+            loss, stats = (
+                mean_shift_loss(q, rows, same),
+                {
+                    "purity_constrained": purity(label, row_labels, same),
+                    "fewer_than_k": 100 * (same.valid.sum(dim=1) < self.topk).float().mean(),
+                },
+            )
+            if self.given is not None:
+                stats["purity_true"] = purity(batch.label, row_truth, same)
         if self.topk_plain:
             plain = mean_shift_loss(q, rows, nearest(t, rows, k=self.topk_plain))
             stats |= {"loss_constrained": loss.detach(), "loss_plain": plain.detach()}
             loss = (loss + plain) / 2
         return loss, stats
 
-    def _pull_to_nearest(
-        self, q: Tensor, t: Tensor, label: Tensor, truth: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures with the k rows of the class nearest to the target."""
-        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
-        same = nearest_with_label(t, rows, k=self.topk, labels=label, row_labels=row_labels)
-        self.latest = t, same
-        stats = {
-            "purity_constrained": purity(label, row_labels, same),
-            "fewer_than_k": 100 * (same.valid.sum(dim=1) < self.topk).float().mean(),
-        }
-        if self.given is not None:
-            stats["purity_true"] = purity(truth, row_truth, same)
-        return mean_shift_loss(q, rows, same), stats
-
-    def _pull_to_all(
-        self, q: Tensor, label: Tensor, truth: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures with all rows of the class."""
-        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
-        among = {"row_labels": row_labels, "num_classes": self.num_classes}
-        loss = mean_shift_loss_all(q, rows, labels=label, **among)
-        if self.given is None:
-            return loss, {}
-        return loss, {"purity_true": purity_all(label, truth, row_truth=row_truth, **among)}
-
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""
         rows, row_labels = self.bank.in_use("features", "label")
         newest = self.bank.newest(256)
         near = nearest(rows[newest], rows, k=self.topk or 10)
-        plain = purity(row_labels[newest], row_labels, near)
-        figures = {"purity_plain": plain, **embedding_health(rows)}
+        figures = {"purity_plain": purity(row_labels[newest], row_labels, near)}
         if self.latest is not None:
             t, same = self.latest
             figures["constrained_ranks"] = constrained_ranks(t, rows, same)
-        return figures
+        return figures | embedding_health(rows)
 
 
 def parse_args() -> argparse.Namespace:

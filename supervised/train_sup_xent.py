@@ -34,8 +34,7 @@ DEMO = options.DEMO_TRAINING | {"checkpoint_path": origin.ROOT / "output" / "dem
 class CrossEntropy(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any backbone (B, 3, S, S) -> (B, feature_dim), as `SoleBackbone`. given: (N,) int64,
-    on the host, labels to use instead of the images' own.
+    given: (N,) int64, on the host, labels to use instead of the images' own.
     """
 
     can_collapse = False  # features that tell no classes apart have a high loss

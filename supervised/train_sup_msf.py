@@ -82,31 +82,37 @@ class SupervisedCMSF(nn.Module):
         # Targets enter the bank before the search: each is its own nearest neighbor.
         label = labels_to_use(batch, self.given)  # (B,)
         self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
-        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")  # M
+        rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
 
         among = {"labels": label, "row_labels": row_labels}
         if self.topk is None:
-            among["num_classes"] = self.num_classes
-            loss, stats = mean_shift_loss_all(q, rows, **among), {}
-            if self.given is not None:
-                stats["purity_true"] = purity_all(truth=batch.label, row_truth=row_truth, **among)
+            loss = mean_shift_loss_all(q, rows, num_classes=self.num_classes, **among)
         else:
             same = nearest_with_label(t, rows, k=self.topk, **among)
+            loss = mean_shift_loss(q, rows, same)
             self.latest = t, same
-            loss, stats = (
-                mean_shift_loss(q, rows, same),
-                {
-                    "purity_constrained": purity(label, row_labels, same),
-                    "fewer_than_k": 100 * (same.valid.sum(dim=1) < self.topk).float().mean(),
-                },
-            )
-            if self.given is not None:
-                stats["purity_true"] = purity(batch.label, row_truth, same)
+        stats = self._purity(label, batch.label)
         if self.topk_plain:
             plain = mean_shift_loss(q, rows, nearest(t, rows, k=self.topk_plain))
             stats |= {"loss_constrained": loss.detach(), "loss_plain": plain.detach()}
             loss = (loss + plain) / 2
         return loss, stats
+
+    def _purity(self, label: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """Of what was pulled to, by the labels in use and, if those are given, by the true ones."""
+        row_labels, row_truth = self.bank.in_use("label", "true_label")
+        stats = {}
+        if self.topk is not None:
+            _, same = self.latest
+            stats["purity_constrained"] = purity(label, row_labels, same)
+            stats["fewer_than_k"] = 100 * (same.valid.sum(dim=1) < self.topk).float().mean()
+            if self.given is not None:
+                stats["purity_true"] = purity(truth, row_truth, same)
+        elif self.given is not None:
+            among = {"row_labels": row_labels, "row_truth": row_truth}
+            among["num_classes"] = self.num_classes
+            stats["purity_true"] = purity_all(label, truth, **among)
+        return stats
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""

@@ -252,7 +252,7 @@ def test_purity_of_all_rows_of_a_label(classes):
         expected.append(float((mine == true).float().mean()))
     among = {"row_labels": row_labels, "row_truth": row_truth, "num_classes": classes}
     with oracles.LargestTensor() as seen:
-        found = purity_all(labels=labels, truth=truth, **among)
+        found = purity_all(labels, truth, **among)
     assert found.item() == pytest.approx(100 * sum(expected) / 30)
     assert seen.elements <= 200
 

@@ -6,7 +6,6 @@ is the moving average of the query encoder.
 """
 
 import copy
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +23,10 @@ _AS_GRAPHS = {"mode": "reduce-overhead", "dynamic": False}
 
 
 class Backbone(NamedTuple):
-    """A network that ends in features.
+    """A network that ends in features: (B, 3, S, S) -> (B, feature_dim).
 
-    module: (B, 3, S, S) -> (B, feature_dim). classifier: the name that the removed last linear
-    layer has in the architecture's own state dict ("fc", "classifier.6"), which tells its weights
-    in a checkpoint.
+    classifier: the name that the removed last linear layer has in the architecture's own state dict
+    ("fc", "classifier.6"), which tells its weights in a checkpoint.
     """
 
     module: nn.Module
@@ -44,15 +42,12 @@ class Conv4(nn.Module):
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
-        channels = [3, 16, 32, 64, 128]
         layers: list[nn.Module] = []
-        for block, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
-            if block:
-                layers.append(nn.MaxPool2d(2))
+        for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
             convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(channels[-1], num_classes)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers[:-1])
+        self.fc = nn.Linear(128, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, num_classes), S at least 8."""
@@ -62,9 +57,9 @@ class Conv4(nn.Module):
 def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
     """Build a backbone with random weights; its last linear layer becomes the identity.
 
-    arch: "conv4" or a torchvision classification model. small_stem: ResNets only, a 3x3 first
-    convolution of stride 1 and no pooling behind it, for images of about 32 px. Raises InputError
-    for an unknown arch, one that ends in no linear layer, or a small stem on what is no ResNet.
+    arch: "conv4" or a torchvision classification model. small_stem: of a ResNet for images of about
+    32 px: a 3x3 first convolution of stride 1, no pooling behind it. InputError for an unknown
+    arch, one that ends in no linear layer, or a small stem on what is no ResNet.
     """
     if arch == "conv4":
         module = Conv4()
@@ -92,10 +87,7 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
 def check_image_size(
     backbone: Backbone, arch: str, image_size: int, *, flag: str = "--image_size"
 ) -> None:
-    """Pass one black image through the backbone; InputError if it cannot take this size.
-
-    flag: what the error names.
-    """
+    """Pass one black image through the backbone; InputError, naming the flag, if it cannot."""
     was_training = backbone.module.training
     try:
         with torch.no_grad():
@@ -266,16 +258,12 @@ class QueryTargetEncoders(_Encoders):
         there twice, one after the other (symmetric loss), small crops are given once.
         """
         self._begin_step()
-        networks = self.query_encoder, self.predictor
-        q = normalize(self._pass(images, *networks), dim=1)
-        if not small:
-            return q
-        views = [q.unsqueeze(0)]
-        for crops in small:
-            one_pass = normalize(self._pass(crops.flatten(0, 1), *networks), dim=1)
-            one_pass = one_pass.unflatten(0, crops.shape[:2])
-            views.append(one_pass.repeat_interleave(len(q) // crops.shape[1], dim=1))
-        return torch.cat(views)
+        views = []
+        for crops in (images.unsqueeze(0), *small):
+            q = self._pass(crops.flatten(0, 1), self.query_encoder, self.predictor)
+            q = normalize(q, dim=1).unflatten(0, crops.shape[:2])
+            views.append(q.repeat_interleave(len(images) // crops.shape[1], dim=1))
+        return torch.cat(views) if small else views[0].squeeze(0)
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
@@ -295,11 +283,7 @@ class QueryTargetEncoders(_Encoders):
         """Moving average of the parameters: g <- m g + (1 - m) f.
 
         Parameters only: g has batch-norm statistics of its own, from its own (weak) views, so an
-        average that copies or averages buffers, as torch.optim.swa_utils does, would be another
-        method.
+        average of buffers too, as of torch.optim.swa_utils, would be another method.
         """
-        torch._foreach_lerp_(
-            list(self.target_encoder.parameters()),
-            list(self.query_encoder.parameters()),
-            1 - self.momentum,
-        )
+        target, query = self.target_encoder.parameters(), self.query_encoder.parameters()
+        torch._foreach_lerp_(list(target), list(query), 1 - self.momentum)

@@ -158,7 +158,7 @@ def purity(labels: Tensor, row_labels: Tensor, neighbors: Neighbors) -> Tensor:
 
 @torch.no_grad()
 def purity_all(
-    *, labels: Tensor, truth: Tensor, row_labels: Tensor, row_truth: Tensor, num_classes: int
+    labels: Tensor, truth: Tensor, *, row_labels: Tensor, row_truth: Tensor, num_classes: int
 ) -> Tensor:
     """Mean fraction of the rows of a query's label that are of its true class, in percent.
 

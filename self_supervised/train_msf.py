@@ -26,10 +26,7 @@ from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, purity
 from utils.runtime import origin, script
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "checkpoint_path": origin.ROOT / "output" / "demo_msf",
-}
+DEMO = options.DEMO | {"topk": 5, "checkpoint_path": origin.ROOT / "output" / "demo_msf"}
 
 
 class MSF(nn.Module):

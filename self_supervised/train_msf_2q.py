@@ -24,23 +24,13 @@ from utils.data.batches import Batch
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import (
-    Neighbors,
-    mean_shift_loss,
-    nearest,
-    nearest_among,
-    purity,
-)
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_among, purity
 from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
 from utils.runtime.distributed import gather, own_rows
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "topkp": 5,
-    "checkpoint_path": origin.ROOT / "output" / "demo_2q",
-}
+DEMO = options.DEMO | {"topk": 5, "topkp": 5, "checkpoint_path": origin.ROOT / "output" / "demo_2q"}
 
 
 class CMSF2Q(nn.Module):
@@ -63,7 +53,6 @@ class CMSF2Q(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.topk, self.topkp, self.topk_plain = topk, topkp, topk_plain or topk
-        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_previous=True)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
 
@@ -86,7 +75,7 @@ class CMSF2Q(nn.Module):
         far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
         loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
-        self.latest = t, far
+        self.latest = t, far  # for `diagnostics`
         return (loss_far + loss_near) / 2, {
             "no_previous_visit": 100 * (~visited).float().mean(),
             "filled_up": 100 * (related.valid.sum(dim=1) < self.topk).float().mean(),

@@ -28,13 +28,7 @@ from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.kmeans import kmeans
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import (
-    Neighbors,
-    mean_shift_loss,
-    nearest,
-    nearest_with_label,
-    purity,
-)
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
 from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.method.ranks import constrained_ranks
 from utils.runtime import faiss_library, origin, script
@@ -69,7 +63,6 @@ class CMSFKM(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.topk, self.topk_plain, self.num_clusters = topk, topk_plain or topk, num_clusters
-        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
         self.register_buffer("clusters", torch.full((num_images,), -1))
@@ -92,7 +85,7 @@ class CMSFKM(nn.Module):
         far = nearest_with_label(t, rows, k=self.topk, **clusters)
         loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
-        self.latest = t, far
+        self.latest = t, far  # for `diagnostics`
         return (loss_far + loss_near) / 2, {
             "no_cluster": 100 * (own < 0).float().mean(),
             "fewer_than_k": 100 * (far.valid.sum(dim=1) < self.topk).float().mean(),

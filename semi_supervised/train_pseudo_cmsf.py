@@ -34,13 +34,7 @@ from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import (
-    Neighbors,
-    mean_shift_loss,
-    nearest,
-    nearest_with_label,
-    purity,
-)
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
 from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
 from utils.runtime.distributed import is_main
@@ -90,7 +84,6 @@ class PseudoCMSF(nn.Module):
         self.labeled = labeled
         self.topk, self.topk_plain = topk, topk_plain or topk
         self.conf_th, self.cache_confident = conf_th, cache_confident
-        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_true_label=True)
         self.cache = MemoryBank(cache_size, encoders.proj_dim) if cache_size else None
 
@@ -120,7 +113,8 @@ class PseudoCMSF(nn.Module):
         wanted = label if constrained else torch.full_like(label, -1)
         near = self._neighbors(t, rows, wanted, row_labels)
         has_label = wanted >= 0
-        self.latest = t, near._replace(valid=near.valid & has_label.unsqueeze(1))
+        constrained_rows = near._replace(valid=near.valid & has_label.unsqueeze(1))
+        self.latest = t, constrained_rows  # for `diagnostics`
         return mean_shift_loss(q, rows, near), {
             "purity_constrained": purity(batch.label.masked_fill(~has_label, -1), row_truth, near),
             "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), has_label),

@@ -26,7 +26,10 @@ from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, purity
 from utils.runtime import origin, script
 
-DEMO = options.DEMO | {"topk": 5, "checkpoint_path": origin.ROOT / "output" / "demo_msf"}
+DEMO = options.DEMO | {
+    "topk": 5,
+    "checkpoint_path": origin.ROOT / "output" / "demo_msf",
+}
 
 
 class MSF(nn.Module):
@@ -71,10 +74,10 @@ def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
     build_training.check_bank(args)
-    images, val = build_training.read_training_data(args)
+    train, val = build_training.read_training_data(args)
     encoders = build_training.build_encoders(args)
     model = MSF(encoders, mem_bank_size=args.mem_bank_size, topk=args.topk)
-    run, loader = build_training.start_run(args, model, images, val)
+    run, loader = build_training.start_run(args, model, train, val)
     with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)

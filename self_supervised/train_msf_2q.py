@@ -30,7 +30,11 @@ from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
 from utils.runtime.distributed import gather, own_rows
 
-DEMO = options.DEMO | {"topk": 5, "topkp": 5, "checkpoint_path": origin.ROOT / "output" / "demo_2q"}
+DEMO = options.DEMO | {
+    "topk": 5,
+    "topkp": 5,
+    "checkpoint_path": origin.ROOT / "output" / "demo_2q",
+}
 
 
 class CMSF2Q(nn.Module):
@@ -107,16 +111,16 @@ def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
     build_training.check_bank(args)
-    images, val = build_training.read_training_data(args)
+    train, val = build_training.read_training_data(args)
     model = CMSF2Q(
         build_training.build_encoders(args),
-        len(images),
+        len(train),
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         topkp=args.topkp,
         topk_plain=args.topk_plain,
     )
-    run, loader = build_training.start_run(args, model, images, val)
+    run, loader = build_training.start_run(args, model, train, val)
     with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)

@@ -144,19 +144,19 @@ def main() -> None:
     args = parse_args()
     build_training.check_bank(args)
     faiss_library.load("k-means")  # an epoch would be over before it is needed
-    images, val = build_training.read_training_data(args)
-    if args.num_clusters > len(images):
-        reason = f"above the {len(images)} training images, each of which becomes a cluster"
+    train, val = build_training.read_training_data(args)
+    if args.num_clusters > len(train):
+        reason = f"above the {len(train)} training images, each of which becomes a cluster"
         print(f"WARNING --num_clusters {args.num_clusters}: {reason}", flush=True)
     model = CMSFKM(
         build_training.build_encoders(args),
-        len(images),
+        len(train),
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         num_clusters=args.num_clusters,
         topk_plain=args.topk_plain,
     )
-    run, loader = build_training.start_run(args, model, images, val)
+    run, loader = build_training.start_run(args, model, train, val)
     with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)

@@ -213,9 +213,9 @@ def main() -> None:
         reason = f"--mlp_xent {args.mlp_xent} has batch norm, which cannot train on one row"
         raise InputError(f"--pseudo_batch_size 1: {reason}")
     build_training.check_bank(args)
-    images, val = build_training.read_training_data(args, labeled=True)
+    train, val = build_training.read_training_data(args, labeled=True)
     index = build_training.labeled_index(
-        args, images, file=args.sup_split_file, flag="--sup_split_file"
+        args, train, file=args.sup_split_file, flag="--sup_split_file"
     )
     if args.cache_sup and args.sup_mem_bank_size < len(index):
         print(
@@ -223,12 +223,12 @@ def main() -> None:
             "images, so that the head is trained on the latest of them only",
             flush=True,
         )
-    labeled = torch.zeros(len(images), dtype=torch.bool)
+    labeled = torch.zeros(len(train), dtype=torch.bool)
     labeled[index] = True
     encoders = build_training.build_encoders(args)
     model = PseudoCMSF(
         encoders,
-        PseudoLabelHead(args.mlp_xent, encoders.proj_dim, len(images.classes)),
+        PseudoLabelHead(args.mlp_xent, encoders.proj_dim, len(train.classes)),
         labeled,
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
@@ -237,10 +237,10 @@ def main() -> None:
         cache_size=args.sup_mem_bank_size if args.cache_sup else None,
         cache_confident=args.cache_conf_unsup,
     )
-    run, loader = build_training.start_run(args, model, images, val, labeled=index)
+    run, loader = build_training.start_run(args, model, train, val, labeled=index)
     with run:
         if is_main():
-            write_split_file(args.checkpoint_path / "labeled.txt", images, index)
+            write_split_file(args.checkpoint_path / "labeled.txt", train, index)
         (labeled_images,) = build_evaluation.eval_loaders(
             args, loader.images.take(index), bad_images=loader.bad_images
         )

@@ -139,20 +139,20 @@ def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
     build_training.check_bank(args)
-    images, val = build_training.read_training_data(args, labeled=True)
-    given = build_training.given_labels(args, images)
+    train, val = build_training.read_training_data(args, labeled=True)
+    given = build_training.given_labels(args, train)
     model = SupervisedCMSF(
         build_training.build_encoders(args),
-        len(images.classes),
+        len(train.classes),
         mem_bank_size=args.mem_bank_size,
         topk=None if args.topk == "all" else args.topk,
         topk_plain=args.topk_plain,
         given=as_tensor(given),
     )
-    run, loader = build_training.start_run(args, model, images, val, given=given)
+    run, loader = build_training.start_run(args, model, train, val, given=given)
     with run:
         if is_main():
-            write_changes(args.checkpoint_path / "label_noise.txt", images, given)
+            write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

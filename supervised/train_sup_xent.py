@@ -96,14 +96,14 @@ def main() -> None:
     """Train, save, and report k-NN accuracy and that of the classifier."""
     args = parse_args()
     build_training.check_batch(args)
-    images, val = build_training.read_training_data(args, labeled=True)
-    given = build_training.given_labels(args, images)
+    train, val = build_training.read_training_data(args, labeled=True)
+    given = build_training.given_labels(args, train)
     backbone, feature_dim = build_training.build_sole_backbone(args)
-    model = CrossEntropy(backbone, feature_dim, len(images.classes), given=as_tensor(given))
-    run, loader = build_training.start_run(args, model, images, val, single=args.view, given=given)
+    model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given))
+    run, loader = build_training.start_run(args, model, train, val, single=args.view, given=given)
     with run:
         if is_main():
-            write_changes(args.checkpoint_path / "label_noise.txt", images, given)
+            write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

@@ -14,7 +14,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,9 +23,8 @@ from utils.data.batches import Batch
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import all_finite, mean_shift_loss, nearest, purity
+from utils.method.neighbors import mean_shift_loss, nearest, purity
 from utils.runtime import origin, script
-from utils.runtime.distributed import all_true, gather
 
 DEMO = options.DEMO | {
     "topk": 5,
@@ -37,8 +35,7 @@ DEMO = options.DEMO | {
 class MSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, neighbors a
-    query is pulled to.
+    mem_bank_size: K. topk: k, neighbors a query is pulled to.
     """
 
     def __init__(self, encoders: QueryTargetEncoders, *, mem_bank_size: int, topk: int) -> None:
@@ -50,20 +47,15 @@ class MSF(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and the purity in percent."""
         q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-        # The targets of all processes enter the bank before the search: each is its own nearest
-        # neighbor.
-        all_t, index, label = gather(t, batch.index, batch.label)
-        self.bank.enqueue(all_t, index=index, label=label, only_if=finite)
+        # Targets enter the bank before the search: each is its own nearest neighbor.
+        self.bank.enqueue(t, index=batch.index, label=batch.label)
         rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
         near = nearest(t, rows, k=self.topk)
-        return mean_shift_loss(q, rows, near).where(finite, torch.nan), {
-            "purity_plain": purity(batch.label, row_labels, near)
-        }
+        loss = mean_shift_loss(q, rows, near)
+        return loss, {"purity_plain": purity(batch.label, row_labels, near)}
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings in the bank."""
@@ -83,13 +75,10 @@ def main() -> None:
     args = parse_args()
     build_training.check_bank(args)
     train, val = build_training.read_training_data(args)
-    loader = build_training.build_loader(args, train)
     encoders = build_training.build_encoders(args)
     model = MSF(encoders, mem_bank_size=args.mem_bank_size, topk=args.topk)
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    run, loader = build_training.start_run(args, model, train, val)
+    with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

@@ -15,7 +15,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,18 +24,11 @@ from utils.data.batches import Batch
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import (
-    Neighbors,
-    all_finite,
-    constrained_ranks,
-    mean_shift_loss,
-    nearest,
-    nearest_among,
-    purity,
-)
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_among, purity
 from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
-from utils.runtime.distributed import all_true, gather, own_rows
+from utils.runtime.distributed import gather, own_rows
 
 DEMO = options.DEMO | {
     "topk": 5,
@@ -48,9 +40,8 @@ DEMO = options.DEMO | {
 class CMSF2Q(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
-    set. mem_bank_size: K. topk: k, neighbors a query is pulled to. topkp: k', candidates taken from
-    M'. topk_plain: neighbors of the plain loss, if not k as well.
+    num_images: N, the size of the training set. mem_bank_size: K. topk: k, neighbors a query is
+    pulled to. topkp: k', candidates from M'. topk_plain: of the plain loss, if not k as well.
     """
 
     def __init__(
@@ -66,41 +57,30 @@ class CMSF2Q(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.topk, self.topkp, self.topk_plain = topk, topkp, topk_plain or topk
-        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_previous=True)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures (purities in percent)."""
         q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-            finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-            # The targets of all processes enter the bank before the search: each is its own
-            # nearest neighbor.
-            all_t, index, label = gather(t, batch.index, batch.label)
-            all_u, all_visited = self.previous.swap(index, all_t, only_if=finite)  # u: (B, D)
-            self.bank.enqueue(
-                all_t,
-                previous=all_u,
-                has_previous=all_visited,
-                index=index,
-                label=label,
-                only_if=finite,
-            )
-            u, visited = own_rows(all_u, all_visited)  # (B, D), (B,)
-            rows, older, has_older = self.bank.in_use("features", "previous", "has_previous")
-            near = nearest(t, rows, k=max(self.topk, self.topk_plain))  # in M, rows (K, D)
-            related = nearest(u, older, k=self.topkp, allowed=has_older)  # in M'
-            related = related._replace(valid=related.valid & visited.unsqueeze(1))
-            far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
+        # Targets enter the bank before the search, each as its own nearest neighbor, and beside it
+        # what its image's embedding was before: u (B, D), if it was visited (B,).
+        u, visited = own_rows(*self.previous.swap(*gather(batch.index, t)))
+        columns = {"index": batch.index, "label": batch.label}
+        self.bank.enqueue(t, previous=u, has_previous=visited, **columns)
+        rows, older, has_older = self.bank.in_use("features", "previous", "has_previous")
 
-        self.latest = t, far
+        near = nearest(t, rows, k=max(self.topk, self.topk_plain))  # in M (K, D)
+        related = nearest(u, older, k=self.topkp, allowed=has_older)  # in M' (K, D)
+        related = related._replace(valid=related.valid & visited.unsqueeze(1))
+        far = nearest_among(t, rows, candidates=related, k=self.topk, fill=near)
         loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
-        return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
+        self.latest = t, far  # for `diagnostics`
+        return (loss_far + loss_near) / 2, {
             "no_previous_visit": 100 * (~visited).float().mean(),
             "filled_up": 100 * (related.valid.sum(dim=1) < self.topk).float().mean(),
             "loss_constrained": loss_far.detach(),
@@ -121,12 +101,8 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.Parser(description="Train self-supervised CMSF-2Q.")
     options.add_training_options(parser)
     options.add_crop_options(parser)
-    parser.add_argument(
-        "--topkp",
-        type=arguments.positive,
-        default=10,
-        help="candidates from the previous embeddings",
-    )
+    help_text = "candidates from the previous embeddings"
+    parser.add_argument("--topkp", type=arguments.positive, default=10, help=help_text)
     options.add_plain_option(parser)
     return options.parse(parser, demo=DEMO)
 
@@ -136,7 +112,6 @@ def main() -> None:
     args = parse_args()
     build_training.check_bank(args)
     train, val = build_training.read_training_data(args)
-    loader = build_training.build_loader(args, train)
     model = CMSF2Q(
         build_training.build_encoders(args),
         len(train),
@@ -145,10 +120,8 @@ def main() -> None:
         topkp=args.topkp,
         topk_plain=args.topk_plain,
     )
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    run, loader = build_training.start_run(args, model, train, val)
+    with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

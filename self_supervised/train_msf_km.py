@@ -28,18 +28,11 @@ from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.kmeans import kmeans
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import (
-    Neighbors,
-    all_finite,
-    constrained_ranks,
-    mean_shift_loss,
-    nearest,
-    nearest_with_label,
-    purity,
-)
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
 from utils.method.previous_embeddings import PreviousEmbeddings
+from utils.method.ranks import constrained_ranks
 from utils.runtime import faiss_library, origin, script
-from utils.runtime.distributed import all_true, from_main, gather, is_main
+from utils.runtime.distributed import from_main, gather, is_main
 from utils.runtime.streams import upload
 
 DEMO = options.DEMO | {
@@ -52,11 +45,9 @@ DEMO = options.DEMO | {
 class CMSFKM(nn.Module):
     """The method as one module: a batch in, the loss out; `refit` after each epoch.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. num_images: N, the size of the training
-    set. mem_bank_size: K. topk: k, neighbors a query is pulled to. num_clusters: most clusters that
-    a refit makes. topk_plain: neighbors of the plain loss, if not k as well.
-
-    clusters: (N,) int64, the cluster of each image, -1 where it has none (yet); may be assigned to.
+    num_images: N, the size of the training set. mem_bank_size: K. topk: k, neighbors a query is
+    pulled to. num_clusters: at most. topk_plain: of the plain loss, if not k as well. clusters:
+    (N,) int64, that of each image, -1 where it has none (yet); may be assigned to.
     """
 
     def __init__(
@@ -72,7 +63,6 @@ class CMSFKM(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.topk, self.topk_plain, self.num_clusters = topk, topk_plain or topk, num_clusters
-        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim)
         self.previous = PreviousEmbeddings(num_images, encoders.proj_dim)
         self.register_buffer("clusters", torch.full((num_images,), -1))
@@ -80,28 +70,23 @@ class CMSFKM(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent."""
         q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-        # The targets of all processes enter the bank before the search: each is its own nearest
-        # neighbor.
-        all_t, index, label = gather(t, batch.index, batch.label)
-        self.previous.remember(index, all_t, only_if=finite)
-        self.bank.enqueue(all_t, index=index, label=label, only_if=finite)
+        # Targets enter the bank before the search: each is its own nearest neighbor.
+        self.previous.remember(*gather(batch.index, t))
+        self.bank.enqueue(t, index=batch.index, label=batch.label)
         rows, row_index, row_labels = self.bank.in_use("features", "index", "label")
+
         # Clusters as they are now, of rows too that were written before the last refit.
         own = self.clusters[upload(batch.index, t.device)]  # (B,), -1: no constraint
+        clusters = {"labels": own, "row_labels": self.clusters[row_index]}
         near = nearest(t, rows, k=max(self.topk, self.topk_plain))
-        far = nearest_with_label(
-            t, rows, k=self.topk, labels=own, row_labels=self.clusters[row_index]
-        )
-
-        self.latest = t, far
+        far = nearest_with_label(t, rows, k=self.topk, **clusters)
         loss_near = mean_shift_loss(q, rows, near.first(self.topk_plain))
         loss_far = mean_shift_loss(q, rows, far)
-        return ((loss_far + loss_near) / 2).where(finite, torch.nan), {
+        self.latest = t, far  # for `diagnostics`
+        return (loss_far + loss_near) / 2, {
             "no_cluster": 100 * (own < 0).float().mean(),
             "fewer_than_k": 100 * (far.valid.sum(dim=1) < self.topk).float().mean(),
             "loss_constrained": loss_far.detach(),
@@ -114,8 +99,8 @@ class CMSFKM(nn.Module):
     def refit(self, *, seed: Sequence[int]) -> dict[str, float]:
         """Cluster the images seen so far by their last embeddings, the same in every process.
 
-        seed: integers that the first centers follow from. Returns the figures of the clusters, on
-        the main process alone: how many have an image, and the images they have.
+        seed: integers that the first centers follow from. Returns figures of the clusters that have
+        an image, on the main process alone.
         """
         start = time.monotonic()
         embeddings, seen = self.previous.on_main()  # (N, D), (N,)
@@ -125,8 +110,7 @@ class CMSFKM(nn.Module):
             found = kmeans(rows, num_clusters=self.num_clusters, seed=seed)
             assignments = torch.from_numpy(found.assignments)
             clusters[seen.to(clusters.device)] = assignments.to(clusters.device)
-            sizes = assignments.bincount()
-            sizes = sizes[sizes > 0]
+            sizes = assignments.unique(return_counts=True)[1]
             figures = {
                 "clusters": len(sizes),
                 "cluster_min": sizes.min().item(),
@@ -149,12 +133,8 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.Parser(description="Train self-supervised CMSF-KM.")
     options.add_training_options(parser)
     options.add_crop_options(parser)
-    parser.add_argument(
-        "--num_clusters",
-        type=arguments.positive,
-        default=50000,
-        help="of k-means after each epoch; with no more images than that each is its own cluster",
-    )
+    help_text = "of k-means after each epoch; with no more images than that each is its own cluster"
+    parser.add_argument("--num_clusters", type=arguments.positive, default=50000, help=help_text)
     options.add_plain_option(parser)
     return options.parse(parser, demo=DEMO)
 
@@ -168,7 +148,6 @@ def main() -> None:
     if args.num_clusters > len(train):
         reason = f"above the {len(train)} training images, each of which becomes a cluster"
         print(f"WARNING --num_clusters {args.num_clusters}: {reason}", flush=True)
-    loader = build_training.build_loader(args, train)
     model = CMSFKM(
         build_training.build_encoders(args),
         len(train),
@@ -177,10 +156,8 @@ def main() -> None:
         num_clusters=args.num_clusters,
         topk_plain=args.topk_plain,
     )
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(args, model, optimizer, loader=loader, val=val) as run:
+    run, loader = build_training.start_run(args, model, train, val)
+    with run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)

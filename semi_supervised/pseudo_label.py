@@ -27,11 +27,6 @@ class PseudoLabelHead(nn.Module):
         hidden = {"linear": [], "mlp": [2 * dim], "mlp_3l": [2 * dim, 2 * dim]}[kind]
         self.layers = mlp([dim, *hidden, num_classes])
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the embeddings it takes."""
-        return self.layers[0].weight.dtype
-
     def forward(self, embeddings: Tensor) -> Tensor:
         """(B, D) -> logits (B, C)."""
         return self.layers(embeddings)
@@ -59,13 +54,15 @@ def train_head(
 ) -> dict[str, float]:
     """One round: train the head further by cross-entropy, with an optimizer of its own.
 
-    embeddings: (n, D), unit norm; labels: (n,) int64; both on the head's device. The learning rate
-    falls to a tenth after each of `decay_epochs`. seed: integers that the order of the rows
-    follows from. Every epoch trains on all rows, in batches that end where `batch_ends` says; with
-    batch norm they must be of two rows or more. (The published code drops a last batch that is not
-    full.) Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
+    embeddings: (n, D), unit norm; labels: (n,) int64; on any device. The learning rate falls to a
+    tenth after each of `decay_epochs`. seed: integers that the order of the rows follows from.
+    Every epoch trains on all rows, in batches that end where `batch_ends` says; with batch norm
+    they must be of two rows or more. (The published code drops a last batch that is not full.)
+    Returns the last epoch's mean loss and accuracy (percent), and the number of rows.
     RunError if loss or head are not finite in the end.
     """
+    first = head.layers[0].weight
+    embeddings, labels = embeddings.to(first), labels.to(first.device)
     parameters = head.requires_grad_(True).parameters()
     optimizer = torch.optim.SGD(
         parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay

@@ -34,17 +34,10 @@ from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import (
-    Neighbors,
-    all_finite,
-    constrained_ranks,
-    mean_shift_loss,
-    nearest,
-    nearest_with_label,
-    purity,
-)
+from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
+from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
-from utils.runtime.distributed import all_true, gather, is_main, own_rows
+from utils.runtime.distributed import is_main
 from utils.runtime.errors import InputError
 from utils.runtime.streams import upload
 
@@ -66,12 +59,11 @@ DEMO = options.DEMO | {
 class PseudoCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. labeled: (N,) bool, on the host, the
-    images whose label may be used. mem_bank_size: K. topk: k with a label; topk_plain: k without.
-    conf_th: confidence from which a prediction counts, or None: every one does. cache_size: rows of
-    the cache of labeled embeddings, or None: `train_head` takes them from the images.
-    cache_confident: unlabeled embeddings with a confident label enter the cache too; `start_epoch`
-    then empties it.
+    labeled: (N,) bool, on the host, the images whose label may be used. mem_bank_size: K. topk: k
+    with a label; topk_plain: k without. conf_th: confidence from which a prediction counts.
+    cache_size: rows of the cache of labeled embeddings, or None: they are made of the images.
+    cache_confident: unlabeled ones with a confident label enter the cache too; `start_epoch` then
+    empties it.
     """
 
     def __init__(
@@ -83,7 +75,7 @@ class PseudoCMSF(nn.Module):
         mem_bank_size: int,
         topk: int,
         topk_plain: int | None = None,
-        conf_th: float | None = None,
+        conf_th: float = 0,
         cache_size: int | None = None,
         cache_confident: bool = False,
     ) -> None:
@@ -92,7 +84,6 @@ class PseudoCMSF(nn.Module):
         self.labeled = labeled
         self.topk, self.topk_plain = topk, topk_plain or topk
         self.conf_th, self.cache_confident = conf_th, cache_confident
-        self.latest: tuple[Tensor, Neighbors] | None = None  # targets and their constrained rows
         self.bank = MemoryBank(mem_bank_size, encoders.proj_dim, with_true_label=True)
         self.cache = MemoryBank(cache_size, encoders.proj_dim) if cache_size else None
 
@@ -104,39 +95,33 @@ class PseudoCMSF(nn.Module):
         constrained: False searches plain neighbors for every image.
         """
         q = self.encoders.query(batch.query_view, *batch.small_views)  # ([V,] B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-        # Labels and predictions for the targets of all processes, (B, D).
-        all_t, index, truth = gather(t, batch.index, batch.label)
-        known = upload(self.labeled[index], t.device)  # (B,) bool
-        guess, confidence = self.head.predict(all_t)  # (B,), (B,)
-        counts = known | self._is_confident(confidence, constrained=constrained)
-        label = torch.where(known, truth, guess).masked_fill(~counts, -1)
+        known = upload(self.labeled[batch.index], t.device)  # (B,) bool
+        guess, confidence = self.head.predict(t)  # (B,), (B,)
+        counts = known | (confidence >= self.conf_th) if constrained else known
+        label = torch.where(known, batch.label, guess).masked_fill(~counts, -1)
 
-        # The targets enter the bank before the search: each is its own nearest neighbor.
-        self.bank.enqueue(all_t, index=index, label=label, true_label=truth, only_if=finite)
-        self._fill_cache(all_t, index, label, counts=counts, only_if=finite)
+        # Targets enter the bank before the search: each is its own nearest neighbor.
+        self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
+        if self.cache is not None:
+            # The host knows what is labeled; to learn what else counts it waits for a GPU.
+            kept = counts.cpu() if self.cache_confident else self.labeled[batch.index]
+            self.cache.enqueue(t, index=batch.index, label=label, where=kept)
         rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
-        (wanted,) = own_rows(label if constrained else torch.full_like(label, -1))
+        wanted = label if constrained else torch.full_like(label, -1)
         near = self._neighbors(t, rows, wanted, row_labels)
-        has_label = (wanted >= 0).unsqueeze(1)
-        self.latest = t, near._replace(valid=near.valid & has_label)
-        return mean_shift_loss(q, rows, near).where(finite, torch.nan), {
-            "purity_constrained": purity(batch.label.masked_fill(wanted < 0, -1), row_truth, near),
-            "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), wanted >= 0),
+        has_label = wanted >= 0
+        constrained_rows = near._replace(valid=near.valid & has_label.unsqueeze(1))
+        self.latest = t, constrained_rows  # for `diagnostics`
+        return mean_shift_loss(q, rows, near), {
+            "purity_constrained": purity(batch.label.masked_fill(~has_label, -1), row_truth, near),
+            "fewer_than_k": _percent(~near.valid[:, : self.topk].all(dim=1), has_label),
             "confident": _percent(counts, ~known),
-            "accuracy_confident": _percent(guess == truth, counts & ~known),
-            "accuracy_all": _percent(guess == truth, ~known),
+            "accuracy_confident": _percent(guess == batch.label, counts & ~known),
+            "accuracy_all": _percent(guess == batch.label, ~known),
         }
-
-    def _is_confident(self, confidence: Tensor, *, constrained: bool) -> Tensor:
-        """(B,) bool: predictions that count as labels; none while nothing is constrained."""
-        if not constrained:
-            return torch.zeros_like(confidence, dtype=torch.bool)
-        return confidence >= (self.conf_th if self.conf_th is not None else 0)
 
     def _neighbors(self, t: Tensor, rows: Tensor, wanted: Tensor, row_labels: Tensor):
         """The topk nearest rows of the wanted label, or the topk_plain nearest where it is -1."""
@@ -145,18 +130,6 @@ class PseudoCMSF(nn.Module):
         allowance = torch.where(wanted < 0, self.topk_plain, self.topk).unsqueeze(1)  # (B, 1)
         place = torch.arange(near.rows.shape[1], device=t.device)
         return near._replace(valid=near.valid & (place < allowance))
-
-    def _fill_cache(
-        self, t: Tensor, index: Tensor, label: Tensor, *, counts: Tensor, only_if: Tensor
-    ) -> None:
-        """Keep labeled embeddings, with `cache_confident` all that count, with their labels."""
-        if self.cache is None:
-            return
-        # The host knows which images are labeled; to learn which others count it waits for a GPU.
-        chosen = counts.cpu() if self.cache_confident else self.labeled[index]
-        chosen = chosen.nonzero().squeeze(1)
-        rows = upload(chosen, t.device)
-        self.cache.enqueue(t[rows], index=index[chosen], label=label[rows], only_if=only_if)
 
     def start_epoch(self) -> None:
         """To be called before the first step of each epoch: pseudo-labels of the last one go."""
@@ -175,8 +148,7 @@ class PseudoCMSF(nn.Module):
     def labeled_embeddings(self, images: EvalLoader) -> tuple[Tensor, Tensor]:
         """Embeddings (n, D) and labels (n,) to train the head on: the cache, or of the images."""
         if self.cache is not None:
-            features, labels = self.cache.in_use("features", "label")
-            return features.to(self.head.dtype), labels
+            return tuple(self.cache.in_use("features", "label"))
         encoder = self.encoders.target_encoder
         features, labels = extract_features(
             nn.Sequential(encoder.backbone, encoder.projector),  # not compiled: of other sizes
@@ -186,8 +158,7 @@ class PseudoCMSF(nn.Module):
             everywhere=True,  # each process trains the head as the others do
             path_of=images.images.path,
         )
-        device = self.bank.features.device
-        return nn.functional.normalize(features, dim=1).to(device), labels.to(device)
+        return nn.functional.normalize(features, dim=1), labels
 
 
 def _percent(hits: Tensor, among: Tensor) -> Tensor:
@@ -239,10 +210,8 @@ def main() -> None:
     if args.cache_conf_unsup and not (args.cache_sup and args.use_conf):
         raise InputError("--cache_conf_unsup: only with --cache_sup and --use_conf")
     if args.pseudo_batch_size == 1 and args.mlp_xent != "linear":
-        raise InputError(
-            f"--pseudo_batch_size 1: --mlp_xent {args.mlp_xent} has batch norm, which "
-            "cannot train on one row"
-        )
+        reason = f"--mlp_xent {args.mlp_xent} has batch norm, which cannot train on one row"
+        raise InputError(f"--pseudo_batch_size 1: {reason}")
     build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
     index = build_training.labeled_index(
@@ -256,7 +225,6 @@ def main() -> None:
         )
     labeled = torch.zeros(len(train), dtype=torch.bool)
     labeled[index] = True
-    loader = build_training.build_loader(args, train)
     encoders = build_training.build_encoders(args)
     model = PseudoCMSF(
         encoders,
@@ -265,15 +233,12 @@ def main() -> None:
         mem_bank_size=args.mem_bank_size,
         topk=args.topk,
         topk_plain=args.topk_plain,
-        conf_th=args.conf_th if args.use_conf else None,
+        conf_th=args.conf_th if args.use_conf else 0,
         cache_size=args.sup_mem_bank_size if args.cache_sup else None,
         cache_confident=args.cache_conf_unsup,
     )
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model.encoders)
-    with build_training.build_run(
-        args, model, optimizer, loader=loader, val=val, labeled=index
-    ) as run:
+    run, loader = build_training.start_run(args, model, train, val, labeled=index)
+    with run:
         if is_main():
             write_split_file(args.checkpoint_path / "labeled.txt", train, index)
         (labeled_images,) = build_evaluation.eval_loaders(
@@ -305,11 +270,8 @@ def train_round(
         so = "the classifier head does not learn it"
         unreadable_classes(of.labels[kept], of.classes, what="labeled images", so=so)
     if len(labels) < 2:
-        print(
-            f"WARNING the classifier head was not trained: {len(labels)} labeled embeddings, and "
-            "it needs 2",
-            flush=True,
-        )
+        found = f"{len(labels)} labeled embeddings, and it needs 2"
+        print(f"WARNING the classifier head was not trained: {found}", flush=True)
         return {"head_rows": len(labels)}
     return train_head(
         model.head,

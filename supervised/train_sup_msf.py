@@ -17,7 +17,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +29,6 @@ from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import (
     Neighbors,
-    all_finite,
-    constrained_ranks,
     mean_shift_loss,
     mean_shift_loss_all,
     nearest,
@@ -39,8 +36,9 @@ from utils.method.neighbors import (
     purity,
     purity_all,
 )
+from utils.method.ranks import constrained_ranks
 from utils.runtime import origin, script
-from utils.runtime.distributed import all_true, gather, is_main
+from utils.runtime.distributed import is_main
 
 DEMO = options.DEMO | {
     "topk": "all",
@@ -53,9 +51,9 @@ DEMO = options.DEMO | {
 class SupervisedCMSF(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any `QueryTargetEncoders`, so any backbone. mem_bank_size: K. topk: k, or None for all
-    rows of the class. topk_plain: neighbors of the plain loss, 0: no such loss, as published.
-    given: (N,) int64, on the host, labels to use instead of the images' own.
+    mem_bank_size: K. topk: k, or None for all rows of the class. topk_plain: neighbors of the plain
+    loss, 0: no such loss, as published. given: (N,) int64, on the host, labels to use instead of
+    the images' own.
     """
 
     def __init__(
@@ -78,64 +76,54 @@ class SupervisedCMSF(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step: the loss (scalar, 0 to 4, with gradient) and figures in percent."""
         q = self.encoders.query(batch.query_view)  # (B, D)
-        with torch.no_grad():
-            self.encoders.update_target()
-            t = self.encoders.target(batch.target_view)  # (B, D)
-        finite = all_true(all_finite(q, t))  # else nothing is remembered, and the loss is nan
+        self.encoders.update_target()
+        t = self.encoders.target(batch.target_view)  # (B, D), without gradient
 
-        # The targets of all processes enter the bank before the search: each is its own nearest
-        # neighbor.
+        # Targets enter the bank before the search: each is its own nearest neighbor.
         label = labels_to_use(batch, self.given)  # (B,)
-        all_t, index, all_labels, truth = gather(t, batch.index, label, batch.label)
-        self.bank.enqueue(all_t, index=index, label=all_labels, true_label=truth, only_if=finite)
-        (rows,) = self.bank.in_use("features")  # M (K, D)
+        self.bank.enqueue(t, index=batch.index, label=label, true_label=batch.label)
+        rows, row_labels = self.bank.in_use("features", "label")  # M (K, D), (K,)
+
+        among = {"labels": label, "row_labels": row_labels}
         if self.topk is None:
-            loss, stats = self._pull_to_all(q, label, batch.label)
+            loss = mean_shift_loss_all(q, rows, num_classes=self.num_classes, **among)
         else:
-            loss, stats = self._pull_to_nearest(q, t, label, batch.label)
+            same = nearest_with_label(t, rows, k=self.topk, **among)
+            loss = mean_shift_loss(q, rows, same)
+            self.latest = t, same
+        stats = self._purity(label, batch.label)
         if self.topk_plain:
             plain = mean_shift_loss(q, rows, nearest(t, rows, k=self.topk_plain))
             stats |= {"loss_constrained": loss.detach(), "loss_plain": plain.detach()}
             loss = (loss + plain) / 2
-        return loss.where(finite, torch.nan), stats
+        return loss, stats
 
-    def _pull_to_nearest(
-        self, q: Tensor, t: Tensor, label: Tensor, truth: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures with the k rows of the class nearest to the target."""
-        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
-        same = nearest_with_label(t, rows, k=self.topk, labels=label, row_labels=row_labels)
-        self.latest = t, same
-        stats = {
-            "purity_constrained": purity(label, row_labels, same),
-            "fewer_than_k": 100 * (same.valid.sum(dim=1) < self.topk).float().mean(),
-        }
-        if self.given is not None:
-            stats["purity_true"] = purity(truth, row_truth, same)
-        return mean_shift_loss(q, rows, same), stats
-
-    def _pull_to_all(
-        self, q: Tensor, label: Tensor, truth: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures with all rows of the class."""
-        rows, row_labels, row_truth = self.bank.in_use("features", "label", "true_label")
-        among = {"row_labels": row_labels, "num_classes": self.num_classes}
-        loss = mean_shift_loss_all(q, rows, labels=label, **among)
-        if self.given is None:
-            return loss, {}
-        return loss, {"purity_true": purity_all(label, truth, row_truth=row_truth, **among)}
+    def _purity(self, label: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """Of what was pulled to, by the labels in use and, if those are given, by the true ones."""
+        row_labels, row_truth = self.bank.in_use("label", "true_label")
+        stats = {}
+        if self.topk is not None:
+            _, same = self.latest
+            stats["purity_constrained"] = purity(label, row_labels, same)
+            stats["fewer_than_k"] = 100 * (same.valid.sum(dim=1) < self.topk).float().mean()
+            if self.given is not None:
+                stats["purity_true"] = purity(truth, row_truth, same)
+        elif self.given is not None:
+            among = {"row_labels": row_labels, "row_truth": row_truth}
+            among["num_classes"] = self.num_classes
+            stats["purity_true"] = purity_all(label, truth, **among)
+        return stats
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Health of the embeddings, purity of plain neighbors, ranks of the constrained ones."""
         rows, row_labels = self.bank.in_use("features", "label")
         newest = self.bank.newest(256)
         near = nearest(rows[newest], rows, k=self.topk or 10)
-        plain = purity(row_labels[newest], row_labels, near)
-        figures = {"purity_plain": plain, **embedding_health(rows)}
+        figures = {"purity_plain": purity(row_labels[newest], row_labels, near)}
         if self.latest is not None:
             t, same = self.latest
             figures["constrained_ranks"] = constrained_ranks(t, rows, same)
-        return figures
+        return figures | embedding_health(rows)
 
 
 def parse_args() -> argparse.Namespace:
@@ -153,7 +141,6 @@ def main() -> None:
     build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
     given = build_training.given_labels(args, train)
-    loader = build_training.build_loader(args, train)
     model = SupervisedCMSF(
         build_training.build_encoders(args),
         len(train.classes),
@@ -162,12 +149,8 @@ def main() -> None:
         topk_plain=args.topk_plain,
         given=as_tensor(given),
     )
-    model = build_training.place(args, model)
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(
-        args, model, optimizer, loader=loader, val=val, given=given
-    ) as run:
+    run, loader = build_training.start_run(args, model, train, val, given=given)
+    with run:
         if is_main():
             write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):

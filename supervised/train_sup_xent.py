@@ -27,7 +27,6 @@ from utils.method.collapse import embedding_health
 from utils.method.encoders import SoleBackbone
 from utils.runtime import origin, script
 from utils.runtime.distributed import is_main
-from utils.runtime.errors import InputError
 
 DEMO = options.DEMO_TRAINING | {"checkpoint_path": origin.ROOT / "output" / "demo_xent"}
 
@@ -35,8 +34,7 @@ DEMO = options.DEMO_TRAINING | {"checkpoint_path": origin.ROOT / "output" / "dem
 class CrossEntropy(nn.Module):
     """The method as one module: a batch in, the loss out.
 
-    encoders: any backbone (B, 3, S, S) -> (B, feature_dim), as `SoleBackbone`. given: (N,) int64,
-    on the host, labels to use instead of the images' own.
+    given: (N,) int64, on the host, labels to use instead of the images' own.
     """
 
     can_collapse = False  # features that tell no classes apart have a high loss
@@ -89,9 +87,8 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.Parser(description="Train a backbone and classifier by cross-entropy.")
     options.add_training_options(parser, mean_shift=False)
     options.add_label_options(parser)
-    parser.add_argument(
-        "--view", choices=["strong", "weak"], default="strong", help="augmentation of the images"
-    )
+    views, help_text = ["strong", "weak"], "augmentation of the images"
+    parser.add_argument("--view", choices=views, default="strong", help=help_text)
     return options.parse(parser, demo=DEMO)
 
 
@@ -100,28 +97,20 @@ def main() -> None:
     args = parse_args()
     build_training.check_batch(args)
     train, val = build_training.read_training_data(args, labeled=True)
-    if len(train.classes) < 2:
-        raise InputError(f"data {args.data}: one class in train/, cross-entropy needs two")
     given = build_training.given_labels(args, train)
-    loader = build_training.build_loader(args, train, single=args.view)
     backbone, feature_dim = build_training.build_sole_backbone(args)
-    model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given)).to(
-        args.device
-    )
-    optimizer = build_training.build_optimizer(args, model)
-
-    with build_training.build_run(
-        args, model, optimizer, loader=loader, val=val, given=given
-    ) as run:
+    model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given))
+    run, loader = build_training.start_run(args, model, train, val, single=args.view, given=given)
+    with run:
         if is_main():
             write_changes(args.checkpoint_path / "label_noise.txt", train, given)
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)
-            if val is not None and run.epoch_step == run.epoch_steps and run.epoch == run.epochs:
-                (val_images,) = build_evaluation.eval_loaders(
-                    args, val, bad_images=loader.bad_images
-                )
+            at_end = run.epoch_step == run.epoch_steps and run.epoch == run.epochs
+            if at_end and val is not None:
+                bad = loader.bad_images
+                (val_images,) = build_evaluation.eval_loaders(args, val, bad_images=bad)
                 run.note(model.val_accuracy(val_images))
         run.finish("cross-entropy")
 

@@ -10,7 +10,8 @@ from self_supervised import train_msf, train_msf_2q, train_msf_km
 from semi_supervised import train_pseudo_cmsf
 from supervised import train_sup_msf
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import nearest, plain_ranks
+from utils.method.neighbors import nearest
+from utils.method.ranks import plain_ranks
 
 FP16 = ("--bank_precision", "fp16", "--epochs", 2, "--save_freq", 1, "--knn_freq", -1)
 RUNS = {

@@ -86,36 +86,23 @@ def test_state_dict_restores_the_place_to_write():
         assert torch.equal(buffer, getattr(two, name)), name
 
 
-def test_a_batch_that_is_not_to_be_kept_changes_nothing():
-    bank = MemoryBank(5, 2, with_previous=True)
-    bank.enqueue(**columns(0, 4, 2))
-    before = {name: buffer.clone() for name, buffer in bank.named_buffers()}
-    bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(False))
+def test_only_the_rows_asked_for_are_written():
+    """Of a batch with more of them than the bank has rows, the newest."""
+    bank, expected = MemoryBank(3, 2, with_previous=True), MemoryBank(3, 2, with_previous=True)
+    batch, where = columns(0, 9, 2), torch.tensor([0, 1, 1, 0, 1, 0, 1, 0, 0]).bool()
+    bank.enqueue(**batch, where=where)
+    expected.enqueue(**{name: values[where] for name, values in batch.items()})
+    assert bank.written == 4 and sorted(bank.label.tolist()) == [4, 8, 12]
+    bank.enqueue(**batch, where=torch.zeros(9, dtype=torch.bool))
     assert bank.written == 4
-    assert all(torch.equal(buffer, before[name]) for name, buffer in bank.named_buffers())
-    bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(True))
-    assert bank.written == 7 and not torch.equal(bank.features, before["features"])
+    for name, buffer in bank.named_buffers():
+        assert torch.equal(buffer, getattr(expected, name)), name
 
 
 class SaysItIsOnAGpu(torch.Tensor):
     """A tensor of the host that takes the ways of one on a GPU."""
 
     device = property(lambda self: torch.device("cuda"))
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_the_way_of_a_gpu_keeps_or_leaves_a_batch(kept):
-    """There nobody knows whether a batch is kept: each row is written, anew or as it was."""
-    bank, expected = (MemoryBank(5, 2, with_previous=True) for _ in range(2))
-    for start in (0, 4):  # of the second batch some rows lie over the oldest
-        bank.enqueue(
-            **columns(start, 4, 2),
-            only_if=torch.tensor(kept or not start).as_subclass(SaysItIsOnAGpu),
-        )
-        if kept or not start:
-            expected.enqueue(**columns(start, 4, 2))
-    for name, buffer in bank.named_buffers():
-        assert torch.equal(buffer, getattr(expected, name)), name
 
 
 class LateCopy:
@@ -172,15 +159,6 @@ def test_of_two_batches_on_their_way_none_is_lost(coming):
 def test_what_was_on_its_way_does_not_survive_loading(coming):
     coming.load_state_dict(PreviousEmbeddings(5, 2).state_dict())
     assert not coming.state_dict()["seen"].any()
-
-
-@pytest.mark.gpu
-def test_a_batch_that_is_not_to_be_kept_changes_no_row_on_a_gpu():
-    bank = MemoryBank(5, 2, with_previous=True).cuda()
-    bank.enqueue(**columns(0, 4, 2))
-    before = {name: buffer.clone() for name, buffer in bank.named_buffers()}
-    bank.enqueue(**columns(4, 3, 2), only_if=torch.tensor(False, device="cuda"))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in bank.named_buffers())
 
 
 def test_embeddings_that_are_not_finite_are_not_remembered():

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
-from torch import nn
 
 from self_supervised.train_msf_2q import CMSF2Q
 
@@ -111,39 +110,6 @@ def test_fifteen_sgd_steps_as_in_the_paper(bank, topk, topkp, topk_plain, crops)
     assert constrained >= 6  # the constraint was at work
 
 
-def test_each_target_is_its_own_nearest_neighbor():
-    """Step order: the targets enter the bank before the search."""
-    model = tiny_model(topk=1)
-    for batch in tiny.random_batches(5):
-        seen = {}
-        handle = model.encoders.target_encoder.register_forward_hook(
-            lambda _m, _i, output, seen=seen: seen.update(target=output)
-        )
-        _, stats = model(batch)
-        handle.remove()
-        target = nn.functional.normalize(seen["target"], dim=1)
-        newest = (torch.arange(len(target)) + model.bank.written - len(target)) % model.bank.size
-        torch.testing.assert_close(model.bank.features[newest], target)
-        assert torch.equal(model.bank.index[newest], batch.index)
-        assert stats["purity_plain"].item() == 100
-
-
-def test_the_average_moves_after_the_query_and_before_the_target():
-    model = tiny_model()
-    calls = []
-    encoders = model.encoders
-    for name in ("query", "update_target", "target"):
-        original = getattr(encoders, name)
-
-        def spy(*args, name=name, original=original):
-            calls.append(name)
-            return original(*args)
-
-        setattr(encoders, name, spy)
-    model(next(tiny.random_batches(1)))
-    assert calls == ["query", "update_target", "target"]
-
-
 def test_no_gradient_reaches_target_or_bank():
     model = tiny_model()
     for batch in tiny.random_batches(4):
@@ -160,28 +126,6 @@ def test_first_visits_have_no_constraint():
         _, stats = model(batch)
         assert stats["loss_constrained"] == stats["loss_plain"]
     assert not model.bank.has_previous.any()
-
-
-def test_empty_rows_are_never_neighbors():
-    """With more neighbors asked for than rows written, the mean is over the written rows."""
-    model = tiny_model(bank=100, topk=9)
-    paper = tiny.PaperEncoders(model.encoders)
-    batch = next(tiny.random_batches(1))
-    loss, _ = model(batch)
-    q, t = paper.embed(batch)
-    everything = tiny.loss_over(q, list(t), [[0, 1, 2, 3]] * 4)
-    assert loss.item() == pytest.approx(everything.item(), abs=1e-11)
-
-
-def test_nan_weights_give_a_nan_loss():
-    """And not a loss of 0 over no neighbors, at which a run would go on."""
-    model = tiny_model()
-    batches = tiny.random_batches(5)
-    for _ in range(3):
-        model(next(batches))
-    with torch.no_grad():
-        model.encoders.query_encoder.projector[0].weight[0, 0] = torch.nan
-    assert model(next(batches))[0].isnan()
 
 
 def test_a_run_that_diverges_stops(call_script, image_tree, tmp_path):

@@ -31,7 +31,7 @@ def tiny_model(*, given=None):
 def test_twelve_sgd_steps_as_the_formula_says(given):
     """The mean over the batch of -log of the softmax at the image's class."""
     model = tiny_model(given=given)
-    backbone = copy.deepcopy(model.encoders.query_encoder["backbone"])
+    backbone = copy.deepcopy(model.encoders.query_encoder.backbone)
     classifier = copy.deepcopy(model.classifier)
     ours, theirs = tiny.sgd(model), tiny.sgd(backbone, classifier)
     for batch in tiny.random_batches(12):

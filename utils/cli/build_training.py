@@ -458,3 +458,19 @@ def _builtin(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_builtin(part) for part in value)
     return str(value) if isinstance(value, (Path, torch.device)) else value
+
+
+def start_run(
+    args: argparse.Namespace,
+    model: nn.Module,
+    images: ImageSet,
+    val: ImageSet | None,
+    *,
+    single: str | None = None,
+    **labels: np.ndarray | None,
+) -> tuple[Run, TwoViewLoader]:
+    """The run of a method and its loader; single as of `build_loader`, labels as of `build_run`."""
+    loader = build_loader(args, images, single=single)
+    model = place(args, model)
+    optimizer = build_optimizer(args, model)
+    return build_run(args, model, optimizer, loader=loader, val=val, **labels), loader

@@ -29,18 +29,15 @@ class HostSyncBatchNorm(_BatchNorm):
         mean = all_reduce(x.sum(places)) / count
         centered = x - mean.view(shape)
         variance = all_reduce(centered.square().sum(places)) / count
-        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = self.momentum or 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * count / (count - 1), share)
         normalized = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
         return normalized.to(given)
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
-        share = self.momentum or 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
 
 
 def synchronized(module: nn.Module, device: torch.device) -> nn.Module:
@@ -49,18 +46,7 @@ def synchronized(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_children():
-        setattr(module, name, synchronized(child, device))
-    if not isinstance(module, _BatchNorm):
-        return module
-    new = HostSyncBatchNorm(
-        module.num_features, module.eps, module.momentum, module.affine, dtype=_dtype(module)
-    )
-    new.load_state_dict(module.state_dict())
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad_(getattr(module, name).requires_grad)
-    return new.train(module.training)
-
-
-def _dtype(module: _BatchNorm) -> torch.dtype:
-    return module.running_mean.dtype
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.__class__ = HostSyncBatchNorm  # which has the same parameters and statistics
+    return module

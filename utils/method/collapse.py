@@ -41,7 +41,7 @@ LOW_RANK = 5.0
 def warning(figures: dict[str, float]) -> str | None:
     """What is wrong with the embeddings, if anything: this family fails with a low loss.
 
-    figures: "spread" and "effective_rank", see `meters`.
+    figures: "spread" and "effective_rank" of `embedding_health`.
     """
     advice = "try a lower --learning_rate, a --momentum nearer to 1, or --proj_bn"
     if figures["spread"] < LOW_SPREAD:

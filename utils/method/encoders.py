@@ -6,9 +6,7 @@ is the moving average of the query encoder.
 """
 
 import copy
-import itertools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +23,10 @@ _AS_GRAPHS = {"mode": "reduce-overhead", "dynamic": False}
 
 
 class Backbone(NamedTuple):
-    """A network that ends in features.
+    """A network that ends in features: (B, 3, S, S) -> (B, feature_dim).
 
-    module: (B, 3, S, S) -> (B, feature_dim). classifier: the name that the removed last linear
-    layer has in the architecture's own state dict ("fc", "classifier.6"), which tells its weights
-    in a checkpoint.
+    classifier: the name that the removed last linear layer has in the architecture's own state dict
+    ("fc", "classifier.6"), which tells its weights in a checkpoint.
     """
 
     module: nn.Module
@@ -45,47 +42,35 @@ class Conv4(nn.Module):
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
-        channels = [3, 16, 32, 64, 128]
         layers: list[nn.Module] = []
-        for block, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
-            if block:
-                layers.append(nn.MaxPool2d(2))
+        for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
             convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(channels[-1], num_classes)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers[:-1])
+        self.fc = nn.Linear(128, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, num_classes), S at least 8."""
         return self.fc(self.features(images).mean(dim=(2, 3)))
 
 
-def _torchvision_models() -> ModuleType:
-    """Imported only where they are needed: that takes as long as to import torch itself."""
-    import torchvision
-
-    return torchvision.models
-
-
-def backbone_names() -> list[str]:
-    """Every architecture `build_backbone` knows by name."""
-    models = _torchvision_models()
-    names = models.list_models(module=models)
-    return ["conv4"] + [name for name in names if name not in _WITH_AUXILIARY_OUTPUT]
-
-
 def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
     """Build a backbone with random weights; its last linear layer becomes the identity.
 
-    arch: "conv4" or a torchvision classification model. small_stem: ResNets only, a 3x3 first
-    convolution of stride 1 and no pooling behind it, for images of about 32 px. Raises InputError
-    for an unknown arch, one that ends in no linear layer, or a small stem on what is no ResNet.
+    arch: "conv4" or a torchvision classification model. small_stem: of a ResNet for images of about
+    32 px: a 3x3 first convolution of stride 1, no pooling behind it. InputError for an unknown
+    arch, one that ends in no linear layer, or a small stem on what is no ResNet.
     """
-    if arch != "conv4" and arch not in backbone_names():
-        raise InputError(f"--arch {arch}: unknown; a torchvision classification model or conv4")
-    module = Conv4() if arch == "conv4" else _torchvision_models().get_model(arch, weights=None)
+    if arch == "conv4":
+        module = Conv4()
+    else:
+        from torchvision import models  # takes as long as to import torch itself
+
+        if arch in _WITH_AUXILIARY_OUTPUT or arch not in models.list_models(module=models):
+            raise InputError(f"--arch {arch}: unknown; a torchvision classification model or conv4")
+        module = models.get_model(arch, weights=None)
     if small_stem:
-        if not isinstance(module, _torchvision_models().ResNet):
+        if not isinstance(getattr(module, "conv1", None), nn.Conv2d):
             raise InputError(f"--small_stem: only for ResNets, not for --arch {arch}")
         module.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -102,10 +87,7 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
 def check_image_size(
     backbone: Backbone, arch: str, image_size: int, *, flag: str = "--image_size"
 ) -> None:
-    """Pass one black image through the backbone; InputError if it cannot take this size.
-
-    flag: what the error names.
-    """
+    """Pass one black image through the backbone; InputError, naming the flag, if it cannot."""
     was_training = backbone.module.training
     try:
         with torch.no_grad():
@@ -157,87 +139,8 @@ class Encoder(nn.Module):
         return self.projector(self.backbone(images))
 
 
-def _pass_through(
-    images: Tensor,
-    networks: Sequence[nn.Module],
-    *,
-    autocast: torch.dtype | None,
-    channels_last: bool,
-) -> Tensor:
-    """Pass images through networks, one after the other; float32 comes out of autocast's dtype."""
-    if channels_last:
-        images = images.to(memory_format=torch.channels_last)
-    output = images
-    # No cache of cast weights: each is used once here, and one that outlived a step (in an
-    # autocast of the caller's) would hide what the optimizer did to it.
-    with torch.autocast(
-        images.device.type, autocast, enabled=autocast is not None, cache_enabled=False
-    ):
-        for network in networks:
-            output = network(output)
-    # bfloat16 has 8 significant bits: too few for a unit norm and for telling neighbors apart.
-    return output if autocast is None else output.float()
-
-
-def _begin_step(cuda_graphs: bool) -> None:
-    """Say that a step begins: what CUDA graphs made in the last one may be overwritten from here.
-
-    Embeddings and losses live on, as they are made outside of the graphs; gradients, made by the
-    graphs, must have been used by now.
-    """
-    if cuda_graphs:
-        torch.compiler.cudagraph_mark_step_begin()
-
-
-class SoleBackbone(nn.Module):
-    """A backbone alone, for methods with neither projector nor target encoder.
-
-    Its weights have the names that `QueryTargetEncoders` gives to those of its query backbone, so
-    that whatever reads checkpoints reads these. backbone: any module (B, 3, S, S) -> (B, F).
-    autocast, channels_last: as there.
-    """
-
-    _cuda_graphs = False
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        autocast: torch.dtype | None = None,
-        channels_last: bool = False,
-    ) -> None:
-        super().__init__()
-        self.query_encoder = nn.ModuleDict({"backbone": backbone})
-        self.autocast, self.channels_last = autocast, channels_last
-        if channels_last:
-            self.to(memory_format=torch.channels_last)
-
-    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
-        """Compile in place; see `QueryTargetEncoders.compile`."""
-        self._cuda_graphs = cuda_graphs
-        super().compile(*args, **((_AS_GRAPHS if cuda_graphs else {}) | kwargs))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """`forward`, in a step of its own; outside of what is compiled."""
-        _begin_step(self._cuda_graphs)
-        return super().__call__(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> features (B, F), with gradient."""
-        networks = self.query_encoder.values()
-        return _pass_through(
-            images, networks, autocast=self.autocast, channels_last=self.channels_last
-        )
-
-
-class QueryTargetEncoders(nn.Module):
-    """Query encoder with predictor, and the target encoder that follows it (CMSF sec. 3).
-
-    backbone: any module (B, 3, S, S) -> (B, feature_dim); the target encoder starts as a copy of
-    it. proj_dim: D, default feature_dim / 4; hidden_dim: of projector and predictor, default 2
-    feature_dim (the published sizes). proj_bn: batch norm without affine parameters on the
-    projector's output. momentum: m of the moving average, 0 to 1. shuffle_target: with several
-    processes, the target's batch norm sees other rows together than the query's (MoCo).
+class _Encoders(nn.Module):
+    """What both kinds of encoders have: precision, layout, compiled networks.
 
     autocast: the dtype of 16 bits in which convolutions and linear layers compute (torch.autocast),
     or None. Parameters, gradients, moving average and embeddings stay float32 all the same, so the
@@ -246,6 +149,81 @@ class QueryTargetEncoders(nn.Module):
     """
 
     _cuda_graphs = False
+
+    def __init__(self, *, autocast: torch.dtype | None, channels_last: bool) -> None:
+        super().__init__()
+        self.autocast, self.channels_last = autocast, channels_last
+
+    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
+        """Compile each network in place, as nn.Module.compile does.
+
+        The names of the weights stay. A backbone run by itself, as in evaluation, is not compiled.
+        cuda_graphs: each network's pass forward or backward is launched as one CUDA graph, whose
+        inputs are copied into its memory; what stays between steps must not lie there.
+        """
+        self._cuda_graphs = cuda_graphs
+        for network in self.children():
+            network.compile(*args, **((_AS_GRAPHS if cuda_graphs else {}) | kwargs))
+
+    def _begin_step(self) -> None:
+        """From here on what CUDA graphs made in the last step may be overwritten.
+
+        Embeddings and losses live on, as they are made outside of the graphs; gradients, made by
+        the graphs, must have been used by now.
+        """
+        if self._cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def _pass(self, images: Tensor, *networks: nn.Module) -> Tensor:
+        """Pass images through the networks, one after the other; float32 comes out of autocast."""
+        output, autocast = images, self.autocast
+        if self.channels_last:
+            output = images.to(memory_format=torch.channels_last)
+        # No cache of cast weights: each is used once here, and one that outlived a step (in an
+        # autocast of the caller's) would hide what the optimizer did to it.
+        with torch.autocast(
+            images.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+        ):
+            for network in networks:
+                output = network(output)
+        # bfloat16 has 8 significant bits: too few for a unit norm and for telling neighbors apart.
+        return output if autocast is None else output.float()
+
+
+class SoleBackbone(_Encoders):
+    """A backbone alone, for methods with neither projector nor target encoder.
+
+    Its weights have the names that `QueryTargetEncoders` gives to those of its query backbone, so
+    that whatever reads checkpoints reads these. backbone: any module (B, 3, S, S) -> (B, F).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(autocast=autocast, channels_last=channels_last)
+        self.query_encoder = Encoder(backbone, nn.Identity())
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> features (B, F), with gradient."""
+        self._begin_step()
+        return self._pass(images, self.query_encoder)
+
+
+class QueryTargetEncoders(_Encoders):
+    """Query encoder with predictor, and the target encoder that follows it (CMSF sec. 3).
+
+    backbone: any module (B, 3, S, S) -> (B, feature_dim); the target encoder starts as a copy of
+    it. proj_dim: D, default feature_dim / 4; hidden_dim: of projector and predictor, default 2
+    feature_dim (the published sizes). proj_bn: batch norm without affine parameters on the
+    projector's output. momentum: m of the moving average, 0 to 1. shuffle_target: with several
+    processes, the target's batch norm sees other rows together than the query's (MoCo).
+    """
 
     def __init__(
         self,
@@ -260,12 +238,10 @@ class QueryTargetEncoders(nn.Module):
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
     ) -> None:
-        super().__init__()
-        self.shuffle_target = shuffle_target
+        super().__init__(autocast=autocast, channels_last=channels_last)
         self.proj_dim = proj_dim or feature_dim // 4
+        self.momentum, self.shuffle_target = momentum, shuffle_target
         hidden_dim = hidden_dim or 2 * feature_dim
-        self.momentum = momentum
-        self.autocast, self.channels_last = autocast, channels_last
         projector = mlp([feature_dim, hidden_dim, self.proj_dim], output_norm=proj_bn)
         self.query_encoder = Encoder(backbone, projector)
         self.predictor = mlp([self.proj_dim, hidden_dim, self.proj_dim])
@@ -274,24 +250,20 @@ class QueryTargetEncoders(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def query(self, images: Tensor, *small: Tensor) -> Tensor:
-        """q = norm(h(f(images))): (B, D), unit norm, with gradient.
+        """q = norm(h(f(images))): (B, D), unit norm, with gradient. A step begins with it.
 
         small: further crops of the same images, (n, B, 3, s, s) of each size s: then (V, B, D), a
         row of queries for the images and for each of the small crops. Each size is one pass, with
         batch-norm statistics of its own, as in SwAV (arXiv 2006.09882). Where each of the images is
-        there twice, one after the other (symmetric loss), small crops are given once. A step begins
-        with it.
+        there twice, one after the other (symmetric loss), small crops are given once.
         """
-        _begin_step(self._cuda_graphs)
-        q = self._embed(images, self.query_encoder, self.predictor)
-        if not small:
-            return q
-        views = [q.unsqueeze(0)]
-        for crops in small:
-            one_pass = self._embed(crops.flatten(0, 1), self.query_encoder, self.predictor)
-            one_pass = one_pass.unflatten(0, crops.shape[:2])
-            views.append(one_pass.repeat_interleave(len(q) // crops.shape[1], dim=1))
-        return torch.cat(views)
+        self._begin_step()
+        views = []
+        for crops in (images.unsqueeze(0), *small):
+            q = self._pass(crops.flatten(0, 1), self.query_encoder, self.predictor)
+            q = normalize(q, dim=1).unflatten(0, crops.shape[:2])
+            views.append(q.repeat_interleave(len(images) // crops.shape[1], dim=1))
+        return torch.cat(views) if small else views[0].squeeze(0)
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
@@ -300,43 +272,18 @@ class QueryTargetEncoders(nn.Module):
         With `shuffle_target` the rows are dealt out anew among the processes before, and taken back
         after, all of which must then call it together.
         """
+        order = None
         if self.shuffle_target:
             images, order = distributed.shuffled(images)
-            return distributed.unshuffled(self._target(images), order)
-        return self._target(images)
-
-    def _target(self, images: Tensor) -> Tensor:
-        return self._embed(images, self.target_encoder)
+        t = normalize(self._pass(images, self.target_encoder), dim=1)
+        return t if order is None else distributed.unshuffled(t, order)
 
     @torch.no_grad()
     def update_target(self) -> None:
         """Moving average of the parameters: g <- m g + (1 - m) f.
 
         Parameters only: g has batch-norm statistics of its own, from its own (weak) views, so an
-        average that copies or averages buffers, as torch.optim.swa_utils does, would be another
-        method.
+        average of buffers too, as of torch.optim.swa_utils, would be another method.
         """
-        torch._foreach_lerp_(
-            list(self.target_encoder.parameters()),
-            list(self.query_encoder.parameters()),
-            1 - self.momentum,
-        )
-
-    def compile(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
-        """Compile query encoder, predictor and target encoder in place, as nn.Module.compile does.
-
-        The names of the weights stay. A backbone run by itself, as in evaluation, is not compiled.
-        cuda_graphs: each network's pass forward or backward is launched as one CUDA graph, whose
-        inputs are copied into its memory; what stays between steps must not lie there.
-        """
-        self._cuda_graphs = cuda_graphs
-        options = (_AS_GRAPHS if cuda_graphs else {}) | kwargs
-        for network in (self.query_encoder, self.predictor, self.target_encoder):
-            network.compile(*args, **options)
-
-    def _embed(self, images: Tensor, *networks: nn.Module) -> Tensor:
-        """Pass images through the networks, one after the other: (B, D), unit norm."""
-        output = _pass_through(
-            images, networks, autocast=self.autocast, channels_last=self.channels_last
-        )
-        return normalize(output, dim=1)
+        target, query = self.target_encoder.parameters(), self.query_encoder.parameters()
+        torch._foreach_lerp_(list(target), list(query), 1 - self.momentum)

@@ -27,16 +27,13 @@ class Clustering(NamedTuple):
 def kmeans(embeddings: Tensor, *, num_clusters: int, seed: Sequence[int]) -> Clustering:
     """Euclidean k-means: `ITERATIONS` Lloyd steps from random rows, on the GPU if faiss has one.
 
-    embeddings: (n, D), finite, on the host; n may be 0. With n at most num_clusters each row is a
+    embeddings: (n, D), finite, on the host. With n at most num_clusters each row is a
     center, and equal rows share the first one. A cluster that runs empty takes part of a large one
     (faiss). All rows are used, unlike faiss's default, which fits a sample. seed: integers that the
     first centers follow from; with them and the same number of threads the result is the same,
     bit for bit on a CPU. Raises InputError without faiss.
     """
     rows = np.ascontiguousarray(embeddings.float().numpy())
-    if len(rows) == 0:
-        nothing = np.empty(0, dtype=np.float32)
-        return Clustering(nothing.astype(np.int64), nothing, np.empty_like(rows))
     faiss = faiss_library.load("k-means")
     fit = faiss.Kmeans(
         rows.shape[1],

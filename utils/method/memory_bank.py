@@ -1,12 +1,9 @@
-"""What the method remembers: a bank of past targets, and the last embedding of each image.
-
-Both are modules so that `state_dict`, `.double()` and `.to(device)` treat them as part of the
-model.
-"""
+"""The memory bank: past targets, first in, first out, with what is known of each."""
 
 import torch
 from torch import Tensor, nn
 
+from utils.runtime.distributed import gather
 from utils.runtime.streams import upload
 
 _UNIT = 1.01  # no entry of a unit vector is above, whatever the rounding
@@ -64,34 +61,27 @@ class MemoryBank(nn.Module):
             setattr(self, name, getattr(self, name).to(dtype))
 
     @torch.no_grad()
-    def enqueue(
-        self, features: Tensor, *, only_if: Tensor | None = None, **columns: Tensor
-    ) -> None:
-        """Write a batch over the oldest rows.
+    def enqueue(self, features: Tensor, *, where: Tensor | None = None, **columns: Tensor) -> None:
+        """Write a batch over the oldest rows; of several processes each gives its own part of it.
 
         features: (B, D), unit norm. columns: one (B, ...) tensor for every other column, by its
-        name; a missing or unknown name is a TypeError. only_if: () bool on the bank's device; where
-        it is False the rows stay as they are, and a GPU is not waited for to know it.
+        name; a missing or unknown name is a TypeError. where: (B,) bool, on the host, the rows of
+        the batch to take; all of them by default.
         """
         columns["features"] = features
         own = dict(self.named_buffers())
         if columns.keys() != own.keys():
             raise TypeError(f"enqueue got columns {sorted(columns)}, the bank has {sorted(own)}")
-        if only_if is not None and only_if.device.type == "cpu":
-            if not only_if:
-                return
-            only_if = None
-        batch = features.shape[0]
-        kept = min(batch, self.size)  # of a batch larger than the bank only the newest rows stay
-        start = (self.written + batch - kept) % self.size
-        before_end = min(kept, self.size - start)
-        for name, values in columns.items():
-            newest = upload(values[batch - kept :], own[name].device)
-            parts = newest.split([before_end, kept - before_end])
-            places = own[name][start : start + before_end], own[name][: kept - before_end]
-            for place, part in zip(places, parts, strict=True):
-                place.copy_(part if only_if is None else torch.where(only_if, part, place))
-        self.written += batch
+        values = dict(zip(columns, gather(*columns.values()), strict=True))
+        if where is not None:
+            chosen = gather(where)[0].nonzero().squeeze(1)
+            values = {name: rows[upload(chosen, rows.device)] for name, rows in values.items()}
+        count, device = len(values["features"]), self.features.device
+        self.written += count
+        places = self.newest(count)  # of a batch larger than the bank only the newest rows stay
+        kept, places = len(places), upload(places, device)
+        for name, rows in values.items():
+            own[name][places] = upload(rows[count - kept :], device).to(own[name].dtype)
 
     def clear(self) -> None:
         """Forget every row: none is in use until new ones are written."""

@@ -18,7 +18,8 @@ from utils.data.bad_images import BadImages, reason_of
 from utils.data.datasets import ImageSet
 from utils.method import checkpoint
 from utils.method.memory_bank import MemoryBank
-from utils.method.neighbors import Neighbors, nearest, nearest_among, plain_ranks
+from utils.method.neighbors import Neighbors, nearest, nearest_among
+from utils.method.ranks import plain_ranks
 from utils.reporting import pictures
 from utils.runtime import checked, torch_file
 from utils.runtime.errors import InputError

@@ -19,8 +19,9 @@ from torch import nn
 
 from utils.data import augment, cropping, random_draws
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader, LabeledLoader, TwoViewLoader
 from utils.data.datasets import ImageSet, read_image_folder, read_split
+from utils.data.eval_loader import EvalLoader, LabeledLoader
+from utils.data.train_loader import TwoViewLoader
 from utils.evaluation import feature_cache
 from utils.evaluation.features import extract_features
 from utils.runtime.errors import InputError

@@ -1,11 +1,19 @@
-"""Image files that cannot be read: whether one ends the run, and which were found."""
+"""Broken image files: what takes the place of one, whether one ends the run, which were found.
+
+Workers meet them in `read_images`, and tell the main process; there `BadImages.add` decides.
+"""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 
+from utils.data.datasets import ImageSet
 from utils.runtime.errors import InputError, printable
+
+Made = TypeVar("Made")
 
 
 class BadImages:
@@ -45,7 +53,9 @@ class BadImages:
             raise InputError(f"{what} (--bad_images skip leaves such files out)")
         if path not in self._names:
             self._names.add(path)
-            _say(printable(f"WARNING {what}: left out"))
+            # Above the progress bar, if there is one.
+            say = tqdm.write if sys.stderr.isatty() else lambda line: print(line, flush=True)
+            say(printable(f"WARNING {what}: left out"))
         if len(self._names) > self.most:
             raise InputError(
                 f"--max_bad_images {self.most}: {len(self._names)} files cannot be read as images, "
@@ -59,9 +69,65 @@ def reason_of(error: Exception, path: str) -> str:
     return text.splitlines()[0].replace(f" {path!r}", "")
 
 
-def _say(text: str) -> None:
-    """Print one line, above the progress bar if there is one."""
-    if sys.stderr.isatty():
-        tqdm.write(text)
-    else:
-        print(text, flush=True)
+def read_images(
+    images: ImageSet,
+    numbers: list[int],
+    make: Callable[[int, Tensor], Made],
+    *,
+    tolerated: int,
+    own: range | None = None,
+) -> tuple[dict[int, Made], dict[int, str]]:
+    """make(number, picture) of a batch of images, by number, in order; and why others are broken.
+
+    A broken image is left out. With `own`, the places in the batch that are asked for, the first
+    after it in the order of the set (behind the last comes the first) that can be read and is not
+    in the batch takes its place: so what a batch holds depends on the images alone. tolerated: with
+    more broken images, which end the run, no further ones are looked at.
+    """
+    whole = range(len(numbers))
+    places, choices = (whole, 1) if own is None else (own, len(images))
+    made, broken = _read_places(images, numbers, places, choices, make, tolerated)
+    if broken and len(places) < len(whole):
+        # What replaces an image depends on the broken ones in the places before it.
+        made, broken = _read_places(images, numbers, whole, choices, make, tolerated)
+        made = {place: found for place, found in made.items() if place in places}
+    return dict(made.values()), broken
+
+
+def _read_places(
+    images: ImageSet,
+    numbers: list[int],
+    places: range,
+    choices: int,
+    make: Callable[[int, Tensor], Made],
+    tolerated: int,
+) -> tuple[dict[int, tuple[int, Made]], dict[int, str]]:
+    """What each of these places holds, (number, what was made of it), and the broken images met."""
+    made: dict[int, tuple[int, Made]] = {}
+    broken: dict[int, str] = {}
+    taken = set(numbers)
+    for place in places:
+        for candidate in _candidates(numbers[place], choices, taken):
+            if len(broken) > tolerated:
+                break
+            if candidate in broken:
+                continue
+            try:
+                picture = images.image(candidate)
+            except MemoryError:
+                raise
+            except Exception as error:  # a damaged file can raise about anything
+                broken[candidate] = reason_of(error, images.path(candidate))
+                continue
+            made[place] = candidate, make(candidate, picture)
+            taken.add(candidate)
+            break
+    return made, broken
+
+
+def _candidates(number: int, choices: int, taken: set[int]) -> Iterator[int]:
+    """An image, then those that may replace it; choices: how many images the set has."""
+    yield number
+    for offset in range(1, choices):
+        if (other := (number + offset) % choices) not in taken:
+            yield other

@@ -97,9 +97,11 @@ class DeviceCrops:
 
     def _cut(self, index: np.ndarray, draws: np.ndarray) -> Tensor:
         """The crops of images (B,) as rows of bytes; draws: (B, V, NUM_DRAWS)."""
-        sizes = self._images.original_sizes(index)[:, None]  # (B, 1, 2)
-        rows = torch.from_numpy(self._images.rows[index])
-        pictures = self._pixels.index_select(0, upload(rows, self._pixels.device))
+        rows, sizes = self._images.rows[index], np.array(self._pixels.shape[-2:])
+        if self._images.originals is not None:
+            sizes = self._images.originals[rows][:, None]  # (B, 1, 2)
+        rows = upload(torch.from_numpy(rows), self._pixels.device)
+        pictures = self._pixels.index_select(0, rows)
         crops, first = [], 0
         for group in self._crops.groups:
             own = draws[:, first : first + group.count]

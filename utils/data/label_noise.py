@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.data.batches import Batch
 from utils.data.datasets import ImageSet
-from utils.data.image_names import ImageNames, quoted, read_lines, refuse, unquoted
+from utils.data.splits import ImageNames, quoted, read_lines, refuse, unquoted
 from utils.runtime.errors import InputError
 from utils.runtime.files import replace_text
 from utils.runtime.streams import upload
@@ -40,14 +40,18 @@ def read_label_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     """The labels (N,) int64 that a file gives: each line an image's path below train/, its class.
 
     Path and class are parted by a tab, or else by the last blank, so that a class with a blank in
-    its name needs a tab; either can be a JSON string, see `image_names`. Strict: every image must
+    its name needs a tab; either can be a JSON string, see `splits`. Strict: every image must
     come once, and each class be one of the folders'. Otherwise an InputError counts the faults and
     names the first five, as for a missing, empty or unreadable file. flag: the flag that named it.
     """
     what = f"{flag} {path}"
-    lines = map(_parted, read_lines(path, what=what))
     names, classes = ImageNames(images), {name: n for n, name in enumerate(images.classes)}
-    rows = [(e, given, names.number(e), _label(given, classes)) for e, given in lines]
+    rows = []  # entry, class as given, number of the image, label
+    for entry, given in map(_parted, read_lines(path, what=what)):
+        name = unquoted(given)
+        if name is None:
+            name = given if given in classes else given.strip()
+        rows.append((entry, given, names.number(entry), classes.get(name)))
     times = Counter(number for _, _, number, _ in rows if number is not None)
     refuse(
         {
@@ -75,19 +79,11 @@ def _parted(line: str) -> tuple[str, str]:
     return entry, given if given.strip() else ""
 
 
-def _label(given: str, classes: dict[str, int]) -> int | None:
-    """The number of the class that stands in a line, None if there is none of this name."""
-    name = unquoted(given)
-    if name is None:
-        name = given if given in classes else given.strip()
-    return classes.get(name)
-
-
 def write_changes(path: Path, images: ImageSet, given: np.ndarray | None) -> None:
     """Write each image whose given label is not its own: path, true class, given class; by tabs.
 
-    What is no plain text is a JSON string, see `image_names`. given: (N,); None: the images' own,
-    and a file that an earlier run has left goes. RunError as of `checkpoint.replace_text`.
+    What is no plain text is a JSON string, see `splits`. given: (N,); None: the images' own,
+    and a file that an earlier run has left goes. RunError as of `files.replace_text`.
     """
     if given is None:
         path.unlink(missing_ok=True)

@@ -9,67 +9,40 @@ from torch.utils.data import Dataset
 
 from utils.data import augment, cropping
 from utils.data.bad_images import BadImages
-from utils.data.batches import (
-    CropBatch,
-    EpochSampler,
-    EvalBatch,
-    data_loader,
-    read_batches,
-    read_crops,
-)
+from utils.data.batches import CropBatch, EvalBatch, data_loader, read_batches, read_crops
 from utils.data.cropping import CropGroup
 from utils.data.datasets import ImageSet
-from utils.data.train_loader import RandomCrops
+from utils.data.train_loader import RandomLoader
 from utils.runtime import distributed
 from utils.runtime.errors import InputError
 from utils.runtime.streams import upload
 
 
-class LabeledLoader:
+class LabeledLoader(RandomLoader):
     """Yields an `EvalBatch` of one random view of each image, for training with labels.
 
     Of several processes each yields its part of every batch, which can be empty.
 
     The view is torchvision's RandomResizedCrop and a flip, drawn from (seed, epoch, image index).
     An epoch is every image once, in the batches of `epoch_batches`. scale: share of the area that a
-    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`. bad_images: as
-    for `TwoViewLoader`; where no image is left to take a place, the batch is smaller.
+    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`. settings: as of
+    `RandomLoader`; where no image is left to take the place of a broken one, the batch is smaller.
     """
 
     def __init__(
         self,
         images: ImageSet,
         *,
-        batch_size: int,
         image_size: int = 224,
         scale: tuple[float, float] = (0.08, 1.0),
-        seed: int = 0,
-        num_workers: int = 0,
-        device: torch.device | str = "cpu",
-        bad_images: BadImages | None = None,
+        **settings,
     ) -> None:
-        self.images, self.batch_size, self.image_size = images, batch_size, image_size
-        self.seed, self.device = seed, torch.device(device)
-        self.bad_images = bad_images or BadImages()
-        self._sampler = EpochSampler(len(images), batch_size, seed, whole=True)
-        groups = [CropGroup(1, image_size, scale)]
-        self._crops = RandomCrops(images, groups, seed, self.bad_images.tolerated)
-        self._loader = data_loader(
-            self._crops,
-            self.device,
-            batch_sampler=self._sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-        )
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._sampler)
+        self.image_size = image_size
+        super().__init__(images, [CropGroup(1, image_size, scale)], whole=True, **settings)
 
     def epoch(self, epoch: int) -> Iterator[EvalBatch]:
         """The batches of one epoch (from 1)."""
-        self._sampler.epoch = epoch
-        for crops, index, label, _ in read_batches(self._loader, self.images, self.bad_images):
+        for crops, index, label, _ in self._read(epoch):
             readable = int(distributed.add_up(torch.tensor(len(index))))
             if readable < min(2, self.batch_size):  # batch norm cannot train on one
                 raise InputError(
@@ -87,10 +60,7 @@ class _CenterCrops(Dataset):
 
     images: ImageSet
     image_size: int
-    tolerated: int
-
-    def __len__(self) -> int:
-        return len(self.images)
+    tolerated: int  # broken images, see `read_images`
 
     def __getitems__(self, numbers: list[int]) -> CropBatch:
         def center_crop(_: int, image: Tensor) -> Tensor:

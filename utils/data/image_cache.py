@@ -36,9 +36,6 @@ class _Pictures(Dataset):
     may_resize: bool
     tolerated: int
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitems__(self, numbers: list[int]) -> CropBatch:
         sizes = []
 
@@ -90,7 +87,8 @@ def cache_images(
     place = f"in memory and on {device}" if where == "device" else "in memory"
     print(f"--cache_images {where}: {what}, {place}", flush=True)
     pictures = _Pictures(images, shape, size is not None, bad_images.tolerated)
-    loader = data_loader(pictures, _CPU, batch_size=_AT_ONCE, num_workers=num_workers)
+    order = {"sampler": range(len(images)), "batch_size": _AT_ONCE}
+    loader = data_loader(pictures, _CPU, **order, num_workers=num_workers)
     return _filled(loader, images, bad_images, where=where)
 
 

@@ -27,7 +27,7 @@ from utils.data.batches import (
     read_crops,
 )
 from utils.data.cropping import CropGroup
-from utils.data.datasets import ImageSet, PixelSet
+from utils.data.datasets import ImageSet
 from utils.runtime import distributed
 from utils.runtime.errors import InputError
 from utils.runtime.streams import ahead, upload
@@ -35,20 +35,14 @@ from utils.runtime.streams import ahead, upload
 
 @dataclass(eq=False)
 class RandomCrops(Dataset):
-    """The worker part: decodes an image once and cuts its crops; keys are a `Wanted`.
-
-    tolerated: see `read_images`.
-    """
+    """The worker part: decodes an image once and cuts its crops; keys are a `Wanted`."""
 
     images: ImageSet
     groups: Sequence[CropGroup]
     seed: int
-    tolerated: int
+    tolerated: int  # broken images, see `read_images`
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def draws(self, epoch: int, numbers: list[int]) -> np.ndarray:
+    def draws(self, epoch: int, numbers: Sequence[int] | Tensor) -> np.ndarray:
         """The random numbers (n, V, NUM_DRAWS) of images' crops."""
         views = sum(group.count for group in self.groups)
         index = np.asarray(numbers, dtype=np.int64)  # can be empty
@@ -78,8 +72,7 @@ class DeviceCrops:
     """
 
     def __init__(self, crops: RandomCrops, sampler: EpochSampler, device: torch.device) -> None:
-        self._crops, self._sampler = crops, sampler
-        self._images: PixelSet = crops.images
+        self._crops, self._sampler, self._images = crops, sampler, crops.images
         self._pixels = self._images.pixels.to(device)
 
     def __iter__(self) -> Iterator[CropBatch]:
@@ -91,9 +84,8 @@ class DeviceCrops:
                     **{"tolerated": self._crops.tolerated, "own": wanted.own},
                 )
             index = np.array(list(numbers), dtype=np.int64)
-            label = torch.from_numpy(self._images.labels[index])
             crops = self._cut(index, self._crops.draws(wanted.epoch, index))
-            yield CropBatch(crops, torch.from_numpy(index), label, broken)
+            yield CropBatch(crops, index, self._images.labels[index], broken)
 
     def _cut(self, index: np.ndarray, draws: np.ndarray) -> Tensor:
         """The crops of images (B,) as rows of bytes; draws: (B, V, NUM_DRAWS)."""
@@ -112,7 +104,57 @@ class DeviceCrops:
         return torch.cat(crops, dim=1)
 
 
-class TwoViewLoader:
+class RandomLoader:
+    """What loaders of random crops share: the order of an epoch, crops by workers or the device.
+
+    groups: the crops of an image. whole: an epoch is every image, not full batches only; see
+    `EpochSampler`. bad_images: what is done about a broken image; by default InputError. Where it
+    is skipped, the next image of the set that can be read and is not in the batch takes its place,
+    with its own label and views. cut_on_device: a `PixelSet` is copied to the device and cropped
+    there, without workers: the same order and the same views, but for a gray level here and there
+    in a crop (`cropping.cut_crops`).
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        groups: Sequence[CropGroup],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        bad_images: BadImages | None = None,
+        whole: bool = False,
+        cut_on_device: bool = False,
+    ) -> None:
+        self.images, self.batch_size = images, batch_size
+        self.device = torch.device(device)
+        self.bad_images = bad_images or BadImages()
+        self._sampler = EpochSampler(len(images), batch_size, seed, whole=whole)
+        self._crops = RandomCrops(images, groups, seed, self.bad_images.tolerated)
+        if cut_on_device:
+            self._loader = DeviceCrops(self._crops, self._sampler, self.device)
+        else:
+            self._loader = data_loader(
+                self._crops,
+                self.device,
+                batch_sampler=self._sampler,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._sampler)
+
+    def _read(self, epoch: int, start: int = 0) -> Iterator[CropBatch]:
+        """The crops of one epoch (from 1), from batch `start` (from 0), on the host."""
+        self._sampler.epoch, self._sampler.start = epoch, start
+        yield from read_batches(self._loader, self.images, self.bad_images)
+
+
+class TwoViewLoader(RandomLoader):
     """Yields a `Batch` of two views of each image, drawn from (seed, epoch, image index).
 
     Of several processes each yields its part of every batch of `batch_size`.
@@ -121,11 +163,7 @@ class TwoViewLoader:
     whole batch; a GPU does it for the next batch on a stream of its own while the present one is
     trained on. An epoch is `len(loader)` full batches of a new permutation; the few images left
     over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
-    blur: probability of blur in a strong view. bad_images: what is done about a broken image; by
-    default InputError. Where it is skipped, the next image of the set that can be read and is not
-    in the batch takes its place, with its own label and views. cut_on_device: a `PixelSet` is
-    copied to the device and cropped there, without workers: the same order and the same views, but
-    for a gray level here and there in a crop (`cropping.cut_crops`).
+    blur: probability of blur in a strong view. settings: as of `RandomLoader`.
 
     scale: share of the image's area that the two views take. small: groups of smaller crops, strong
     views for the query encoder alone (multi-crop, arXiv 2006.09882). symmetric: each of the two
@@ -141,15 +179,11 @@ class TwoViewLoader:
         image_size: int = 224,
         weak_strong: bool = False,
         blur: float = augment.BLUR_PROBABILITY,
-        seed: int = 0,
-        num_workers: int = 0,
-        device: torch.device | str = "cpu",
-        bad_images: BadImages | None = None,
-        cut_on_device: bool = False,
         scale: tuple[float, float] = (0.2, 1.0),
         small: Sequence[CropGroup] = (),
         symmetric: bool = False,
         single: str | None = None,
+        **settings,
     ) -> None:
         assert not (single and (small or symmetric))
         if len(images) < batch_size:
@@ -157,38 +191,19 @@ class TwoViewLoader:
         if batch_size % distributed.world_size():
             count = distributed.world_size()
             raise InputError(f"--batch_size {batch_size}: no multiple of the {count} processes")
-        self.images, self.batch_size = images, batch_size
-        self.device = torch.device(device)
-        self.bad_images = bad_images or BadImages()
+        groups = [CropGroup(1 if single else 2, image_size, scale), *small]
+        super().__init__(images, groups, batch_size=batch_size, **settings)
         self.symmetric, self.single = symmetric, single
         self._strong_view = partial(augment.strong_view, blur=blur)
         self._target_view = augment.weak_view if weak_strong else self._strong_view
-        self._sampler = EpochSampler(len(images), batch_size, seed)
-        groups = [CropGroup(1 if single else 2, image_size, scale), *small]
-        self._crops = RandomCrops(images, groups, seed, self.bad_images.tolerated)
-        if cut_on_device:
-            self._loader = DeviceCrops(self._crops, self._sampler, self.device)
-        else:
-            self._loader = data_loader(
-                self._crops,
-                self.device,
-                batch_sampler=self._sampler,
-                num_workers=num_workers,
-                persistent_workers=num_workers > 0,
-            )
-
-    def __len__(self) -> int:
-        """Steps in an epoch."""
-        return len(self._sampler)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 1), from step `start` (from 0)."""
-        self._sampler.epoch, self._sampler.start = epoch, start
-        yield from ahead(self._views(epoch), self.device)
+        yield from ahead(self._views(epoch, start), self.device)
 
-    def _views(self, epoch: int) -> Iterator[Batch]:
-        """The batches that the sampler is set to. Nothing here makes the host wait for a GPU."""
-        for crops, index, label, _ in read_batches(self._loader, self.images, self.bad_images):
+    def _views(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch. Nothing here makes the host wait for a GPU."""
+        for crops, index, label, _ in self._read(epoch, start):
             if len(index) < self.batch_size // distributed.world_size():
                 raise InputError(
                     f"--batch_size {self.batch_size}: of {len(self.images)} training images only "

@@ -262,8 +262,7 @@ def read_split(
     """
     root = data / split
     if dataset in archives.NAMES:
-        pixels, labels, names, classes = archives.read(data, dataset, split, unlabeled=unlabeled)
-        images = PixelSet(root, names, labels, classes, pixels)
+        images = PixelSet(root, *archives.read(data, dataset, split, unlabeled=unlabeled))
     elif not listing.is_folder(root):
         images = _without_split_folder(data, split)
     else:

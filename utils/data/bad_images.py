@@ -4,7 +4,8 @@ Workers meet them in `read_images`, and tell the main process; there `BadImages.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import TypeVar
 
 from torch import Tensor
@@ -102,12 +103,17 @@ def _read_places(
     make: Callable[[int, Tensor], Made],
     tolerated: int,
 ) -> tuple[dict[int, tuple[int, Made]], dict[int, str]]:
-    """What each of these places holds, (number, what was made of it), and the broken images met."""
+    """What each of these places holds, (number, what was made of it), and the broken images met.
+
+    choices: how many images of the set may take a place; 1: only the own.
+    """
     made: dict[int, tuple[int, Made]] = {}
     broken: dict[int, str] = {}
     taken = set(numbers)
     for place in places:
-        for candidate in _candidates(numbers[place], choices, taken):
+        number = numbers[place]
+        later = ((number + offset) % choices for offset in range(1, choices))
+        for candidate in chain([number], (other for other in later if other not in taken)):
             if len(broken) > tolerated:
                 break
             if candidate in broken:
@@ -123,11 +129,3 @@ def _read_places(
             taken.add(candidate)
             break
     return made, broken
-
-
-def _candidates(number: int, choices: int, taken: set[int]) -> Iterator[int]:
-    """An image, then those that may replace it; choices: how many images the set has."""
-    yield number
-    for offset in range(1, choices):
-        if (other := (number + offset) % choices) not in taken:
-            yield other

@@ -130,8 +130,7 @@ def read_crops(
     return CropBatch(batch, index, images.labels[index], broken)
 
 
-def _as_is(batch):
-    """Collate nothing: the data sets already return whole batches."""
+def _as_is(batch):  # the data sets already return whole batches
     return batch
 
 

@@ -23,9 +23,8 @@ class ImageSet:
 
     paths: relative to root, in the order of torchvision's ImageFolder. labels: (N,) int64, -1
     for an image without one, so throughout where there are no classes. classes: the sorted class
-    names, empty where there are none. found: the listing of the files, for `left_out`, what lies
-    among them and is not in the set, and `folders`, the identity of each of their folders -> its
-    path.
+    names, empty where there are none. found: the listing of the files, from which `left_out` and
+    `folders` come, what lies among them and the identities of their folders.
     """
 
     def __init__(
@@ -62,10 +61,7 @@ class ImageSet:
         return os.path.join(self.root, self.name(index))
 
     def image(self, index: int) -> Tensor:
-        """The picture of image `index`, (3, H, W) uint8; the file is decoded.
-
-        Raises what decoding a damaged or missing file raises, which can be about anything.
-        """
+        """The picture of image `index`, (3, H, W) uint8; a broken file can raise anything."""
         return cropping.decode(self.path(index))
 
     def original_size(self, index: int) -> tuple[int, int] | None:
@@ -103,10 +99,9 @@ class ImageSet:
 class PixelSet(ImageSet):
     """An `ImageSet` whose pictures of one size are in memory; their paths are names only.
 
-    pixels: (M, 3, H, W) uint8, in memory as (M, H, W, 3), the layout that resizing is fast in.
-    rows: (N,) int64, the row of each image. Parts of the set share the pixels, and so do workers.
-    broken: images that could not be read, by row, and why. originals: (M, 2) int64, heights and
-    widths before the pictures were resized; None: they were not.
+    pixels: (M, 3, H, W) uint8, in memory as (M, H, W, 3), shared with parts of the set and workers.
+    rows: (N,) int64, the row of each image. broken: by row, why it could not be read. originals:
+    (M, 2) int64, heights and widths before the pictures were resized; None: they were not.
     """
 
     def __init__(
@@ -129,7 +124,6 @@ class PixelSet(ImageSet):
         return self.pixels[self.rows[index]]
 
     def original_size(self, index: int) -> tuple[int, int] | None:
-        """Height and width of image `index` before it was resized; None: it was not."""
         return None if self.originals is None else tuple(self.originals[self.rows[index]])
 
     def digest(self) -> str:
@@ -148,11 +142,7 @@ class PixelSet(ImageSet):
 
 
 class CachedSet(PixelSet):
-    """The pictures of another set in memory: it stands for that set, broken images and all.
-
-    pixels, broken, originals: as of `PixelSet`, image i of the other set in row i; what the rows of
-    broken images hold does not matter.
-    """
+    """The pictures of another set in memory, image i in row i: it stands for that set."""
 
     def __init__(
         self,
@@ -183,10 +173,10 @@ class CachedSet(PixelSet):
 def read_image_folder(root: Path) -> ImageSet:
     """List the images of `root/<class>/**`, or of a flat folder `root/*` without classes.
 
-    What is an image, and what is hidden: see `listing`. Images beside class folders are no part of
-    the set but of its `left_out`; beside folders without any image they are a flat folder. Raises
-    InputError for a missing folder, one without images, a class without images, and where either
-    could be meant: images beside a single folder with images, or more of them than in all folders.
+    Images beside class folders are no part of the set but of its `left_out`; beside folders without
+    any image they are a flat folder. InputError for a missing folder, one without images, a class
+    without images, and where either could be meant: images beside a single folder with images, or
+    more of them than in all folders.
     """
     found = listing.Folder(root)
     by_class = found.images_by_folder()
@@ -233,9 +223,8 @@ def _instead(found: listing.Folder) -> str:
 def read_any_folder(root: Path) -> ImageSet:
     """List all images below a folder: those directly in it, then those of its folders.
 
-    The classes are the folders directly in it that hold images, at any depth; without a class is
-    what lies beside them. Prints how many there are, and what is none. Raises InputError for a
-    missing folder and one without images.
+    The classes are the folders directly in it that hold images; without a class is what lies beside
+    them. Prints how many there are. InputError for a missing folder and one without images.
     """
     found = listing.Folder(root)
     by_class = {name: paths for name, paths in found.images_by_folder().items() if paths}

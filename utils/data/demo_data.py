@@ -57,11 +57,10 @@ def _cells(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     period = 32  # more than the cells across a picture, so that no point is seen twice
     moves = rng.uniform(0.1, 0.9, (2, period, period)).astype(u.dtype)
     column, row = np.floor(u).astype(int), np.floor(v).astype(int)
-    steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    at = [((column + i) % period, (row + j) % period) for i, j in steps]
     # The nine points near each pixel, as seen from it: (9, H, W).
-    x = np.stack([column - u + i + moves[0][a] for (i, _), a in zip(steps, at, strict=True)])
-    y = np.stack([row - v + j + moves[1][a] for (_, j), a in zip(steps, at, strict=True)])
+    i, j = np.mgrid[-1:2, -1:2].reshape(2, 9, 1, 1)
+    at = (column + i) % period, (row + j) % period
+    x, y = column - u + i + moves[0][at], row - v + j + moves[1][at]
     squared = x * x + y * y
     nearest = squared.argmin(axis=0, keepdims=True)
     own_x, own_y, own = (np.take_along_axis(a, nearest, axis=0) for a in (x, y, squared))
@@ -210,10 +209,7 @@ def draw_picture(
 
 
 def _is_drawn(root: Path, parameters: dict[str, int]) -> bool:
-    """Whether root holds the finished drawing with these parameters; ValueError for anything else.
-
-    A missing or empty folder is fine: the drawing can go there.
-    """
+    """Whether root holds this drawing, or nothing; ValueError for anything else."""
     mend, asked = "remove it or name another folder", json.dumps(parameters)
     if (root / MARKER).is_file():
         found = (root / MARKER).read_text(encoding="utf-8").strip()
@@ -235,11 +231,9 @@ def draw_data_set(
 ) -> Path:
     """Draw root/train/<class>/*.jpg and root/val/... once; a finished drawing is left as it is.
 
-    The files go to a folder beside `root`, which is renamed to `root` when complete. So a call that
-    is interrupted leaves nothing at `root`, and of two calls at once the first to finish wins. Only
-    a killed process leaves its folder `<root>.unfinished-*` behind, which can be removed. Returns
-    the folder, an absolute path. ValueError if `root` holds something else, be it a drawing with
-    other parameters, of another version, or files without the marker.
+    Returns the folder, an absolute path. The files go to a folder beside it, which is renamed when
+    complete: of two calls at once the first to finish wins, and only a killed process leaves its
+    `<root>.unfinished-*` behind. ValueError if `root` holds anything else, be it another drawing.
     """
     counts = {"train_per_class": train_per_class, "val_per_class": val_per_class}
     parameters = {"version": VERSION, **counts, "size": size, "seed": seed}

@@ -33,11 +33,12 @@ def quoted(name: str) -> str:
     Itself is what is printable, has no blank at an end and no quote in front. A byte that is no
     UTF-8 is an escape from \\\\udc80 to \\\\udcff, as Python reads it.
     """
-    return name if _is_visible(name) and not name.startswith('"') else plain_json.dumps(name)
+    return plain_json.dumps(name) if name.startswith('"') else _visible(name)
 
 
-def _is_visible(text: str) -> bool:
-    return text.isprintable() and text == text.strip()
+def _visible(text: str) -> str:
+    """Itself, unless blanks at its ends or what is not printable would not be seen."""
+    return text if text.isprintable() and text == text.strip() else plain_json.dumps(text)
 
 
 def unquoted(field: str) -> str | None:
@@ -51,8 +52,7 @@ def unquoted(field: str) -> str | None:
 def read_lines(path: Path, *, what: str) -> list[str]:
     """The lines of a text file in UTF-8 that are not blank, without "\\r" at their ends.
 
-    InputError that begins with `what` for a file that is missing, empty, unreadable or no text, and
-    for what is no regular file: a FIFO would be waited for.
+    InputError that begins with `what` if there are none, and for no regular file: a FIFO waits.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -113,31 +113,21 @@ class ImageNames:
 
 
 def refuse(faults: dict[str, list[str]], *, what: str, hint: str = "") -> None:
-    """InputError that counts what has each fault and names the first five, if there are any.
-
-    faults: entries or names by what is wrong with them. hint: what may have been meant.
-    """
-    problems = [
-        f"{len(names)} {fault} (first: {', '.join(map(_shown, names[:5]))})"
-        for fault, names in faults.items()
-        if names
-    ]
+    """InputError that counts what has each fault and names the first five, if anything has one."""
+    problems = []
+    for fault, names in faults.items():
+        if names:
+            first = [n[:_SHOWN] + "..." * (len(n) > _SHOWN) for n in map(_visible, names[:5])]
+            problems.append(f"{len(names)} {fault} (first: {', '.join(first)})")
     if problems:
         raise InputError(f"{what}: {'; '.join(problems)}{hint}")
-
-
-def _shown(entry: str) -> str:
-    """An entry so that blanks at its ends and what is not printable can be seen."""
-    text = entry if _is_visible(entry) else plain_json.dumps(entry)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     """Numbers (n,) int64 of the images that a split file names, ascending.
 
-    Strict: entries that name no image, name one twice, or are a base name of several images are
-    counted and the first five named in an InputError, as are a missing, empty or unreadable file.
-    (The published code ignored entries without an image.) flag: the flag that named the file.
+    Strict: InputError, which begins with the flag, for entries that name no image, several images,
+    or one twice. (The published code ignored entries without an image.)
     """
     what = f"{flag} {path}"
     names = ImageNames(images)
@@ -161,10 +151,7 @@ def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
 
 
 def write_split_file(path: Path, images: ImageSet, index: np.ndarray) -> None:
-    """Write the images' paths below train/, one a line; `read_split_file` gives the same images.
-
-    RunError if that fails, as of `files.replace_text`.
-    """
+    """Write the images' paths, one a line, for `read_split_file`; RunError as `replace_text`."""
     replace_text(path, "".join(f"{quoted(images.name(number))}\n" for number in index))
 
 
@@ -199,9 +186,9 @@ def unreadable_classes(
     what: str,
     so: str = "figures are over the others",
 ) -> list[str]:
-    """Names of the classes that no label of readable images (n,) is of; warns if there are any.
+    """Names of the classes without a label of readable images (n,); warns if there are any.
 
-    The warning is one line that begins with `what` and ends in `so`, what follows from it.
+    The warning begins with `what` and ends in `so`, what follows from it.
     """
     if absent := absent_classes(labels, classes):
         print(printable(f"WARNING {what}: no readable image of {absent}; {so}"), flush=True)

@@ -93,11 +93,7 @@ def _gray_range(image: Image.Image) -> tuple[float, float]:
 
 
 def crop_box(
-    draws: np.ndarray | Tensor,
-    height: int,
-    width: int,
-    *,
-    scale: tuple[float, float] = (0.2, 1.0),
+    draws: np.ndarray | Tensor, height: int, width: int, *, scale: tuple[float, float] = (0.2, 1.0)
 ) -> tuple[int, int, int, int]:
     """A random box (top, left, height, width) inside an image of height x width pixels.
 

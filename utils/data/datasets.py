@@ -192,10 +192,7 @@ def read_image_folder(root: Path) -> ImageSet:
             "the images beside them away"
         )
     if empty := [name for name in by_class if name not in inside]:
-        folders = [listing.Folder(root / name) for name in empty[:5]]
-        for folder in folders:
-            folder.images_by_folder()  # finds what is left out
-        first = ", ".join(folder.root.name + _instead(folder) for folder in folders)
+        first = ", ".join(empty[:5]) + _instead(found)
         raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
     for name in found.images:
         found.left_out.count("images beside the class folders", name)

@@ -18,9 +18,9 @@ Made = TypeVar("Made")
 
 
 class BadImages:
-    """Image files that could not be read, and what is done about one; several loaders can share it.
+    """Image files that could not be read, and what is done about one; loaders can share it.
 
-    skip: they are left out, each with one line of warning, up to `most` files; otherwise the first
+    skip: they are left out, each with a line of warning, up to `most` files; otherwise the first
     one ends the run. names: files that are known already, from a checkpoint.
     """
 

@@ -28,12 +28,11 @@ _MOST_BITS = 22  # behind the point of a weight
 
 
 def decode(path: str | PathLike) -> Tensor:
-    """The image file as RGB, (3, H, W) uint8; the first frame if it is animated.
+    """The image file as RGB, (3, H, W) uint8, in memory as (H, W, 3), in which resizing is fast.
 
-    The memory lies as (H, W, 3), which is the layout that resizing is fast in. What is transparent
-    shows white. Gray levels of more than 8 bits and of floats are scaled as `_gray_levels` says.
-    The EXIF orientation is ignored, as torchvision's ImageFolder does. Errors of PIL and of the
-    operating system pass through, and ValueError for gray levels of an unknown range.
+    Of an animation the first frame. What is transparent shows white. The EXIF orientation is
+    ignored, as by torchvision's ImageFolder. Errors of PIL and of the operating system pass
+    through, and ValueError for gray levels of an unknown range.
     """
     with Image.open(path) as image:
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -49,18 +48,16 @@ def decode(path: str | PathLike) -> Tensor:
 def _gray_levels(image: Image.Image) -> np.ndarray:
     """A gray picture of integers of more than 8 bits or of floats, (H, W) uint8, on white.
 
-    The range that becomes 0 to 255 is the one that the file states, or else that of the integers if
-    they have up to 16 bits, and 0 to 1 for floats. ValueError where that is not it: 32-bit integers
-    whose range no tag tells, levels outside of it, or not finite. (Pillow's own conversion clips at
-    0 and 255.)
+    ValueError where the range is not known, or levels lie outside of it. (Pillow's own conversion
+    clips at 0 and 255.)
     """
     levels = np.asarray(image)
     low, high = _gray_range(image)
     if not (math.isfinite(low) and math.isfinite(high) and high > low):
         raise ValueError(f"its tags tell gray levels from {low} to {high}")
-    if not np.isfinite(levels).all() or levels.min() < low or levels.max() > high:
-        found = f"{levels.min():g} to {levels.max():g}"
-        raise ValueError(f"its gray levels are {found}, beyond {low:g} to {high:g}")
+    least, most = levels.min(), levels.max()
+    if not (low <= least and most <= high):  # also nan
+        raise ValueError(f"its gray levels are {least:g} to {most:g}, beyond {low:g} to {high:g}")
     if (low, high) == (0, 2**16 - 1):
         scaled = (levels >> 8).astype(np.uint8)  # the high byte, as for 16-bit color
     else:
@@ -71,7 +68,7 @@ def _gray_levels(image: Image.Image) -> np.ndarray:
 
 
 def _gray_range(image: Image.Image) -> tuple[float, float]:
-    """Lowest and highest gray level that a file can hold, by its TIFF tags or its kind."""
+    """Lowest and highest gray level that a file states, or else of its kind of numbers."""
     tags = getattr(image, "tag_v2", {})
 
     def tag(*numbers: int) -> float | None:
@@ -99,8 +96,7 @@ def crop_box(
 
     The geometry of torchvision's RandomResizedCrop: the share of the area uniform in scale, the
     aspect ratio log-uniform in RATIO, ten attempts, then the largest central box of allowed ratio.
-    draws: (NUM_DRAWS,) in [0, 1), one view's numbers. (For one image five times as fast as
-    `crop_boxes`, which does the same.)
+    draws: (NUM_DRAWS,) in [0, 1), one view's numbers.
     """
     draws = draws.tolist()
     for attempt in range(Draw.CROP, Draw.CROP + 2 * CROP_ATTEMPTS, 2):
@@ -119,9 +115,10 @@ def crop_box(
 def crop_boxes(
     draws: np.ndarray, sizes: np.ndarray, *, scale: tuple[float, float] = (0.2, 1.0)
 ) -> np.ndarray:
-    """`crop_box` of many views: (..., 4) int64, top, left, height, width.
+    """`crop_box` of many views at once, as a loop over it would hold up a GPU.
 
     draws: (..., NUM_DRAWS) in [0, 1). sizes: (..., 2) int64, the images' heights and widths.
+    Returns (..., 4) int64: top, left, height, width.
     """
     height, width = sizes[..., :1], sizes[..., 1:]
     areas = draws[..., Draw.CROP : Draw.CROP + 2 * CROP_ATTEMPTS : 2]
@@ -196,8 +193,7 @@ def random_crops(
 def resized_crop(image: Tensor, box: Sequence[int], size: int) -> Tensor:
     """The box of an image, resized to (3, size, size) uint8; bilinear with antialiasing.
 
-    image: (3, H, W) uint8. box: (top, left, height, width), inside the image. Within one gray
-    level of torchvision's resized_crop.
+    image: (3, H, W) uint8. box: (top, left, height, width). Within a gray level of torchvision's.
     """
     top, left, height, width = box
     return resize(image[:, top : top + height, left : left + width], (size, size))
@@ -220,8 +216,8 @@ def split_crops(crops: Tensor, groups: Sequence[CropGroup]) -> list[Tensor]:
 def center_crop(image: Tensor, size: int) -> Tensor:
     """The evaluation view, (3, size, size) uint8: resize the shorter side, then cut the center.
 
-    image: (3, H, W) uint8. The shorter side becomes size * 256 / 224. Within one gray level of
-    torchvision's Resize and CenterCrop.
+    image: (3, H, W) uint8. The shorter side becomes size * 256 / 224. Within a gray level of
+    torchvision's.
     """
     short, side = min(image.shape[1:]), round(size * 256 / 224)
     # A strip, as out of a damaged header, would grow to gigabytes: its ends are cut off before.
@@ -238,9 +234,9 @@ def center_crop(image: Tensor, size: int) -> Tensor:
 def cut_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     """Boxes of each image, resized to (B, V, 3, size, size) uint8 on the images' device.
 
-    images: (B, 3, H, W) uint8. boxes: (B, V, 4) int64, top, left, height, width, inside the image.
-    What `resized_crop` gives, but for rare pixels next to a rounding, which are one gray
-    level off (with TF32 more are). Does not wait for a GPU.
+    images: (B, 3, H, W) uint8. boxes: (B, V, 4) int64, top, left, height, width. As `resized_crop`,
+    but for rare pixels next to a rounding, which are one gray level off (with TF32 more are). Does
+    not wait for a GPU.
     """
     count, views = boxes.shape[:2]
     crops = torch.empty(count, views, 3, size, size, dtype=torch.uint8, device=images.device)

@@ -14,7 +14,6 @@ from torch import Tensor
 from utils.data import archives, cropping, listing
 from utils.runtime.errors import InputError, printable
 
-IMAGENET_CLASSES = 1000
 _DIGESTED_AT_ONCE = 1024  # images
 
 
@@ -196,20 +195,28 @@ def read_image_folder(root: Path) -> ImageSet:
         raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
     for name in found.images:
         found.left_out.count("images beside the class folders", name)
-    paths = [path for of_class in by_class.values() for path in of_class]
-    labels = np.repeat(np.arange(len(inside)), list(inside.values()))
-    return ImageSet(root, paths, labels, list(inside), found)
+    return _set_of(found, by_class)
 
 
 def _flat_set(found: listing.Folder) -> ImageSet:
     """The images directly in a folder, without labels; its folders are left out."""
     if not found.images:
-        folder = f"data {found.root}"
-        raise InputError(f"{folder}: neither class folders nor images in it{_instead(found)}")
+        what = "neither class folders nor images in it"
+        raise InputError(f"data {found.root}: {what}{_instead(found)}")
     found.check_links()
     for name in found.folders:
         found.left_out.count("folders", name)
-    return ImageSet(found.root, found.images, [-1] * len(found.images), [], found)
+    return _set_of(found, {}, found.images)
+
+
+def _set_of(
+    found: listing.Folder, by_class: dict[str, list[str]], beside: Sequence[str] = ()
+) -> ImageSet:
+    """The images beside the folders of the classes, without a label, and those in them."""
+    parts = [beside, *by_class.values()]
+    labels = np.repeat(np.arange(-1, len(by_class)), [len(part) for part in parts])
+    paths = [path for part in parts for path in part]
+    return ImageSet(found.root, paths, labels, list(by_class), found)
 
 
 def _instead(found: listing.Folder) -> str:
@@ -227,10 +234,7 @@ def read_any_folder(root: Path) -> ImageSet:
     by_class = {name: paths for name, paths in found.images_by_folder().items() if paths}
     if not found.images and not by_class:
         raise InputError(f"data {root}: no images in it{_instead(found)}")
-    paths = found.images + [path for of_class in by_class.values() for path in of_class]
-    counts = [len(found.images), *map(len, by_class.values())]
-    labels = np.repeat(np.arange(-1, len(by_class)), counts)
-    images = ImageSet(root, paths, labels, list(by_class), found)
+    images = _set_of(found, by_class, found.images)
     print(printable(str(images)), flush=True)
     return images
 
@@ -253,21 +257,17 @@ def read_split(
         images = _without_split_folder(data, split)
     else:
         images = read_image_folder(root)
-        if dataset == "imagenet100":
-            images = _imagenet100(images)
+    if dataset == "imagenet100":
+        if len(images.classes) != 1000:
+            raise InputError(
+                f"--dataset imagenet100: {root} has {len(images.classes)} classes, not the 1000 it "
+                "is chosen from (a folder of its 100: --dataset imagenet)"
+            )
+        chosen = np.random.RandomState(1234).permutation(1000)[:100]
+        images = images.subset([images.classes[position] for position in sorted(chosen)])
     warning = f"; WARNING: {_one_class(images)}" if len(images.classes) == 1 else ""
     print(printable(f"{images}{warning}"), flush=True)
     return images
-
-
-def _imagenet100(images: ImageSet) -> ImageSet:
-    if len(images.classes) != IMAGENET_CLASSES:
-        raise InputError(
-            f"--dataset imagenet100: {images.root} has {len(images.classes)} classes, not the "
-            f"{IMAGENET_CLASSES} it is chosen from (a folder of its 100: --dataset imagenet)"
-        )
-    chosen = np.random.RandomState(1234).permutation(IMAGENET_CLASSES)[:100]
-    return images.subset([images.classes[position] for position in sorted(chosen)])
 
 
 def _without_split_folder(data: Path, split: str) -> ImageSet:

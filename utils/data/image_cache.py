@@ -63,10 +63,10 @@ def cache_images(
     """The set with its pictures in memory; one that has them there is returned as it is.
 
     where: "ram", or "device" if they will be copied to the device too, of which only the room is
-    looked at here. size: pictures are resized to size x size, with antialiasing, their aspect ratio
-    not kept; without it all must have one size. Of several processes each has its own pictures.
-    Raises InputError for too little memory, before anything is decoded, for images of several
-    sizes, and for broken images as `bad_images` says.
+    looked at here. size: pictures are resized to size x size, their aspect ratio not kept; without
+    it all must have one size. Of several processes each has its own pictures. InputError for too
+    little memory, before anything is decoded, for images of several sizes, and for broken images as
+    `bad_images` says.
     """
     ready = isinstance(images, PixelSet) and size is None
     shape = (size, size)
@@ -121,7 +121,7 @@ def _filled(loader, images: ImageSet, bad_images: BadImages, *, where: str) -> C
 def check_memory(needed: int, *, flags: str, device: torch.device = _CPU) -> None:
     """InputError that begins with `flags` if so many bytes do not fit into a device's memory.
 
-    Of what is asked of the host for far too much Linux kills some process later, without a word.
+    Otherwise Linux would kill some process later, without a word.
     """
     free, where = available_memory(), ""
     if device.type == "cuda":

@@ -20,11 +20,10 @@ from utils.runtime.streams import upload
 
 
 def noisy_labels(images: ImageSet, rate: float, *, seed: int) -> np.ndarray:
-    """The labels (N,) int64 after round(rate N) images, drawn, have got another class.
+    """The labels (N,) int64 after round(rate N) images have got another class; rate: 0 to 1.
 
-    rate: 0 to 1. The images are drawn without replacement, the class of each evenly from all but
-    its own. The draw depends on the seed, the rate and the labels alone. InputError for a single
-    class.
+    The images are drawn without replacement, the class of each evenly from all but its own, by the
+    seed, the rate and the labels alone. InputError for a single class.
     """
     if len(images.classes) < 2:
         raise InputError(f"--label_noise {rate}: {images.root} has no second class")
@@ -39,10 +38,9 @@ def noisy_labels(images: ImageSet, rate: float, *, seed: int) -> np.ndarray:
 def read_label_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     """The labels (N,) int64 that a file gives: each line an image's path below train/, its class.
 
-    Path and class are parted by a tab, or else by the last blank, so that a class with a blank in
-    its name needs a tab; either can be a JSON string, see `splits`. Strict: every image must
-    come once, and each class be one of the folders'. Otherwise an InputError counts the faults and
-    names the first five, as for a missing, empty or unreadable file. flag: the flag that named it.
+    Path and class are parted by a tab, or else by the last blank; either can be a JSON string, see
+    `splits`. Strict: InputError, which begins with the flag, unless every image comes once and each
+    class is one of the folders'.
     """
     what = f"{flag} {path}"
     names, classes = ImageNames(images), {name: n for n, name in enumerate(images.classes)}
@@ -82,8 +80,8 @@ def _parted(line: str) -> tuple[str, str]:
 def write_changes(path: Path, images: ImageSet, given: np.ndarray | None) -> None:
     """Write each image whose given label is not its own: path, true class, given class; by tabs.
 
-    What is no plain text is a JSON string, see `splits`. given: (N,); None: the images' own,
-    and a file that an earlier run has left goes. RunError as of `files.replace_text`.
+    given: (N,); None: the images' own, and a file that an earlier run has left goes. RunError as of
+    `files.replace_text`.
     """
     if given is None:
         path.unlink(missing_ok=True)

@@ -88,10 +88,7 @@ def is_folder(path: Path) -> bool:
             if error.errno not in _NOWHERE:
                 raise
     if os.path.islink(path):
-        where = os.readlink(path)
-        raise InputError(
-            f"data {path}: a link to what is not there, {where} (is a disk not mounted?)"
-        )
+        raise InputError(f"data {path}: a link to what is not there, {os.readlink(path)}")
     return False
 
 
@@ -99,13 +96,11 @@ class Folder:
     """What lies directly in a folder, or below it: names sorted, hidden things left out.
 
     Hidden is what begins with a dot, and what archives and systems bring along.
-    images: names of image files directly in it. folders: names of the folders in it.
-    left_out: what else there is in what has been looked at so far.
-    identities: (device, inode) of each folder looked at so far -> its path, in order.
+    images, folders: names of what is directly in it. Of what has been looked at so far, left_out:
+    what else there is; identities: (device, inode) of each folder -> its path.
 
-    Raises InputError for what cannot be listed. Links to what is not there, behind which an image
-    or a class would be missing, are for `check_links`; `images_by_folder` ends in it. Such a link
-    within a class whose ending is that of another file is left out.
+    Raises InputError for what cannot be listed, and links to nowhere behind which an image or a
+    class would be missing: `check_links`, in which `images_by_folder` ends.
     """
 
     def __init__(self, root: Path) -> None:
@@ -122,9 +117,8 @@ class Folder:
         """Each of its folders -> paths below the root of the images in it, at any depth.
 
         In the order of the folders' paths, then of names: that of torchvision's ImageFolder.
-        InputError for a folder that is reached twice, by a link or a mount, so that each image in
-        it would come twice, or without end. (A single file that is linked twice is not looked for:
-        that would cost a look at each file.)
+        InputError for a folder that is reached twice, by a link or a mount. (A file that is linked
+        twice is not looked for: that would cost a look at each file.)
         """
         by_folder = {}
         for top in self.folders:
@@ -146,15 +140,10 @@ class Folder:
         if before is None:
             self.identities[own] = path
         elif own in self._above or path.startswith(os.path.join(before, "")):
-            raise InputError(
-                f"data {path}: leads back up to {before}, so its images come without end; remove "
-                "this link"
-            )
+            raise InputError(f"data {path}: leads back up to {before}; remove this link")
         else:
-            raise InputError(
-                f"data {path}: is the same folder as {before}, so its images come twice; remove "
-                "one of them"
-            )
+            same = f"is the same folder as {before}, so its images come twice"
+            raise InputError(f"data {path}: {same}; remove one of them")
 
     def _entries(self, name: str) -> tuple[list[str], list[str]]:
         """Names of the images and of the folders in a folder below the root, sorted."""

@@ -107,12 +107,11 @@ class DeviceCrops:
 class RandomLoader:
     """What loaders of random crops share: the order of an epoch, crops by workers or the device.
 
-    groups: the crops of an image. whole: an epoch is every image, not full batches only; see
-    `EpochSampler`. bad_images: what is done about a broken image; by default InputError. Where it
-    is skipped, the next image of the set that can be read and is not in the batch takes its place,
-    with its own label and views. cut_on_device: a `PixelSet` is copied to the device and cropped
-    there, without workers: the same order and the same views, but for a gray level here and there
-    in a crop (`cropping.cut_crops`).
+    groups: the crops of an image. whole: see `EpochSampler`. bad_images: what is done about a
+    broken image, by default InputError; where it is skipped, another takes its place in the batch,
+    with its own label and views (`read_images`). cut_on_device: a `PixelSet` is copied to the
+    device and cropped there, without workers: the same order and views, but for a gray level here
+    and there in a crop (`cropping.cut_crops`).
     """
 
     def __init__(
@@ -157,18 +156,16 @@ class RandomLoader:
 class TwoViewLoader(RandomLoader):
     """Yields a `Batch` of two views of each image, drawn from (seed, epoch, image index).
 
-    Of several processes each yields its part of every batch of `batch_size`.
+    Of several processes each yields its part of every batch of `batch_size`. A GPU makes the views
+    of the next batch on a stream of its own while the present one is trained on. An epoch is
+    `len(loader)` full batches; the few images left over wait for the next one.
 
-    Workers decode and crop to uint8; color, blur, flip and normalization run on `device` for the
-    whole batch; a GPU does it for the next batch on a stream of its own while the present one is
-    trained on. An epoch is `len(loader)` full batches of a new permutation; the few images left
-    over wait for the next one. weak_strong: the target view is weak; otherwise both are strong.
-    blur: probability of blur in a strong view. settings: as of `RandomLoader`.
-
-    scale: share of the image's area that the two views take. small: groups of smaller crops, strong
-    views for the query encoder alone (multi-crop, arXiv 2006.09882). symmetric: each of the two
-    crops is once in the query view and once in the target view (BYOL). single: "strong" or "weak":
-    only one view is made of an image, and stands for both.
+    weak_strong: the target view is weak; otherwise both are strong. blur: probability of blur in a
+    strong view. scale: share of the image's area that the two views take. small: groups of smaller
+    crops, strong views for the query encoder alone (multi-crop, arXiv 2006.09882). symmetric: each
+    of the two crops is once in the query view and once in the target view (BYOL). single: "strong"
+    or "weak": only one view is made of an image, and stands for both. settings: as of
+    `RandomLoader`.
     """
 
     def __init__(

@@ -86,46 +86,33 @@ def read_images(
     more broken images, which end the run, no further ones are looked at.
     """
     whole = range(len(numbers))
-    places, choices = (whole, 1) if own is None else (own, len(images))
-    made, broken = _read_places(images, numbers, places, choices, make, tolerated)
-    if broken and len(places) < len(whole):
-        # What replaces an image depends on the broken ones in the places before it.
-        made, broken = _read_places(images, numbers, whole, choices, make, tolerated)
-        made = {place: found for place, found in made.items() if place in places}
-    return dict(made.values()), broken
+    asked, choices = (whole, 1) if own is None else (own, len(images))
+    for places in (asked, whole):
+        made, broken, taken = {}, {}, set(numbers)
+        for place in places:
+            number = numbers[place]
+            later = ((number + offset) % choices for offset in range(1, choices))
+            candidates = chain([number], (other for other in later if other not in taken))
+            if found := _first_readable(images, candidates, broken, tolerated):
+                made[place] = found[0], make(*found)
+                taken.add(found[0])
+        if not broken or len(places) == len(whole):
+            break  # otherwise replacements depend on the broken images in the places before
+    return dict(made[place] for place in asked if place in made), broken
 
 
-def _read_places(
-    images: ImageSet,
-    numbers: list[int],
-    places: range,
-    choices: int,
-    make: Callable[[int, Tensor], Made],
-    tolerated: int,
-) -> tuple[dict[int, tuple[int, Made]], dict[int, str]]:
-    """What each of these places holds, (number, what was made of it), and the broken images met.
-
-    choices: how many images of the set may take a place; 1: only the own.
-    """
-    made: dict[int, tuple[int, Made]] = {}
-    broken: dict[int, str] = {}
-    taken = set(numbers)
-    for place in places:
-        number = numbers[place]
-        later = ((number + offset) % choices for offset in range(1, choices))
-        for candidate in chain([number], (other for other in later if other not in taken)):
-            if len(broken) > tolerated:
-                break
-            if candidate in broken:
-                continue
+def _first_readable(
+    images: ImageSet, candidates: Iterable[int], broken: dict[int, str], tolerated: int
+) -> tuple[int, Tensor] | None:
+    """The first image that can be read, and its picture; those that cannot go into `broken`."""
+    for number in candidates:
+        if len(broken) > tolerated:
+            break
+        if number not in broken:
             try:
-                picture = images.image(candidate)
+                return number, images.image(number)
             except MemoryError:
                 raise
             except Exception as error:  # a damaged file can raise about anything
-                broken[candidate] = reason_of(error, images.path(candidate))
-                continue
-            made[place] = candidate, make(candidate, picture)
-            taken.add(candidate)
-            break
-    return made, broken
+                broken[number] = reason_of(error, images.path(number))
+    return None

@@ -6,6 +6,7 @@ step of any epoch can be produced on its own.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ class Wanted(NamedTuple):
     own: range
 
 
+@dataclass(eq=False)
 class EpochSampler:
     """Yields each batch of one epoch, with this process' part of it, as a `Wanted`.
 
@@ -73,14 +75,12 @@ class EpochSampler:
     the batches are those of `epoch_batches`.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, *, whole: bool = False) -> None:
-        self.num_images, self.batch_size, self.seed, self.whole = (
-            num_images,
-            batch_size,
-            seed,
-            whole,
-        )
-        self.epoch, self.start = 1, 0
+    num_images: int
+    batch_size: int
+    seed: int
+    whole: bool = False
+    epoch: int = 1
+    start: int = 0
 
     def __len__(self) -> int:
         if self.whole:
@@ -88,8 +88,8 @@ class EpochSampler:
         return self.num_images // self.batch_size
 
     def __iter__(self) -> Iterator[Wanted]:
-        sizes = {"seed": self.seed, "epoch": self.epoch, "whole": self.whole}
-        batches = epoch_batches(self.num_images, self.batch_size, **sizes)
+        order = {"seed": self.seed, "epoch": self.epoch, "whole": self.whole}
+        batches = epoch_batches(self.num_images, self.batch_size, **order)
         for batch in batches[self.start :]:
             yield Wanted(self.epoch, batch.tolist(), distributed.own_share(len(batch)))
 

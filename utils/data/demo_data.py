@@ -121,8 +121,7 @@ CLASSES = tuple(PATTERNS)  # in the order of the alphabet
 def _pixel_centers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of every pixel, (size, size) float32 each, -0.5 to 0.5."""
     line = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
-    y, x = np.meshgrid(line, line, indexing="ij")
-    return x, y
+    return np.meshgrid(line, line)
 
 
 @functools.cache

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, build_training, options
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader, LabeledLoader
 from utils.data.datasets import ImageSet, check_classes, read_split
+from utils.data.eval_loader import EvalLoader, LabeledLoader
 from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import feature_cache, linear_probe, result_files
 from utils.evaluation.labeled_features import FromFeatures, FromImages

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader
 from utils.data.datasets import check_classes, read_split
+from utils.data.eval_loader import EvalLoader
 from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import logistic, result_files, transfer, transfer_data
 from utils.evaluation.features import extract_features

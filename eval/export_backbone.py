@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
 from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from utils.data.batches import EvalLoader
+from utils.data.eval_loader import EvalLoader
 from utils.evaluation import result_files
 from utils.method import checkpoint
 from utils.method.encoders import Backbone

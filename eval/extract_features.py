@@ -25,8 +25,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
-from utils.data.batches import EvalLoader
 from utils.data.datasets import ImageSet, read_any_folder, read_split
+from utils.data.eval_loader import EvalLoader
 from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.method import checkpoint

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils.cli import arguments, build_evaluation, build_training, options
-from utils.data.batches import Batch, EvalLoader
+from utils.data.batches import Batch
+from utils.data.eval_loader import EvalLoader
 from utils.data.splits import unreadable_classes, write_split_file
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health

@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy, normalize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, build_training, options
-from utils.data.batches import Batch, EvalLoader
+from utils.data.batches import Batch
+from utils.data.eval_loader import EvalLoader
 from utils.data.label_noise import as_tensor, labels_to_use, write_changes
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health

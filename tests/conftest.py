@@ -3,6 +3,7 @@
 import builtins
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,3 +150,24 @@ def without_package(monkeypatch):
         monkeypatch.setattr(builtins, "__import__", find)
 
     return hide
+
+
+BROKEN = ("train/a/3.jpg", "train/b/0.jpg", "train/b/1.jpg", "train/c/9.jpg", "val/b/2.jpg")
+
+
+@pytest.fixture(scope="session")
+def broken_tree(image_tree, tmp_path_factory):
+    """The image tree with the files of BROKEN broken. Not to be changed by a test."""
+    root = shutil.copytree(image_tree, tmp_path_factory.mktemp("broken") / "tree")
+    for name in BROKEN:
+        (root / name).write_bytes((root / name).read_bytes()[:200])
+    return root
+
+
+@pytest.fixture(scope="session")
+def tree_without(image_tree, tmp_path_factory):
+    """The image tree without the files of BROKEN."""
+    root = shutil.copytree(image_tree, tmp_path_factory.mktemp("without") / "tree")
+    for name in BROKEN:
+        (root / name).unlink()
+    return root

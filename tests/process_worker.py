@@ -22,9 +22,9 @@ from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
-from utils.data.batches import TwoViewLoader
 from utils.data.cropping import CropGroup
 from utils.data.datasets import ImageSet, read_split
+from utils.data.train_loader import TwoViewLoader
 from utils.method import batch_norm
 from utils.method.encoders import QueryTargetEncoders, SoleBackbone
 from utils.runtime import distributed, script

@@ -234,7 +234,7 @@ def test_crop_box_tries_ten_times():
 def test_crop_box_reaches_both_edges_and_takes_other_limits():
     draws = np.full(NUM_DRAWS, 0.5)
     draws[[Draw.TOP, Draw.LEFT]] = 1 - 2**-53
-    top, left, h, w = crop_box(draws, 80, 60, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    top, left, h, w = crop_box(draws, 80, 60, scale=(0.25, 0.25))
     assert (h, w) == (35, 35) and (top + h, left + w) == (80, 60)
 
 

@@ -163,7 +163,9 @@ def test_what_an_empty_class_holds_is_said(tmp_path):
     (tmp_path / "cat").mkdir()
     for name in ("x", "y"):
         (tmp_path / "cat" / name).touch()
-    with pytest.raises(InputError, match=r"image: cat \(but 2 without an ending \(x, y\)\)$"):
+    with pytest.raises(
+        InputError, match=r"image: cat \(but 2 without an ending \(cat/x, cat/y\)\)$"
+    ):
         read_image_folder(tmp_path)
 
 

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.data import cropping, random_draws
 from utils.data.bad_images import BadImages
-from utils.data.batches import TwoViewLoader
+from utils.data.batches import EpochSampler
+from utils.data.cropping import crop_boxes, cut_crops
 from utils.data.datasets import PixelSet, read_image_folder
-from utils.data.device_crops import DeviceCrops, crop_boxes, cut_crops
 from utils.data.image_cache import cache_images
-from utils.data.reading import EpochSampler
+from utils.data.train_loader import DeviceCrops, RandomCrops, TwoViewLoader
 
 
 def noise(count, height, width):
@@ -82,9 +82,9 @@ def test_no_batch_makes_the_host_wait(pinned):  # noqa: F811
     with FakeTensorMode():
         pixels = torch.empty(24, 20, 20, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         images = PixelSet("", names, [0] * 24, ["a"], pixels)
-        options = {"groups": [cropping.CropGroup(2, 16), cropping.CropGroup(3, 8, (0.05, 0.2))]}
-        options |= {"seed": 0, "tolerated": 0, "device": torch.device("cuda")}
-        crops = DeviceCrops(images, sampler, **options)
+        groups = [cropping.CropGroup(2, 16), cropping.CropGroup(3, 8, (0.05, 0.2))]
+        crops = RandomCrops(images, groups, seed=0, tolerated=0)
+        crops = DeviceCrops(crops, sampler, torch.device("cuda"))
         with NeverWaits() as mode:
             batches = list(crops)
     assert [batch.crops.shape for batch in batches] == [(6, 2 * 3 * 16**2 + 3 * 3 * 8**2)] * 4
@@ -167,7 +167,7 @@ def test_device_loader_of_several_processes(square_images, monkeypatch):
         def own_share(count, part=part):
             return range(count * part // 2, count * (part + 1) // 2)
 
-        monkeypatch.setattr("utils.data.reading.distributed.own_share", own_share)
+        monkeypatch.setattr("utils.data.batches.distributed.own_share", own_share)
         monkeypatch.setattr("utils.data.train_loader.distributed.world_size", lambda: 2)
         parts.append(list(device.epoch(1)))
     for batch, one, two in zip(whole, *parts, strict=True):

@@ -13,8 +13,8 @@ from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 
 from utils.data.bad_images import BadImages
-from utils.data.batches import LabeledLoader
 from utils.data.datasets import read_split
+from utils.data.eval_loader import LabeledLoader
 from utils.evaluation import feature_cache
 
 WORKER = ROOT / "tests" / "evaluation_worker.py"
@@ -266,7 +266,7 @@ def test_parts_of_a_batch_with_broken_images_make_up_the_batch(
         def own_share(count: int) -> range:
             return range(count * part // parts, count * (part + 1) // parts)
 
-        monkeypatch.setattr("utils.data.reading.distributed.own_share", own_share)
+        monkeypatch.setattr("utils.data.batches.distributed.own_share", own_share)
         skip = BadImages(skip=True)
         loader = LabeledLoader(images, batch_size=10, image_size=16, bad_images=skip)
         return [batch for epoch in range(1, 6) for batch in loader.epoch(epoch)]

@@ -16,8 +16,9 @@ from test_bad_input import assert_refused
 
 from utils.cli import build_evaluation
 from utils.data import augment, cropping, image_cache, random_draws
-from utils.data.batches import LabeledLoader, epoch_batches
+from utils.data.batches import epoch_batches
 from utils.data.datasets import ImageSet, read_split
+from utils.data.eval_loader import LabeledLoader
 from utils.evaluation import feature_cache
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone

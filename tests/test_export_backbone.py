@@ -17,7 +17,7 @@ from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 from torch import nn
 
-from utils.data.batches import EvalLoader
+from utils.data.eval_loader import EvalLoader
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.runtime import files, safetensors_file

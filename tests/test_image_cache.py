@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from utils.data import cropping, image_cache, random_draws
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader, LabeledLoader, TwoViewLoader
 from utils.data.datasets import CachedSet, PixelSet, read_image_folder
+from utils.data.eval_loader import EvalLoader, LabeledLoader
+from utils.data.train_loader import TwoViewLoader
 from utils.evaluation import feature_cache
 from utils.runtime.errors import InputError
 
@@ -200,7 +201,9 @@ def test_too_little_memory_is_said_before_anything_is_decoded(image_tree, monkey
     monkeypatch.setattr(image_cache, "available_memory", lambda: 30 * 16 * 16 * 3 - 1)
     decoded = []
     monkeypatch.setattr(cropping, "decode", decoded.append)
-    with pytest.raises(InputError, match=rf"--cache_images {where}: .* 23040 bytes.* 23039 bytes"):
+    with pytest.raises(
+        InputError, match=f"--cache_images {where}: .* 23040 bytes .*, 23039 are free"
+    ):
         cached(images, where, size=16)
     assert not decoded
     monkeypatch.undo()
@@ -211,7 +214,9 @@ def test_too_little_memory_is_said_before_anything_is_decoded(image_tree, monkey
 def test_too_little_memory_on_a_gpu(image_tree, monkeypatch):
     images = read_image_folder(image_tree / "train")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    with pytest.raises(InputError, match="--cache_images device: .*memory of cuda:0, 1000 bytes"):
+    with pytest.raises(
+        InputError, match="--cache_images device: .*memory of cuda:0, 1000 are free"
+    ):
         image_cache.cache_images(
             images, "device", size=16, device=torch.device("cuda:0"), bad_images=BadImages()
         )

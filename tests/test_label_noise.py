@@ -11,7 +11,6 @@ from nasty_names import image_sets
 
 from utils.data.batches import Batch
 from utils.data.datasets import ImageSet
-from utils.data.image_names import quoted
 from utils.data.label_noise import (
     as_tensor,
     labels_to_use,
@@ -19,6 +18,7 @@ from utils.data.label_noise import (
     read_label_file,
     write_changes,
 )
+from utils.data.splits import quoted
 from utils.runtime.errors import InputError
 
 

@@ -7,11 +7,13 @@ import torch
 from conftest import write_image
 from PIL import Image
 
-from utils.data import augment, cropping, random_draws, reading
+from utils.data import augment, cropping, random_draws
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader, TwoViewLoader
+from utils.data.batches import read_crops
 from utils.data.datasets import read_image_folder, read_split
+from utils.data.eval_loader import EvalLoader
 from utils.data.image_cache import cache_images
+from utils.data.train_loader import TwoViewLoader
 from utils.runtime.errors import InputError
 
 
@@ -207,7 +209,7 @@ def test_the_global_random_state_is_left_alone(image_tree):
 def test_numbers_and_labels_are_tensors_of_whole_numbers(image_tree, workers):
     """A worker sends them as arrays, within its message."""
     images = read_split(image_tree, "train")
-    sent = reading.read(images, [3, 12], lambda number, image: image, tolerated=0)
+    sent = read_crops(images, [3, 12], lambda number, image: image, tolerated=0)
     assert isinstance(sent.index, np.ndarray) and isinstance(sent.label, np.ndarray)
     loaders = (
         loader(images, num_workers=workers).epoch(1),

@@ -26,10 +26,11 @@ from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils.cli import build_training
 from utils.data import cropping
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader, TwoViewLoader
+from utils.data.cropping import cut_crops
 from utils.data.datasets import read_split
-from utils.data.device_crops import cut_crops
+from utils.data.eval_loader import EvalLoader
 from utils.data.image_cache import cache_images
+from utils.data.train_loader import TwoViewLoader
 from utils.evaluation import linear_probe
 from utils.evaluation.features import extract_features
 from utils.evaluation.logistic import Problem

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from utils.cli import options
-from utils.data import reading
+from utils.data import batches
 from utils.runtime import origin, workers
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
@@ -172,5 +172,5 @@ def test_more_workers_than_cores_are_said_to_be_slow(
 
 
 def test_torch_says_nothing_of_them(recwarn, tmp_path):
-    reading.data_loader([0], torch.device("cpu"), num_workers=workers.cores() + 1)
+    batches.data_loader([0], torch.device("cpu"), num_workers=workers.cores() + 1)
     assert not recwarn.list

@@ -55,23 +55,6 @@ def test_uniforms_do_not_change_between_versions():
     assert pins == [0.27075047714466915, 0.7577564545644979, 0.7817499537493353, 0.629993787313188]
 
 
-@pytest.mark.parametrize("together", [[4, 9], []])
-def test_draws_by_image_are_those_of_the_image(together):
-    """Whether made with others or asked for alone, as for an image that replaces a broken one."""
-    draws = random_draws.by_image(1, 2, together, views=3)
-    for number in (4, 9, 70):
-        assert (draws(number) == uniforms(1, 2, np.array([number]), views=3)[0]).all()
-
-
-def test_draws_of_a_batch_are_made_once(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        random_draws, "uniforms", lambda *given, **how: calls.append(1) or uniforms(*given, **how)
-    )
-    draws = random_draws.by_image(1, 2, [4, 9], views=3)
-    assert draws(4).shape == draws(9).shape and calls == [1]
-
-
 def test_uniforms_depend_on_the_image_alone():
     whole = uniforms(1, 2, np.arange(100))
     some = torch.tensor([17, 3, 99])

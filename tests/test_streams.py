@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.data import augment, random_draws, train_loader
-from utils.data.batches import TwoViewLoader
 from utils.data.datasets import read_image_folder
+from utils.data.train_loader import TwoViewLoader
 from utils.runtime import streams
 from utils.runtime.streams import ahead, upload
 

@@ -96,8 +96,8 @@ def test_script_resumes_and_its_checkpoints_are_read(
 
 def own_accuracy(path, image_tree):
     """The classifier's accuracy by hand: build the network, read its weights, look at val/."""
-    from utils.data.batches import EvalLoader
     from utils.data.datasets import read_split
+    from utils.data.eval_loader import EvalLoader
     from utils.method.encoders import Conv4
 
     state = tiny.state(path)["state_dict"]

@@ -9,8 +9,8 @@ from PIL import Image
 from stand_ins import CLASSES, COUNTS, WRITERS, without_checksums, write_cifar, write_sun
 from torchvision import datasets
 
-from utils.data.batches import EvalLoader
 from utils.data.datasets import PixelSet, read_split
+from utils.data.eval_loader import EvalLoader
 from utils.evaluation import transfer_data
 from utils.evaluation.transfer_data import Unavailable, hold_out, open_set
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from utils.runtime import script
 from utils.data.datasets import read_image_folder
 from torch.utils.data import _utils
-from utils.data.batches import TwoViewLoader
+from utils.data.train_loader import TwoViewLoader
 
 _utils.worker.MP_STATUS_CHECK_INTERVAL = 1  # seconds until a worker misses its main process, not 5
 keep = []

@@ -37,13 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD, strong_view
 from utils.data.bad_images import BadImages
-from utils.data.batches import TwoViewLoader
+from utils.data.batches import EpochSampler
 from utils.data.cropping import CropGroup, decode, random_crops
 from utils.data.datasets import ImageSet, PixelSet, read_image_folder
-from utils.data.device_crops import DeviceCrops
 from utils.data.image_cache import cache_images
 from utils.data.random_draws import uniforms
-from utils.data.reading import EpochSampler
+from utils.data.train_loader import DeviceCrops, RandomCrops, TwoViewLoader
 
 SIZE = 224
 SMALL = 32
@@ -131,11 +130,8 @@ def cached(images: ImageSet, where: str) -> PixelSet:
 def crop_sides(images: ImageSet) -> dict[str, Callable[[int], None]]:
     """Epochs of the crops alone: what workers do, or the device instead."""
     sampler = EpochSampler(len(images), BATCH, 0)
-    device = DeviceCrops(
-        *(cached(images, "device"), sampler),
-        groups=[CropGroup(2, SMALL)],
-        **{"seed": 0, "tolerated": 0, "device": torch.device("cpu")},
-    )
+    crops = RandomCrops(cached(images, "device"), [CropGroup(2, SMALL)], seed=0, tolerated=0)
+    device = DeviceCrops(crops, sampler, torch.device("cpu"))
 
     def one_at_a_time(images: ImageSet, epoch: int) -> None:
         for start in range(0, len(images), BATCH):

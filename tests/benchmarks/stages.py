@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.data.batches import EvalLoader
 from utils.data.datasets import read_split
+from utils.data.eval_loader import EvalLoader
 from utils.evaluation.features import extract_features
 from utils.evaluation.knn import knn_figures
 from utils.method import checkpoint

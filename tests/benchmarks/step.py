@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from self_supervised import train_msf_2q
 from self_supervised.train_msf_2q import CMSF2Q
 from utils.cli import build_training
-from utils.data.batches import Batch, TwoViewLoader
-from utils.data.reading import CropBatch
+from utils.data.batches import Batch, CropBatch
+from utils.data.train_loader import TwoViewLoader
 from utils.runtime.streams import upload
 from utils.training.engine import Run
 

@@ -29,9 +29,9 @@ from torch.profiler import record_function
 from gpu_parts.part import Part
 from self_supervised.train_msf_2q import CMSF2Q
 from utils.cli import build_training
-from utils.data.batches import TwoViewLoader
 from utils.data.cropping import CropGroup
 from utils.data.datasets import PixelSet
+from utils.data.train_loader import TwoViewLoader
 from utils.method import previous_embeddings
 from utils.method.encoders import QueryTargetEncoders
 from utils.runtime import workers

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader
 from utils.data.datasets import ImageSet
+from utils.data.eval_loader import EvalLoader
 from utils.data.image_cache import check_memory
 from utils.evaluation import result_files
 from utils.evaluation.feature_cache import image_digest

@@ -19,7 +19,6 @@ from torch import nn
 from utils.cli import options
 from utils.cli.build_evaluation import build_bad_images, check_view_memory, eval_loaders
 from utils.data import archives
-from utils.data.batches import TwoViewLoader
 from utils.data.datasets import ImageSet, check_classes, read_split
 from utils.data.image_cache import cache_images, check_memory
 from utils.data.label_noise import noisy_labels, read_label_file
@@ -30,6 +29,7 @@ from utils.data.splits import (
     class_balanced_split,
     read_split_file,
 )
+from utils.data.train_loader import TwoViewLoader
 from utils.evaluation.knn import evaluate_knn, ks_for
 from utils.method import batch_norm, checkpoint
 from utils.method.encoders import (

@@ -6,7 +6,7 @@ more than the format; what does not fit together is refused here.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,30 +23,19 @@ _SETS: dict[str, tuple[str, dict[str, bool | str]]] = {
     "fashion_mnist": ("FashionMNIST", {"train": True, "val": False}),
 }
 NAMES = tuple(_SETS)
-# What torchvision raises for files of another format than they should have.
-_UNREADABLE = (
-    *(RuntimeError, OSError, EOFError),
-    *(ValueError, TypeError, LookupError, AssertionError),
-)
+# What torchvision raises for files of another format, and the network as an OSError.
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AssertionError)
 
 
-class Arrays(NamedTuple):
-    """A split: pixels (N, 3, H, W) uint8, in memory as (N, H, W, 3); labels (N,) int64, or -1.
-
-    names: such as airplane/00012.png, image 12 of the split; classes: the class names by label.
-    """
-
-    pixels: Tensor
-    labels: np.ndarray
-    names: list[str]
-    classes: list[str]
-
-
-def read(data: Path, name: str, split: str, *, unlabeled: bool = False) -> Arrays:
+def read(
+    data: Path, name: str, split: str, *, unlabeled: bool = False
+) -> tuple[list[str], np.ndarray, list[str], Tensor]:
     """The split "train" or "val" (the published test set) of a data set in a folder.
 
     The folder is as torchvision lays it out. unlabeled: with the training images those that have
-    no labels, label -1, if the set has any. InputError for a set that is not there or not whole.
+    no labels, label -1, if the set has any. Returns names, such as airplane/00012.png for image 12
+    of the split; labels (N,) int64; the class names; pixels (N, 3, H, W) uint8, in memory as
+    (N, H, W, 3). InputError for a set that is not there or not whole.
     """
     where = f"--dataset {name}: not, or not whole, in {data}"
     splits = _SETS[name][1]
@@ -70,7 +59,7 @@ def read(data: Path, name: str, split: str, *, unlabeled: bool = False) -> Array
     classes = [kind.replace("/", "-") for kind in found.classes]  # such as T-shirt/top
     folders = [*classes, "unlabeled"]  # label -1 is the last
     names = [f"{folders[label]}/{number:05}.png" for number, label in enumerate(labels)]
-    return Arrays(pixels, labels, names, classes)
+    return names, labels, classes, pixels
 
 
 def download(data: Path, name: str) -> None:
@@ -80,7 +69,7 @@ def download(data: Path, name: str) -> None:
     try:
         data.mkdir(parents=True, exist_ok=True)
         _open(data, name, _SETS[name][1]["val"], download=True)
-    except _UNREADABLE as error:  # what the network raises is an OSError
+    except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--download: {name} cannot be fetched to {data} ({reason})") from error
 

@@ -1,15 +1,14 @@
 """The strong and the weak view of crops, a whole batch at a time on its device.
 
-Workers, or the device (`device_crops`), cut the crops as uint8 (`cropping`). What is left to do is
-done here: color, blur, flip, normalize. Random numbers are those of `random_draws`.
+The crops are cut as uint8 before (`cropping`). What is left to do is done here: color, blur, flip,
+normalize. Random numbers are those of `random_draws`.
 
 The strong view is MoCo v2's (arXiv 2003.04297), which CMSF keeps. Unlike the published code, which
 rounds to 8 bits after each operation, color and blur are float32, and the blur is a true Gaussian.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import permutations, takewhile
+from collections.abc import Callable
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -38,16 +37,14 @@ _CPU_BAND = 32  # rows of the image that one matrix product of the blur yields
 
 
 class _Work(NamedTuple):
-    """An operation on some images of a batch: their row numbers and factors, (n,) each.
+    """An operation on the chosen images ((B,) bool) of a batch, each with its factor (B,).
 
     operation: (copies of the images (n, 3, S, S), factors (n, 1, 1, 1)) -> what replaces them.
-    in_place: the copies themselves are changed.
     """
 
     operation: Callable[[Tensor, Tensor], Tensor]
-    rows: np.ndarray
+    chosen: np.ndarray
     factors: np.ndarray
-    in_place: bool = False
 
 
 def strong_view(
@@ -61,12 +58,23 @@ def strong_view(
     Returns (B, 3, S, S) float32 on the images' device, normalized by ImageNet's mean and spread.
     Raises TypeError if images are not uint8, ValueError if the draws do not fit them.
     """
-    return _render(images, draws, (_jitter, _grayscale, partial(_blurred, blur), _flip))
+
+    def works(draws: np.ndarray) -> list[_Work]:
+        gray = draws[:, Draw.GRAYSCALE] < GRAYSCALE_PROBABILITY
+        sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, Draw.SIGMA]
+        return [
+            *_jitter(draws),
+            _Work(lambda x, _: _gray(x).expand_as(x), gray, sigma),
+            _Work(_gaussian_blur, draws[:, Draw.BLUR] < blur, sigma),
+            *_flip(draws),
+        ]
+
+    return _render(images, draws, works)
 
 
 def weak_view(images: Tensor, draws: np.ndarray | Tensor) -> Tensor:
     """Flip and normalization, each image by its own draws. In, out and errors: `strong_view`."""
-    return _render(images, draws, (_flip,))
+    return _render(images, draws, _flip)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -74,15 +82,30 @@ def normalize(images: Tensor) -> Tensor:
 
     Raises TypeError if images are not uint8.
     """
-    return _render(images, np.empty((len(images), NUM_DRAWS)), ())
+    return _render(images, np.empty((len(images), NUM_DRAWS)), lambda _: [])
+
+
+def _jitter(draws: np.ndarray) -> list[_Work]:
+    """torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1): four operations in an order of each image."""
+    applied = draws[:, Draw.JITTER] < JITTER_PROBABILITY
+    order = JITTER_ORDERS[(draws[:, Draw.ORDER] * len(JITTER_ORDERS)).astype(np.int64)]
+    factors = JITTER_LOW + (JITTER_HIGH - JITTER_LOW) * draws[:, Draw.BRIGHTNESS : Draw.HUE + 1]
+    return [
+        _Work(operation, applied & (order[:, place] == number), factors[:, number])
+        for place in range(4)
+        for number, operation in enumerate(_IN_PLACE)
+    ]
+
+
+def _flip(draws: np.ndarray) -> list[_Work]:
+    chosen = draws[:, Draw.FLIP] < FLIP_PROBABILITY
+    return [_Work(lambda x, _: x.flip(-1), chosen, draws[:, Draw.FLIP])]
 
 
 def _render(
-    images: Tensor,
-    draws: np.ndarray | Tensor,
-    steps: Sequence[Callable[[np.ndarray], list[_Work]]],
+    images: Tensor, draws: np.ndarray | Tensor, works: Callable[[np.ndarray], list[_Work]]
 ) -> Tensor:
-    """Float copies in [0, 1], changed in place by the work of each step(draws), then normalized."""
+    """Float copies in [0, 1], changed by the works of their draws, then normalized."""
     draws = np.asarray(draws)
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}")
@@ -97,7 +120,7 @@ def _render(
         for start in range(0, len(images), chunk):
             rows = slice(start, start + chunk)
             x = views[rows].copy_(images[rows]).div_(255)
-            _do_(x, [work for step in steps for work in step(draws[rows])])
+            _do_(x, works(draws[rows]))
             x.sub_(mean).div_(std)
     return views
 
@@ -114,77 +137,27 @@ def _do_(x: Tensor, works: list[_Work]) -> None:
     Row numbers go to the device in one copy, and factors in another: a GPU's copies are slow to
     start.
     """
-    works = [work for work in works if len(work.rows)]
+    works = [work for work in works if work.chosen.any()]
     if not works:
         return
-    counts = [len(work.rows) for work in works]
-    rows = _to_device(np.concatenate([work.rows for work in works]), x.device).split(counts)
-    factors = np.concatenate([work.factors for work in works])
-    factors = _to_device(factors, x.device).view(-1, 1, 1, 1).split(counts)
+    rows = [np.flatnonzero(work.chosen) for work in works]
+    counts = [len(some) for some in rows]
+    factors = [work.factors[some] for work, some in zip(works, rows, strict=True)]
+    factors = _to_device(np.concatenate(factors), x.device).view(-1, 1, 1, 1).split(counts)
+    places = _to_device(np.concatenate(rows), x.device).split(counts)
     done = 0
     if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= _CPU_ALONE:
-        done = _do_alone_(x, works, factors)
-    for work, own, values in zip(works[done:], rows[done:], factors[done:], strict=True):
+        # What works in place comes first, image by image: one stays in the cache, without copies.
+        done = sum(work.operation in _IN_PLACE for work in works)
+        steps = [(row, n, k) for n in range(done) for k, row in enumerate(rows[n].tolist())]
+        for row, number, k in sorted(steps):
+            works[number].operation(x[row : row + 1], factors[number][k : k + 1])
+    for work, own, values in zip(works[done:], places[done:], factors[done:], strict=True):
         x.index_copy_(0, own, work.operation(x.index_select(0, own), values))
 
 
-def _do_alone_(x: Tensor, works: list[_Work], factors: Sequence[Tensor]) -> int:
-    """Do what works in place and comes first, image by image; how many works that is.
-
-    One image at a time stays in the cache, and needs no copies.
-    """
-    first = list(takewhile(lambda work: work.in_place, works))
-    steps = [
-        (row, number, place)
-        for number, work in enumerate(first)
-        for place, row in enumerate(work.rows.tolist())
-    ]
-    for row, number, place in sorted(steps):
-        first[number].operation(x[row : row + 1], factors[number][place : place + 1])
-    return len(first)
-
-
-def _work(
-    operation: Callable[[Tensor, Tensor], Tensor],
-    chosen: np.ndarray,
-    factors: np.ndarray | None = None,
-    *,
-    in_place: bool = False,
-) -> _Work:
-    """Work on the chosen images ((B,) bool) of a batch, with their part of factors (B,)."""
-    rows = np.flatnonzero(chosen)
-    return _Work(operation, rows, rows * 0.0 if factors is None else factors[rows], in_place)
-
-
-def _jitter(draws: np.ndarray) -> list[_Work]:
-    """torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1): four operations in an order of each image."""
-    applied = draws[:, Draw.JITTER] < JITTER_PROBABILITY
-    order = JITTER_ORDERS[(draws[:, Draw.ORDER] * len(JITTER_ORDERS)).astype(np.int64)]
-    factors = JITTER_LOW + (JITTER_HIGH - JITTER_LOW) * draws[:, Draw.BRIGHTNESS : Draw.HUE + 1]
-    operations = (_brightness, _contrast, _saturation, _hue)
-    return [
-        _work(operation, applied & (order[:, place] == number), factors[:, number], in_place=True)
-        for place in range(4)
-        for number, operation in enumerate(operations)
-    ]
-
-
-def _grayscale(draws: np.ndarray) -> list[_Work]:
-    chosen = draws[:, Draw.GRAYSCALE] < GRAYSCALE_PROBABILITY
-    return [_work(lambda x, _: _gray(x).expand_as(x), chosen)]
-
-
-def _blurred(probability: float, draws: np.ndarray) -> list[_Work]:
-    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, Draw.SIGMA]
-    return [_work(_gaussian_blur, draws[:, Draw.BLUR] < probability, sigma)]
-
-
-def _flip(draws: np.ndarray) -> list[_Work]:
-    return [_work(lambda x, _: x.flip(-1), draws[:, Draw.FLIP] < FLIP_PROBABILITY)]
-
-
 # Operations on (n, 3, S, S) float32 in [0, 1] with factors (n, 1, 1, 1). Those of the color jitter
-# change x itself, which they return.
+# (`_IN_PLACE`) change x itself, which they return.
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -223,6 +196,9 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
         torch.add(hue, start, out=x[:, channel])
     x.frac_().sub_(0.5).abs_().mul_(6).sub_(1).clamp_(0, 1)
     return x.mul_(chroma[:, None]).add_(low[:, None])
+
+
+_IN_PLACE = (_brightness, _contrast, _saturation, _hue)  # in the order of JITTER_LOW
 
 
 def _gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:

@@ -1,24 +1,19 @@
-"""Image folders: which files there are, with which labels, and what cannot be used.
-
-Also sets of images in memory. The views and batches made of them are in `loaders`.
-"""
+"""Sets of images with labels, as files or in memory, and reading them from folders and archives."""
 
 import copy
 import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from utils.data import archives, cropping, listing
-from utils.data.listing import LeftOut
 from utils.runtime.errors import InputError, printable
 
-IMAGENET_CLASSES = 1000
 _DIGESTED_AT_ONCE = 1024  # images
 
 
@@ -27,8 +22,8 @@ class ImageSet:
 
     paths: relative to root, in the order of torchvision's ImageFolder. labels: (N,) int64, -1
     for an image without one, so throughout where there are no classes. classes: the sorted class
-    names, empty where there are none. left_out: what lies among the files and is not in the set.
-    folders: identity of each folder of the files -> its path, as of `listing.Folder.identities`.
+    names, empty where there are none. found: the listing of the files, from which `left_out` and
+    `folders` come, what lies among them and the identities of their folders.
     """
 
     def __init__(
@@ -37,17 +32,14 @@ class ImageSet:
         paths: list[str],
         labels: Sequence[int],
         classes: list[str],
-        *,
-        left_out: LeftOut | None = None,
-        folders: Mapping[tuple[int, int], str] | None = None,
+        found: listing.Folder | None = None,
     ) -> None:
-        self.root = root
+        self.root, self.classes = root, classes
         # One array of bytes instead of a million Python objects: workers share its pages.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels, dtype=np.int64)
-        self.classes = classes
-        self.left_out = left_out or LeftOut()
-        self.folders = folders or {}
+        self.left_out = found.left_out if found else listing.LeftOut()
+        self.folders = found.identities if found else {}
 
     def __str__(self) -> str:
         """How many images of how many classes there are, and what is left out."""
@@ -68,10 +60,7 @@ class ImageSet:
         return os.path.join(self.root, self.name(index))
 
     def image(self, index: int) -> Tensor:
-        """The picture of image `index`, (3, H, W) uint8; the file is decoded.
-
-        Raises what decoding a damaged or missing file raises, which can be about anything.
-        """
+        """The picture of image `index`, (3, H, W) uint8; a broken file can raise anything."""
         return cropping.decode(self.path(index))
 
     def original_size(self, index: int) -> tuple[int, int] | None:
@@ -109,8 +98,9 @@ class ImageSet:
 class PixelSet(ImageSet):
     """An `ImageSet` whose pictures of one size are in memory; their paths are names only.
 
-    pixels: (M, 3, H, W) uint8, in memory as (M, H, W, 3), the layout that resizing is fast in.
-    rows: (N,) int64, the row of each image. Parts of the set share the pixels, and so do workers.
+    pixels: (M, 3, H, W) uint8, in memory as (M, H, W, 3), shared with parts of the set and workers.
+    rows: (N,) int64, the row of each image. broken: by row, why it could not be read. originals:
+    (M, 2) int64, heights and widths before the pictures were resized; None: they were not.
     """
 
     def __init__(
@@ -122,29 +112,25 @@ class PixelSet(ImageSet):
         pixels: Tensor,
     ) -> None:
         super().__init__(root, paths, labels, classes)
-        self.pixels = pixels
-        self.rows = np.arange(len(paths))
-
-    @property
-    def broken(self) -> dict[int, str]:
-        """Images that could not be read, by row, and why."""
-        return {}
+        self.pixels, self.rows = pixels, np.arange(len(paths))
+        self.broken: dict[int, str] = {}
+        self.originals: np.ndarray | None = None
 
     def image(self, index: int) -> Tensor:
-        """The picture of image `index`, (3, H, W) uint8; not to be changed."""
+        """The picture of image `index`, (3, H, W) uint8, not to be changed; OSError if broken."""
+        if self.broken and (reason := self.broken.get(int(self.rows[index]))):
+            raise OSError(reason)
         return self.pixels[self.rows[index]]
 
-    def original_sizes(self, index: np.ndarray) -> np.ndarray:
-        """Heights and widths of some images before they were resized, (n, 2) int64."""
-        return np.broadcast_to(np.array(self.pixels.shape[-2:]), (len(index), 2))
+    def original_size(self, index: int) -> tuple[int, int] | None:
+        return None if self.originals is None else tuple(self.originals[self.rows[index]])
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of names, labels, classes and pixels, in order."""
         digest = hashlib.sha256(super().digest().encode())
         digest.update(repr(tuple(self.pixels.shape[1:])).encode())
-        for rows in np.split(
-            self.rows, range(_DIGESTED_AT_ONCE, len(self.rows), _DIGESTED_AT_ONCE)
-        ):
+        for start in range(0, len(self.rows), _DIGESTED_AT_ONCE):
+            rows = self.rows[start : start + _DIGESTED_AT_ONCE]
             digest.update(self.pixels[rows].contiguous().numpy())
         return digest.hexdigest()
 
@@ -155,12 +141,7 @@ class PixelSet(ImageSet):
 
 
 class CachedSet(PixelSet):
-    """The pictures of another set in memory: it stands for that set, broken images and all.
-
-    images: the other set. pixels: as for `PixelSet`, those of image i in row i; what the rows of
-    broken images hold does not matter. broken: number of an image -> why it cannot be read.
-    originals: (N, 2) int64, heights and widths before the images were resized; None: they were not.
-    """
+    """The pictures of another set in memory, image i in row i: it stands for that set."""
 
     def __init__(
         self,
@@ -170,36 +151,13 @@ class CachedSet(PixelSet):
         broken: dict[int, str],
         originals: np.ndarray | None = None,
     ) -> None:
-        self.root, self.classes = images.root, images.classes
-        self._paths, self.labels = images._paths, images.labels
-        self.left_out, self.folders = images.left_out, images.folders
-        self._images, self._broken, self._originals = images, broken, originals
-        self.pixels, self.rows = pixels, np.arange(len(images))
-
-    @property
-    def broken(self) -> dict[int, str]:
-        """Images that could not be read, by row, and why."""
-        return self._broken
-
-    def image(self, index: int) -> Tensor:
-        """The picture of image `index`, (3, H, W) uint8; OSError if it could not be read."""
-        if reason := self._broken.get(int(self.rows[index])):
-            raise OSError(reason)
-        return super().image(index)
-
-    def original_size(self, index: int) -> tuple[int, int] | None:
-        """Height and width of image `index` before it was resized; None: it was not."""
-        return None if self._originals is None else tuple(self._originals[self.rows[index]])
-
-    def original_sizes(self, index: np.ndarray) -> np.ndarray:
-        """Heights and widths of some images before they were resized, (n, 2) int64."""
-        if self._originals is None:
-            return super().original_sizes(index)
-        return self._originals[self.rows[index]]
+        vars(self).update(vars(images))
+        self._images, self.pixels, self.rows = images, pixels, np.arange(len(images))
+        self.broken, self.originals = broken, originals
 
     def as_stored(self) -> ImageSet:
         """Itself, or the other set if pictures were resized."""
-        return self if self._originals is None else self._images
+        return self if self.originals is None else self._images
 
     def digest(self) -> str:
         """That of the other set: a run goes on with a cache or without one."""
@@ -214,66 +172,54 @@ class CachedSet(PixelSet):
 def read_image_folder(root: Path) -> ImageSet:
     """List the images of `root/<class>/**`, or of a flat folder `root/*` without classes.
 
-    What is an image, and what is hidden: see `listing`. Images beside class folders are no part of
-    the set but of its `left_out`; beside folders without any image they are a flat folder. Raises
-    InputError for a missing folder, one without images, a class without images, and where either
-    could be meant: images beside a single folder with images, or more of them than in all folders.
+    Images beside class folders are no part of the set but of its `left_out`; beside folders without
+    any image they are a flat folder. InputError for a missing folder, one without images, a class
+    without images, and where either could be meant: images beside a single folder with images, or
+    more of them than in all folders.
     """
     found = listing.Folder(root)
     by_class = found.images_by_folder()
-    if not any(by_class.values()) and (found.images or not found.folders):
-        return _flat_set(found)
-    _check_one_reading(found, by_class)
-    if empty := [name for name, paths in by_class.items() if not paths]:
-        first = ", ".join(name + _content(root / name) for name in empty[:5])
-        raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
-    for name in found.images:
-        found.left_out.count("images beside the class folders", name)
-    paths = [path for paths in by_class.values() for path in paths]
-    labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class.values()])
-    return _set_of(found, paths, labels, list(by_class))
-
-
-def _set_of(
-    found: listing.Folder, paths: list[str], labels: Sequence[int], classes: list[str]
-) -> ImageSet:
-    return ImageSet(
-        found.root, paths, labels, classes, left_out=found.left_out, folders=found.identities
-    )
-
-
-def _check_one_reading(found: listing.Folder, by_class: dict[str, list[str]]) -> None:
-    """InputError if images beside class folders may be the set, and the folders what is beside."""
     inside = {name: len(paths) for name, paths in by_class.items() if paths}
     beside, below = len(found.images), sum(inside.values())
+    if not inside and (beside or not by_class):
+        return _flat_set(found)
     if beside and (len(inside) == 1 or beside > below):
         first = ", ".join([*inside][:5])
         raise InputError(
-            f"data {found.root}: {beside} images directly in it and {below} in {len(inside)} of "
-            f"its folders ({first}): as a set without classes, move the folders away; as classes, "
-            "move the images beside them away"
+            f"data {root}: {beside} images directly in it and {below} in {len(inside)} of its "
+            f"folders ({first}): as a set without classes, move the folders away; as classes, move "
+            "the images beside them away"
         )
+    if empty := [name for name in by_class if name not in inside]:
+        first = ", ".join(empty[:5]) + _instead(found)
+        raise InputError(f"data {root}: {len(empty)} classes without an image: {first}")
+    for name in found.images:
+        found.left_out.count("images beside the class folders", name)
+    return _set_of(found, by_class)
 
 
 def _flat_set(found: listing.Folder) -> ImageSet:
     """The images directly in a folder, without labels; its folders are left out."""
     if not found.images:
-        raise InputError(f"data {found.root}: neither class folders nor images in it{_only(found)}")
+        what = "neither class folders nor images in it"
+        raise InputError(f"data {found.root}: {what}{_instead(found)}")
     found.check_links()
     for name in found.folders:
         found.left_out.count("folders", name)
-    labels = [-1] * len(found.images)
-    return _set_of(found, found.images, labels, [])
+    return _set_of(found, {}, found.images)
 
 
-def _content(root: Path) -> str:
-    """What the folder of a class without images holds instead."""
-    found = listing.Folder(root)
-    found.images_by_folder()
-    return _only(found)
+def _set_of(
+    found: listing.Folder, by_class: dict[str, list[str]], beside: Sequence[str] = ()
+) -> ImageSet:
+    """The images beside the folders of the classes, without a label, and those in them."""
+    parts = [beside, *by_class.values()]
+    labels = np.repeat(np.arange(-1, len(by_class)), [len(part) for part in parts])
+    paths = [path for part in parts for path in part]
+    return ImageSet(found.root, paths, labels, list(by_class), found)
 
 
-def _only(found: listing.Folder) -> str:
+def _instead(found: listing.Folder) -> str:
     """What a folder without images holds instead."""
     return f" (but {found.left_out})" if str(found.left_out) else ""
 
@@ -281,19 +227,14 @@ def _only(found: listing.Folder) -> str:
 def read_any_folder(root: Path) -> ImageSet:
     """List all images below a folder: those directly in it, then those of its folders.
 
-    The classes are the folders directly in it that hold images, at any depth; without a class is
-    what lies beside them. Prints how many there are, and what is none. Raises InputError for a
-    missing folder and one without images.
+    The classes are the folders directly in it that hold images; without a class is what lies beside
+    them. Prints how many there are. InputError for a missing folder and one without images.
     """
     found = listing.Folder(root)
-    by_class = found.images_by_folder()
-    classes = [name for name, paths in by_class.items() if paths]
-    if not found.images and not classes:
-        raise InputError(f"data {root}: no images in it{_only(found)}")
-    paths = [path for name in classes for path in by_class[name]]
-    counts = [len(found.images), *(len(by_class[name]) for name in classes)]
-    labels = np.repeat(np.arange(-1, len(classes)), counts)
-    images = _set_of(found, found.images + paths, labels, classes)
+    by_class = {name: paths for name, paths in found.images_by_folder().items() if paths}
+    if not found.images and not by_class:
+        raise InputError(f"data {root}: no images in it{_instead(found)}")
+    images = _set_of(found, by_class, found.images)
     print(printable(str(images)), flush=True)
     return images
 
@@ -309,28 +250,23 @@ def read_split(
     folder with images directly in it and without a "train" folder is a training set without labels.
     Prints how many images in how many classes there are, and what is left out. Raises InputError.
     """
-    images = _read_split(data, split, dataset=dataset, unlabeled=unlabeled)
+    root = data / split
+    if dataset in archives.NAMES:
+        images = PixelSet(root, *archives.read(data, dataset, split, unlabeled=unlabeled))
+    elif not listing.is_folder(root):
+        images = _without_split_folder(data, split)
+    else:
+        images = read_image_folder(root)
+    if dataset == "imagenet100":
+        if len(images.classes) != 1000:
+            raise InputError(
+                f"--dataset imagenet100: {root} has {len(images.classes)} classes, not the 1000 it "
+                "is chosen from (a folder of its 100: --dataset imagenet)"
+            )
+        chosen = np.random.RandomState(1234).permutation(1000)[:100]
+        images = images.subset([images.classes[position] for position in sorted(chosen)])
     warning = f"; WARNING: {_one_class(images)}" if len(images.classes) == 1 else ""
     print(printable(f"{images}{warning}"), flush=True)
-    return images
-
-
-def _read_split(data: Path, split: str, *, dataset: str, unlabeled: bool) -> ImageSet:
-    if dataset in archives.NAMES:
-        pixels, labels, names, classes = archives.read(data, dataset, split, unlabeled=unlabeled)
-        return PixelSet(data / split, names, labels, classes, pixels)
-    root = data / split
-    if not listing.is_folder(root):
-        return _without_split_folder(data, split)
-    images = read_image_folder(root)
-    if dataset == "imagenet100":
-        if len(images.classes) != IMAGENET_CLASSES:
-            raise InputError(
-                f"--dataset imagenet100: {root} has {len(images.classes)} classes, not the "
-                f"{IMAGENET_CLASSES} it is chosen from (a folder of its 100: --dataset imagenet)"
-            )
-        chosen = np.random.RandomState(1234).permutation(IMAGENET_CLASSES)[:100]
-        images = images.subset([images.classes[position] for position in sorted(chosen)])
     return images
 
 
@@ -355,10 +291,9 @@ def _one_class(images: ImageSet) -> str:
     inside = {below[1] for below in parts if len(below) > 2}
     if not inside:
         return f"one class only, {name}"
-    where = images.root / name
     return (
-        f"one class only, {name}, with {len(inside)} folders in it: did you mean {where}? The "
-        f"folders of the classes belong directly into {images.root}"
+        f"one class only, {name}, with {len(inside)} folders in it: did you mean "
+        f"{images.root / name}? The folders of the classes belong directly into {images.root}"
     )
 
 

@@ -1,22 +1,16 @@
 """Draw "fabrics", a small synthetic image data set, as JPEG files for the demo and the tests.
 
-    python utils/data/demo_data.py data/fabrics
-    python utils/data/demo_data.py data/fabrics --seed 1 --preview fabrics.png
-
-writes ``<folder>/train/<class>/*.jpg`` and ``<folder>/val/<class>/*.jpg``. A picture shows a piece
-of cloth with one of ten printed patterns, in front of clutter. Only the shape of the pattern tells
-the class: colors are nearly gray, the print is always darker than its ground, and the printed
-share of the cloth follows one distribution for all classes.
+A picture shows a piece of cloth with one of ten printed patterns, in front of clutter. Only the
+shape of the pattern tells the class: colors are nearly gray, the print is always darker than its
+ground, and the printed share of the cloth follows one distribution for all classes.
 
 On one machine the same arguments give the same files; another processor or another release of
 numpy or Pillow may round a pixel differently.
 """
 
-import argparse
 import functools
 import json
 import math
-import os
 import shutil
 import sys
 import uuid
@@ -30,13 +24,7 @@ from tqdm import tqdm
 VERSION = 1  # raise it with every change that changes a picture
 MARKER = "fabrics.json"  # in the data set's folder: its presence says the drawing is complete
 SPLITS = ("train", "val")
-TRAIN_PER_CLASS = 200
-VAL_PER_CLASS = 100
-SIZE = 48
 SUPERSAMPLE = 2
-JPEG_QUALITY = 90
-PREVIEW_COLUMNS = 12
-PREVIEW_ZOOM = 2
 
 Rng = np.random.Generator
 # A pattern maps coordinates u, v in units of its cells, (H, W) each, to a field (H, W) that is
@@ -44,7 +32,7 @@ Rng = np.random.Generator
 Pattern = Callable[[np.ndarray, np.ndarray, Rng], np.ndarray]
 
 
-def _to_nearest_integer(u: np.ndarray) -> np.ndarray:
+def _near(u: np.ndarray) -> np.ndarray:
     """Distance from u to the nearest integer, 0 to 0.5."""
     return np.abs(u - np.round(u))
 
@@ -61,7 +49,7 @@ def _bricks(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     length = rng.uniform(1.3, 1.6)  # of a brick; its height keeps the area of one cell
     course = v * length
     joint = u / length + 0.5 * (np.floor(course) % 2)
-    return np.minimum(_to_nearest_integer(course) / length, _to_nearest_integer(joint) * length)
+    return np.minimum(_near(course) / length, _near(joint) * length)
 
 
 def _cells(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
@@ -69,11 +57,10 @@ def _cells(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     period = 32  # more than the cells across a picture, so that no point is seen twice
     moves = rng.uniform(0.1, 0.9, (2, period, period)).astype(u.dtype)
     column, row = np.floor(u).astype(int), np.floor(v).astype(int)
-    steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    at = [((column + i) % period, (row + j) % period) for i, j in steps]
     # The nine points near each pixel, as seen from it: (9, H, W).
-    x = np.stack([column - u + i + moves[0][a] for (i, _), a in zip(steps, at, strict=True)])
-    y = np.stack([row - v + j + moves[1][a] for (_, j), a in zip(steps, at, strict=True)])
+    i, j = np.mgrid[-1:2, -1:2].reshape(2, 9, 1, 1)
+    at = (column + i) % period, (row + j) % period
+    x, y = column - u + i + moves[0][at], row - v + j + moves[1][at]
     squared = x * x + y * y
     nearest = squared.argmin(axis=0, keepdims=True)
     own_x, own_y, own = (np.take_along_axis(a, nearest, axis=0) for a in (x, y, squared))
@@ -85,7 +72,7 @@ def _cells(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
 
 def _checker(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     """Every second square of a board."""
-    inside = np.minimum(_to_nearest_integer(u), _to_nearest_integer(v))
+    inside = np.minimum(_near(u), _near(v))
     return np.where((np.floor(u) + np.floor(v)) % 2 == 0, -inside, inside)
 
 
@@ -94,21 +81,6 @@ def _crosses(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     x, y = (np.abs(a) for a in _motif(u, v, rng))
     slim = rng.uniform(0.33, 0.42)
     return np.minimum(np.maximum(slim * x, y), np.maximum(x, slim * y))
-
-
-def _dots(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
-    """Filled discs."""
-    return np.hypot(*_motif(u, v, rng))
-
-
-def _grid(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
-    """Two sets of lines at a right angle."""
-    return np.minimum(_to_nearest_integer(u), _to_nearest_integer(v))
-
-
-def _rings(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
-    """Circles."""
-    return np.abs(np.hypot(*_motif(u, v, rng)) - rng.uniform(0.27, 0.32))
 
 
 def _spots(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
@@ -123,30 +95,33 @@ def _spots(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     return field / (frequency.mean() * math.sqrt(waves / 2))  # slope about 1
 
 
-def _stripes(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
-    """Parallel bands."""
-    return _to_nearest_integer(u)
-
-
 def _zigzag(u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     """Parallel bands with sharp bends."""
     slope, period, distance = rng.uniform(0.8, 1.3), 1.5, 0.7
-    bent = v + slope * period * _to_nearest_integer(u / period)
-    return distance * _to_nearest_integer(bent / (distance * math.hypot(1, slope)))
+    bent = v + slope * period * _near(u / period)
+    return distance * _near(bent / (distance * math.hypot(1, slope)))
 
 
-_LINES = (_bricks, _cells, _grid, _rings, _stripes, _zigzag)
-_SHAPES = (_checker, _crosses, _dots, _spots)
-PATTERNS: dict[str, Pattern] = {f.__name__.removeprefix("_"): f for f in _LINES + _SHAPES}
-CLASSES = tuple(sorted(PATTERNS))
+PATTERNS: dict[str, Pattern] = {
+    "bricks": _bricks,
+    "cells": _cells,
+    "checker": _checker,
+    "crosses": _crosses,
+    "dots": lambda u, v, rng: np.hypot(*_motif(u, v, rng)),
+    "grid": lambda u, v, rng: np.minimum(_near(u), _near(v)),
+    "rings": lambda u, v, rng: np.abs(np.hypot(*_motif(u, v, rng)) - rng.uniform(0.27, 0.32)),
+    "spots": _spots,
+    "stripes": lambda u, v, rng: _near(u),
+    "zigzag": _zigzag,
+}
+CLASSES = tuple(PATTERNS)  # in the order of the alphabet
 
 
 @functools.cache
 def _pixel_centers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of every pixel, (size, size) float32 each, -0.5 to 0.5."""
     line = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
-    y, x = np.meshgrid(line, line, indexing="ij")
-    return x, y
+    return np.meshgrid(line, line)
 
 
 @functools.cache
@@ -210,13 +185,9 @@ def _polygon(size: int, rng: Rng) -> np.ndarray:
 
 
 def draw_picture(
-    label: int, *, split: str, index: int, seed: int = 0, size: int = SIZE
+    label: int, *, split: str, index: int, seed: int = 0, size: int = 48
 ) -> np.ndarray:
-    """Draw one picture, (size, size, 3) uint8, the same for the same arguments.
-
-    `label` is a position in CLASSES, `split` a name in SPLITS; `index` and `seed` count from 0.
-    Raises ValueError for another split or a negative number.
-    """
+    """Draw one picture, (size, size, 3) uint8; label: a position in CLASSES, split: of SPLITS."""
     rng = np.random.default_rng([seed, SPLITS.index(split), label, index])
     canvas = SUPERSAMPLE * size
     cloth = _outline(canvas, rng)
@@ -237,15 +208,11 @@ def draw_picture(
 
 
 def _is_drawn(root: Path, parameters: dict[str, int]) -> bool:
-    """Whether root holds the finished drawing with these parameters; ValueError for anything else.
-
-    A missing or empty folder is fine: the drawing can go there.
-    """
-    mend = "remove it or name another folder"
+    """Whether root holds this drawing, or nothing; ValueError for anything else."""
+    mend, asked = "remove it or name another folder", json.dumps(parameters)
     if (root / MARKER).is_file():
         found = (root / MARKER).read_text(encoding="utf-8").strip()
-        if found != json.dumps(parameters):
-            asked = json.dumps(parameters)
+        if found != asked:
             raise ValueError(f"{root} holds a drawing with {found}, not {asked}: {mend}")
         return True
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -254,29 +221,22 @@ def _is_drawn(root: Path, parameters: dict[str, int]) -> bool:
 
 
 def draw_data_set(
-    root: str | Path,
+    root: Path,
     *,
-    train_per_class: int = TRAIN_PER_CLASS,
-    val_per_class: int = VAL_PER_CLASS,
-    size: int = SIZE,
+    train_per_class: int = 200,
+    val_per_class: int = 100,
+    size: int = 48,
     seed: int = 0,
 ) -> Path:
-    """Draw the data set once and return its folder; a finished drawing is left as it is.
+    """Draw root/train/<class>/*.jpg and root/val/... once; a finished drawing is left as it is.
 
-    The files go to a folder beside `root`, which is renamed to `root` when complete. So a call that
-    is interrupted leaves nothing at `root`, and of two calls at once the first to finish wins. Only
-    a killed process leaves its folder `<root>.unfinished-*` behind, which can be removed.
-
-    Raises:
-        ValueError: a parameter is out of range; or `root` holds something else, be it a drawing
-            with other parameters, of another version, or files without the marker.
+    Returns the folder, an absolute path. The files go to a folder beside it, which is renamed when
+    complete: of two calls at once the first to finish wins, and only a killed process leaves its
+    `<root>.unfinished-*` behind. ValueError if `root` holds anything else, be it another drawing.
     """
     counts = {"train_per_class": train_per_class, "val_per_class": val_per_class}
     parameters = {"version": VERSION, **counts, "size": size, "seed": seed}
-    for name, least in {**dict.fromkeys(counts, 1), "size": 8, "seed": 0}.items():
-        if parameters[name] < least:
-            raise ValueError(f"{name} must be at least {least}, not {parameters[name]}")
-    root = Path(root).resolve()
+    root = root.resolve()
     if _is_drawn(root, parameters):
         return root
     unfinished = root.with_name(f"{root.name}.unfinished-{uuid.uuid4().hex[:8]}")
@@ -302,42 +262,4 @@ def _write_pictures(folder: Path, split: str, count: int, *, size: int, seed: in
         (folder / name).mkdir(parents=True)
         for index in range(count):
             picture = draw_picture(label, split=split, index=index, seed=seed, size=size)
-            Image.fromarray(picture).save(folder / name / f"{index:05d}.jpg", quality=JPEG_QUALITY)
-
-
-def contact_sheet(root: str | Path) -> Image.Image:
-    """The first training pictures of a drawn data set, one row a class in the order of CLASSES."""
-    rows = []
-    for name in CLASSES:
-        paths = sorted((Path(root) / "train" / name).glob("*.jpg"))[:PREVIEW_COLUMNS]
-        rows.append(np.hstack([np.asarray(Image.open(path)) for path in paths]))
-    sheet = Image.fromarray(np.vstack(rows))
-    return sheet.resize((PREVIEW_ZOOM * sheet.width, PREVIEW_ZOOM * sheet.height))
-
-
-def _path(text: str) -> Path:
-    """An argparse type: the home folder for ~; by itself, as this file runs without the others."""
-    return Path(os.path.expanduser(text))
-
-
-def main() -> None:
-    """Draw the data set from the command line; exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description='Draw the synthetic data set "fabrics".')
-    parser.add_argument("folder", type=_path, help="where train/ and val/ shall lie")
-    defaults = {"train_per_class": TRAIN_PER_CLASS, "val_per_class": VAL_PER_CLASS, "size": SIZE}
-    for name, default in {**defaults, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
-    parser.add_argument("--preview", type=_path, metavar="FILE", help="write a contact sheet too")
-    args = vars(parser.parse_args())
-    folder, preview = args.pop("folder"), args.pop("preview")
-    try:
-        folder = draw_data_set(folder, **args)
-        if preview is not None:
-            contact_sheet(folder).save(preview)
-    except (ValueError, OSError, OverflowError, MemoryError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(folder)
-
-
-if __name__ == "__main__":
-    main()
+            Image.fromarray(picture).save(folder / name / f"{index:05d}.jpg", quality=90)

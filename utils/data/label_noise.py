@@ -13,18 +13,17 @@ from torch import Tensor
 
 from utils.data.batches import Batch
 from utils.data.datasets import ImageSet
-from utils.data.image_names import ImageNames, quoted, read_lines, refuse, unquoted
+from utils.data.splits import ImageNames, quoted, read_lines, refuse, unquoted
 from utils.runtime.errors import InputError
 from utils.runtime.files import replace_text
 from utils.runtime.streams import upload
 
 
 def noisy_labels(images: ImageSet, rate: float, *, seed: int) -> np.ndarray:
-    """The labels (N,) int64 after round(rate N) images, drawn, have got another class.
+    """The labels (N,) int64 after round(rate N) images have got another class; rate: 0 to 1.
 
-    rate: 0 to 1. The images are drawn without replacement, the class of each evenly from all but
-    its own. The draw depends on the seed, the rate and the labels alone. InputError for a single
-    class.
+    The images are drawn without replacement, the class of each evenly from all but its own, by the
+    seed, the rate and the labels alone. InputError for a single class.
     """
     if len(images.classes) < 2:
         raise InputError(f"--label_noise {rate}: {images.root} has no second class")
@@ -39,15 +38,18 @@ def noisy_labels(images: ImageSet, rate: float, *, seed: int) -> np.ndarray:
 def read_label_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     """The labels (N,) int64 that a file gives: each line an image's path below train/, its class.
 
-    Path and class are parted by a tab, or else by the last blank, so that a class with a blank in
-    its name needs a tab; either can be a JSON string, see `image_names`. Strict: every image must
-    come once, and each class be one of the folders'. Otherwise an InputError counts the faults and
-    names the first five, as for a missing, empty or unreadable file. flag: the flag that named it.
+    Path and class are parted by a tab, or else by the last blank; either can be a JSON string, see
+    `splits`. Strict: InputError, which begins with the flag, unless every image comes once and each
+    class is one of the folders'.
     """
     what = f"{flag} {path}"
-    lines = map(_parted, read_lines(path, what=what))
     names, classes = ImageNames(images), {name: n for n, name in enumerate(images.classes)}
-    rows = [(e, given, names.number(e), _label(given, classes)) for e, given in lines]
+    rows = []  # entry, class as given, number of the image, label
+    for entry, given in map(_parted, read_lines(path, what=what)):
+        name = unquoted(given)
+        if name is None:
+            name = given if given in classes else given.strip()
+        rows.append((entry, given, names.number(entry), classes.get(name)))
     times = Counter(number for _, _, number, _ in rows if number is not None)
     refuse(
         {
@@ -75,19 +77,11 @@ def _parted(line: str) -> tuple[str, str]:
     return entry, given if given.strip() else ""
 
 
-def _label(given: str, classes: dict[str, int]) -> int | None:
-    """The number of the class that stands in a line, None if there is none of this name."""
-    name = unquoted(given)
-    if name is None:
-        name = given if given in classes else given.strip()
-    return classes.get(name)
-
-
 def write_changes(path: Path, images: ImageSet, given: np.ndarray | None) -> None:
     """Write each image whose given label is not its own: path, true class, given class; by tabs.
 
-    What is no plain text is a JSON string, see `image_names`. given: (N,); None: the images' own,
-    and a file that an earlier run has left goes. RunError as of `checkpoint.replace_text`.
+    given: (N,); None: the images' own, and a file that an earlier run has left goes. RunError as of
+    `files.replace_text`.
     """
     if given is None:
         path.unlink(missing_ok=True)

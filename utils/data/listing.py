@@ -15,12 +15,12 @@ from PIL import Image
 
 from utils.runtime.errors import InputError
 
-HIDDEN = "hidden"
 # Folders that archives made on a Mac, a NAS and file systems bring along.
 _NOT_OURS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 _NAMED = 3  # names of each kind that are kept
 _ENDINGS = 10  # that are named; a million files can have as many
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what following a link that is broken gives
+_BROKEN_LINK = "links to nowhere"
 # Pillow knows files of these by their endings, but has no decoder of its own for them.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -29,40 +29,35 @@ class LeftOut:
     """What is not used: `count` what a thing is, its name; paths are below one folder."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._names: dict[str, list[str]] = {}
+        self._found: dict[str, dict] = {}
 
     def count(self, kind: str, name: str) -> None:
         """Note one thing; kind: a file's ending, or what else it is, such as "hidden"."""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        names = self._names.setdefault(kind, [])
-        if len(names) < _NAMED:
-            names.append(name)
+        entry = self._found.setdefault(kind, {"count": 0, "first": []})
+        entry["count"] += 1
+        if len(entry["first"]) < _NAMED:
+            entry["first"] = sorted([*entry["first"], name])
 
     def record(self) -> dict[str, dict]:
         """Of builtins, for JSON: kind -> {"count": n, "first": [names]}; most frequent first.
 
         Endings beyond the ten most frequent are one kind, the last, "other endings".
         """
-        kinds = sorted(self._counts, key=lambda kind: (-self._counts[kind], kind))
-        rare = [kind for kind in kinds if kind.startswith(".")][_ENDINGS:]
-        found = {
-            kind: {"count": self._counts[kind], "first": sorted(self._names[kind])}
-            for kind in kinds
-            if kind not in set(rare)
-        }
+        kinds = sorted(self._found, key=lambda kind: (-self._found[kind]["count"], kind))
+        record = {kind: self._found[kind] for kind in kinds}
+        rare = [record.pop(kind) for kind in [k for k in kinds if k[0] == "."][_ENDINGS:]]
         if rare:
-            names = sorted(name for kind in rare for name in self._names[kind])
-            count = sum(self._counts[kind] for kind in rare)
-            found["other endings"] = {"count": count, "first": names[:_NAMED]}
-        return found
+            names = sorted(name for entry in rare for name in entry["first"])
+            count = sum(entry["count"] for entry in rare)
+            record["other endings"] = {"count": count, "first": names[:_NAMED]}
+        return record
 
     def __str__(self) -> str:
         """In words, "" for nothing: "2 .txt (a/notes.txt, b/notes.txt), 1 hidden (.thumbnails)"."""
         parts = []
-        for kind, found in self.record().items():
-            more = ", ..." if found["count"] > len(found["first"]) else ""
-            parts.append(f"{found['count']} {kind} ({', '.join(found['first'])}{more})")
+        for kind, entry in self.record().items():
+            more = ", ..." if entry["count"] > len(entry["first"]) else ""
+            parts.append(f"{entry['count']} {kind} ({', '.join(entry['first'])}{more})")
         return ", ".join(parts)
 
 
@@ -93,36 +88,28 @@ def is_folder(path: Path) -> bool:
             if error.errno not in _NOWHERE:
                 raise
     if os.path.islink(path):
-        raise InputError(
-            f"data {path}: a link to what is not there, {os.readlink(path)} (is a disk not "
-            "mounted?)"
-        )
+        raise InputError(f"data {path}: a link to what is not there, {os.readlink(path)}")
     return False
 
 
 class Folder:
     """What lies directly in a folder, or below it: names sorted, hidden things left out.
 
-    Hidden is what begins with a dot, and what archives and systems bring along: `__MACOSX`,
-    `@eaDir`, `lost+found`, `$RECYCLE.BIN`, `System Volume Information`.
-    images: names of image files directly in it. folders: names of the folders in it.
-    left_out: what else there is in what has been looked at so far.
-    identities: (device, inode) of each folder looked at so far -> its path, in order.
+    Hidden is what begins with a dot, and what archives and systems bring along.
+    images, folders: names of what is directly in it. Of what has been looked at so far, left_out:
+    what else there is; identities: (device, inode) of each folder -> its path.
 
-    Raises InputError for what cannot be listed. Links to what is not there, behind which an image
-    or a class would be missing, are for `check_links`; `images_by_folder` ends in it. Such a link
-    within a class whose ending is that of another file is left out.
+    Raises InputError for what cannot be listed, and links to nowhere behind which an image or a
+    class would be missing: `check_links`, in which `images_by_folder` ends.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.left_out = LeftOut()
+        self.root, self.left_out = root, LeftOut()
         self._dangling: list[str] = []
         if not is_folder(root):
             raise InputError(f"data {root}: no such folder")
         with _errors_of(root):
-            real = root.resolve()
-            self._above = {_identity(path): str(path) for path in real.parents}
+            self._above = {_identity(path): str(path) for path in root.resolve().parents}
             self.identities = {_identity(root): str(root)}
         self.images, self.folders = self._entries("")
 
@@ -130,28 +117,20 @@ class Folder:
         """Each of its folders -> paths below the root of the images in it, at any depth.
 
         In the order of the folders' paths, then of names: that of torchvision's ImageFolder.
-        InputError for a folder that is reached twice, by a link or a mount, so that each image in
-        it would come twice, or without end. A single file that is linked twice is not looked for:
-        that would cost a look at each file.
+        InputError for a folder that is reached twice, by a link or a mount. (A file that is linked
+        twice is not looked for: that would cost a look at each file.)
         """
         by_folder = {}
-        for name in self.folders:
-            found = dict(self._walk(name))
-            by_folder[name] = [
-                os.path.join(folder, image) for folder in sorted(found) for image in found[folder]
-            ]
+        for top in self.folders:
+            found, waiting = {}, [top]
+            while waiting:
+                name = waiting.pop()
+                self._identify(os.path.join(self.root, name))
+                found[name], folders = self._entries(name)
+                waiting += [os.path.join(name, folder) for folder in reversed(folders)]
+            by_folder[top] = [os.path.join(name, i) for name in sorted(found) for i in found[name]]
         self.check_links()
         return by_folder
-
-    def _walk(self, name: str) -> Iterator[tuple[str, list[str]]]:
-        """Folders below the root from one on, and the names of the images in each."""
-        waiting = [name]
-        while waiting:
-            name = waiting.pop()
-            self._identify(os.path.join(self.root, name))
-            images, folders = self._entries(name)
-            yield name, images
-            waiting += [os.path.join(name, folder) for folder in reversed(folders)]
 
     def _identify(self, path: str) -> None:
         """Note the folder at a path; InputError if it has been reached before."""
@@ -161,15 +140,10 @@ class Folder:
         if before is None:
             self.identities[own] = path
         elif own in self._above or path.startswith(os.path.join(before, "")):
-            raise InputError(
-                f"data {path}: leads back up to {before}, so that images would come again and "
-                "again; remove this link"
-            )
+            raise InputError(f"data {path}: leads back up to {before}; remove this link")
         else:
-            raise InputError(
-                f"data {path}: is the same folder as {before}, so its images come twice; remove "
-                "one of them"
-            )
+            same = f"is the same folder as {before}, so its images come twice"
+            raise InputError(f"data {path}: {same}; remove one of them")
 
     def _entries(self, name: str) -> tuple[list[str], list[str]]:
         """Names of the images and of the folders in a folder below the root, sorted."""
@@ -178,27 +152,16 @@ class Folder:
         with _errors_of(folder), os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
-            path = os.path.join(name, entry.name)
-            if entry.name.startswith(".") or entry.name in _NOT_OURS:
-                self.left_out.count(HIDDEN, path)
-                continue
-            kind = _kind(entry)
+            kind, path = _kind(entry), os.path.join(name, entry.name)
             if kind == "folder":
                 folders.append(entry.name)
-            elif kind == "file":
-                self._sort_file(entry.name, path, images)
-            elif kind == "links to nowhere" and (not name or _ending(path) in {"", *endings()}):
+            elif kind in endings():
+                images.append(entry.name)
+            elif kind == _BROKEN_LINK and (not name or _ending(path) in {"", *endings()}):
                 self._dangling.append(path)  # directly in the root it may have been a class
             else:
-                self.left_out.count(kind, path)
+                self.left_out.count(kind or "without an ending", path)
         return images, folders
-
-    def _sort_file(self, name: str, path: str, images: list[str]) -> None:
-        ending = _ending(name)
-        if ending in endings():
-            images.append(name)
-        else:
-            self.left_out.count(ending or "without an ending", path)
 
     def check_links(self) -> None:
         """InputError for links to what is not there, in what has been looked at so far."""
@@ -220,16 +183,19 @@ def _ending(name: str) -> str:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """ "folder", "file", "links to nowhere" or "no regular file", of what an entry leads to."""
-    try:
-        if entry.is_dir():  # of what is no link this and is_file cost no look at the disk
-            return "folder"
-        if entry.is_file():
-            return "file"
-        if entry.is_symlink():
-            os.stat(entry.path)
-    except OSError as error:
-        if error.errno in _NOWHERE:
-            return "links to nowhere"
-        raise InputError(f"data {entry.path}: {error.strerror}") from error
+    """What an entry leads to: "folder", the ending of a file, or what else it is."""
+    if entry.name.startswith(".") or entry.name in _NOT_OURS:
+        return "hidden"
+    with _errors_of(entry.path):
+        try:
+            if entry.is_dir():  # of what is no link this and is_file cost no look at the disk
+                return "folder"
+            if entry.is_file():
+                return _ending(entry.name)
+            if entry.is_symlink():
+                os.stat(entry.path)
+        except OSError as error:
+            if error.errno in _NOWHERE:
+                return _BROKEN_LINK
+            raise
     return "no regular file"

@@ -4,7 +4,6 @@ All are a hash of (seed, epoch, image index, view, draw): no generator has a sta
 depend on workers, processes, the device, or on resuming.
 """
 
-from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -54,24 +53,6 @@ def uniforms(seed: int, epoch: int, index: np.ndarray | Tensor, *, views: int = 
     key = _splitmix64(key[:, None] ^ np.arange(views, dtype=np.uint64))
     bits = _splitmix64(key[..., None], NUM_DRAWS)
     return (bits >> np.uint64(11)) * 2.0**-53
-
-
-def by_image(
-    seed: int, epoch: int, numbers: list[int], *, views: int
-) -> Callable[[int], np.ndarray]:
-    """The function: number of an image -> its `uniforms` (views, NUM_DRAWS).
-
-    Those of `numbers` are made together, which is much faster; any other's when it is asked for.
-    """
-    index = np.array(numbers, dtype=np.int64)  # can be empty
-    together = dict(zip(numbers, uniforms(seed, epoch, index, views=views), strict=True))
-
-    def of(number: int) -> np.ndarray:
-        if number in together:
-            return together[number]
-        return uniforms(seed, epoch, np.array([number]), views=views)[0]
-
-    return of
 
 
 def _splitmix64(state: np.ndarray, count: int = 1) -> np.ndarray:

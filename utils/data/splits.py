@@ -1,56 +1,158 @@
 """Which training images count as labeled: a split file, or a class-balanced draw.
 
 A split file names one image a line, by its path below train/ or by its base name. For ImageNet
-these are the public 1% and 10% lists published with SimCLR. `image_names` tells how names that are
-no plain text are written.
+these are the public 1% and 10% lists published with SimCLR.
+
+A file system allows every character but "/" in a name, and bytes that are no text. So in a file one
+line holds one entry, "\\n" alone ends a line, and a name that a reader or an editor could take for
+another stands as a JSON string.
 """
 
-from collections import Counter
+import json
+import os
+import stat
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from utils.data.datasets import ImageSet
-from utils.data.image_names import ImageNames, quoted, read_lines, refuse
+from utils.runtime import plain_json
 from utils.runtime.errors import InputError, printable
 from utils.runtime.files import replace_text
+
+_SHOWN = 300  # characters of an entry in a message
+
+
+def quoted(name: str) -> str:
+    """A name as it stands in a file: itself, or a JSON string in plain ASCII.
+
+    Itself is what is printable, has no blank at an end and no quote in front. A byte that is no
+    UTF-8 is an escape from \\\\udc80 to \\\\udcff, as Python reads it.
+    """
+    return plain_json.dumps(name) if name.startswith('"') else _visible(name)
+
+
+def _visible(text: str) -> str:
+    """Itself, unless blanks at its ends or what is not printable would not be seen."""
+    return text if text.isprintable() and text == text.strip() else plain_json.dumps(text)
+
+
+def unquoted(field: str) -> str | None:
+    """The name that a JSON string stands for, None for anything else."""
+    try:
+        return json.loads(field) if field.startswith('"') else None
+    except ValueError:
+        return None
+
+
+def read_lines(path: Path, *, what: str) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank, without "\\r" at their ends.
+
+    InputError that begins with `what` if there are none, and for no regular file: a FIFO waits.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{what}: no regular file")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what}: no text in UTF-8") from error
+    if "\0" in text:  # UTF-16 without a mark
+        raise InputError(f"{what}: no text in UTF-8")
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise InputError(f"{what}: names no image")
+    return lines
+
+
+class ImageNames:
+    """Finds the images of a set by what a file calls them.
+
+    An entry that is an image's path below train/, character by character, is that image, and so is
+    a JSON string of it. Any other is read without blanks around it and without "./" and "train/" in
+    front, or as the path of a file below the folder of the images.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self._numbers = {images.name(number): number for number in range(len(images))}
+        self._here = os.getcwd()
+        root = os.path.join(self._here, images.root)
+        self._folders = [os.path.join(f(root), "") for f in (os.path.normpath, os.path.realpath)]
+
+    def number(self, entry: str) -> int | None:
+        """The image that an entry is the path of, None if there is none."""
+        if (name := unquoted(entry)) is not None:
+            return self._numbers.get(name)
+        if entry in self._numbers:
+            return self._numbers[entry]
+        path = os.path.normpath(entry.strip())
+        file = os.path.normpath(os.path.join(self._here, path))
+        below = [file.removeprefix(top) for top in self._folders if file.startswith(top)]
+        readings = (path, path.removeprefix("train/"), *below)
+        return next((self._numbers[name] for name in readings if name in self._numbers), None)
+
+    def numbers(self, entry: str) -> list[int]:
+        """The images that an entry can mean: the one of this path, or all of this base name."""
+        number = self.number(entry)
+        if number is not None or unquoted(entry) is not None:
+            return [] if number is None else [number]
+        base = os.path.normpath(entry.strip()).removeprefix("train/")
+        return self._by_base_name.get(base, [])
+
+    @cached_property
+    def _by_base_name(self) -> dict[str, list[int]]:
+        found = defaultdict(list)
+        for name, number in self._numbers.items():
+            found[os.path.basename(name)].append(number)
+        return found
+
+
+def refuse(faults: dict[str, list[str]], *, what: str, hint: str = "") -> None:
+    """InputError that counts what has each fault and names the first five, if anything has one."""
+    problems = []
+    for fault, names in faults.items():
+        if names:
+            first = [n[:_SHOWN] + "..." * (len(n) > _SHOWN) for n in map(_visible, names[:5])]
+            problems.append(f"{len(names)} {fault} (first: {', '.join(first)})")
+    if problems:
+        raise InputError(f"{what}: {'; '.join(problems)}{hint}")
 
 
 def read_split_file(path: Path, images: ImageSet, *, flag: str) -> np.ndarray:
     """Numbers (n,) int64 of the images that a split file names, ascending.
 
-    Strict: entries that name no image, name one twice, or are a base name of several images are
-    counted and the first five named in an InputError, as are a missing, empty or unreadable file.
-    (The published code ignored entries without an image.) flag: the flag that named the file.
+    Strict: InputError, which begins with the flag, for entries that name no image, several images,
+    or one twice. (The published code ignored entries without an image.)
     """
     what = f"{flag} {path}"
-    entries = read_lines(path, what=what)
     names = ImageNames(images)
-    found = [names.numbers(entry) for entry in entries]
-    counts = [(entry, len(numbers)) for entry, numbers in zip(entries, found, strict=True)]
-    times = Counter(numbers[0] for numbers in found if len(numbers) == 1)
-    missing = [entry for entry, count in counts if count == 0]
+    found = [(entry, names.numbers(entry)) for entry in read_lines(path, what=what)]
+    times = Counter(numbers[0] for _, numbers in found if len(numbers) == 1)
+    missing = [entry for entry, numbers in found if not numbers]
+    hint = ""
+    for entry in missing[:5]:
+        if names.numbers(entry.rsplit(maxsplit=1)[0]) or names.numbers(entry.rpartition(",")[0]):
+            hint = "; lines seem to end in a label, and only the path is wanted"
     refuse(
         {
             "entries name no image": missing,
-            "entries name several images": [e for e, count in counts if count > 1],
+            "entries name several images": [e for e, numbers in found if len(numbers) > 1],
             "entries come twice": [images.name(n) for n, count in times.items() if count > 1],
         },
         what=what,
-        hint=_hint(missing, names),
+        hint=hint,
     )
     return np.array(sorted(times), dtype=np.int64)
 
 
-def _hint(missing: list[str], names: ImageNames) -> str:
-    """What may be wrong with entries that name no image, "" if nothing is known of it."""
-    for entry in missing[:5]:
-        for before in (entry.rsplit(maxsplit=1)[0], entry.rpartition(",")[0]):
-            if names.numbers(before):
-                return "; lines seem to end in a label, and only the path is wanted"
-    return ""
+def write_split_file(path: Path, images: ImageSet, index: np.ndarray) -> None:
+    """Write the images' paths, one a line, for `read_split_file`; RunError as `replace_text`."""
+    replace_text(path, "".join(f"{quoted(images.name(number))}\n" for number in index))
 
 
 def check_every_class(labels: np.ndarray | Tensor, classes: Sequence[str], *, what: str) -> None:
@@ -59,19 +161,22 @@ def check_every_class(labels: np.ndarray | Tensor, classes: Sequence[str], *, wh
     A class without a labeled image is never predicted: each of its images counts as wrong.
     """
     labels = np.asarray(labels)
-    outside = np.unique(labels[(labels < 0) | (labels >= len(classes))])
+    outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
-        raise InputError(f"{what}: label {outside[0]} is none of 0 to {len(classes) - 1}")
-    absent = absent_classes(labels, classes)
-    if absent:
+        raise InputError(f"{what}: label {outside.min()} is none of 0 to {len(classes) - 1}")
+    if absent := absent_classes(labels, classes):
         raise InputError(f"{what}: no labeled image of {absent}")
 
 
 def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
     """In words how many classes have none of the labels, and the first five; "" if all have one."""
-    absent = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
-    named = ", ".join(quoted(classes[label]) for label in absent[:5])
-    return f"{len(absent)} of {len(classes)} classes: {named}" if named else ""
+    absent = _absent(labels, classes)
+    named = ", ".join(map(quoted, absent[:5]))
+    return f"{len(absent)} of {len(classes)} classes: {named}" if absent else ""
+
+
+def _absent(labels: np.ndarray | Tensor, classes: Sequence[str]) -> list[str]:
+    return [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
 
 
 def unreadable_classes(
@@ -81,14 +186,13 @@ def unreadable_classes(
     what: str,
     so: str = "figures are over the others",
 ) -> list[str]:
-    """Names of the classes that no label of readable images (n,) is of; warns if there are any.
+    """Names of the classes without a label of readable images (n,); warns if there are any.
 
-    The warning is one line that begins with `what` and ends in `so`, what follows from it.
+    The warning begins with `what` and ends in `so`, what follows from it.
     """
-    labels = np.asarray(labels)
     if absent := absent_classes(labels, classes):
         print(printable(f"WARNING {what}: no readable image of {absent}; {so}"), flush=True)
-    return [classes[label] for label in np.setdiff1d(np.arange(len(classes)), labels)]
+    return _absent(labels, classes)
 
 
 def class_balanced_split(images: ImageSet, fraction: float, *, seed: int) -> np.ndarray:
@@ -116,11 +220,3 @@ def draw_per_class(
         assert count <= len(members), f"{count} of {len(members)} images of class {label}"
         chosen.append(np.random.default_rng([*seeds, label]).permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
-
-
-def write_split_file(path: Path, images: ImageSet, index: np.ndarray) -> None:
-    """Write the images' paths below train/, one a line; `read_split_file` gives the same images.
-
-    RunError if that fails, as of `checkpoint.replace_text`.
-    """
-    replace_text(path, "".join(f"{quoted(images.name(number))}\n" for number in index))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.data.bad_images import BadImages
-from utils.data.batches import EvalLoader
 from utils.data.datasets import ImageSet, PixelSet
+from utils.data.eval_loader import EvalLoader
 from utils.evaluation.features import extract_features, finite_rows
 from utils.method import checkpoint
 from utils.runtime import checked, distributed, files, torch_file

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from utils.data.batches import EvalLoader
+from utils.data.eval_loader import EvalLoader
 from utils.data.splits import unreadable_classes
 from utils.evaluation.features import extract_features
 from utils.runtime import checked, distributed, faiss_library

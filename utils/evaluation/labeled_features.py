@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.data.batches import EvalLoader, LabeledLoader, epoch_batches
+from utils.data.batches import epoch_batches
+from utils.data.eval_loader import EvalLoader, LabeledLoader
 from utils.evaluation import feature_cache
 from utils.evaluation.features import extract_features
 from utils.runtime import distributed

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.data.batches import Batch, TwoViewLoader
+from utils.data.batches import Batch
+from utils.data.train_loader import TwoViewLoader
 from utils.evaluation.knn import LOGGED, format_comparison
 from utils.method import checkpoint, checkpoint_fields, collapse
 from utils.method.memory_bank import MemoryBank

@@ -14,10 +14,12 @@ written to a JSON file beside it.
 
 import argparse
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -25,12 +27,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
-from utils.data.bad_images import BadImages
+from utils.data.bad_images import BadImages, reason_of
 from utils.data.datasets import ImageSet, read_split
 from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.reporting import shown_neighbors
-from utils.reporting.shown_neighbors import Shown
+from utils.reporting.pictures import neighbor_sheet
 from utils.runtime import distributed, files, script
 from utils.runtime.errors import InputError
 
@@ -40,6 +42,20 @@ RANKS = "rank: place among all rows of M by distance to t; the target itself has
 MOST_MEGAPIXELS = 200
 COSINES = "cos: similarity, the cosine of the angle between both."
 PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
+
+
+class Shown(NamedTuple):
+    """Targets and their neighbors as `shown_neighbors` tells of them, of a checkpoint.
+
+    rows: how many were searched. constraint: see `shown_neighbors.Constraint`.
+    """
+
+    targets: list[dict]
+    state: dict
+    notes: list[str]
+    rows: int
+    title: str
+    constraint: str | None = None
 
 
 def parse_args() -> argparse.Namespace:
@@ -108,7 +124,11 @@ def is_record(path: Path) -> bool:
 def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | None:
     """The targets that --images or --index names, None where they are to be drawn."""
     if args.images is not None:
-        return shown_neighbors.numbers_of(images, args.images.split(","))
+        numbers = {images.name(number): number for number in range(len(images))}
+        names = dict.fromkeys(args.images.split(","))
+        if unknown := [name for name in names if name not in numbers]:
+            raise InputError(f"--images {','.join(unknown[:5])}: not in {images.root}")
+        return [numbers[name] for name in names]
     for number in args.index or []:
         if not 0 <= number < len(images):
             raise InputError(f"--index {number}: out of range (0 to {len(images) - 1})")
@@ -125,17 +145,13 @@ def check_size(args: argparse.Namespace, count: int) -> None:
         )
 
 
-def shown_from_bank(
-    args: argparse.Namespace, images: ImageSet, named: list[int] | None
-) -> tuple[Shown, dict, list[str]]:
-    """Targets and neighbors in the bank, the checkpoint, and what the picture says of them."""
+def shown_from_bank(args: argparse.Namespace, images: ImageSet, named: list[int] | None) -> Shown:
+    """Targets and their neighbors in the bank."""
     if not args.weights:
         raise InputError("--weights: name the checkpoint to show neighbors of")
-    what = f"--weights {args.weights}"
-    if not (state := build_evaluation.read_weights(args)):
-        raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
-    bank = shown_neighbors.bank_of(state, what=what)
-    shown_neighbors.check_same_images(state, bank, images, what=what)
+    state = build_evaluation.read_weights(args)
+    bank = shown_neighbors.bank_of(state, images, what=f"--weights {args.weights}")
+    constraint = shown_neighbors.constraint_of(state, bank)
     there = shown_neighbors.newest_rows(bank)
     if absent := [images.name(number) for number in named or [] if number not in there]:
         flag = "images" if args.images else "index"
@@ -144,14 +160,15 @@ def shown_from_bank(
             f"{len(images)} images (without --{flag}, such as are there are drawn)"
         )
     if named is None:
-        available = shown_neighbors.with_constraint(state, bank)
+        available = shown_neighbors.with_constraint(bank, constraint)
         named = shown_neighbors.drawn_numbers(available, count=args.count, seed=args.seed)
-    shown = shown_neighbors.from_bank(state, bank, named, k=args.neighbors)
+    targets = shown_neighbors.from_bank(bank, constraint, images, named, k=args.neighbors)
     step = f", step {state['step']}" if state.get("step") else ""
     about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
     notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
     notes += [PREVIOUS, f"{RANKS} {COSINES}"] if hasattr(bank, "previous") else [RANKS]
-    return shown, state, notes
+    name = constraint and constraint.name
+    return Shown(targets, state, notes, bank.filled, "Neighbors in the memory bank", name)
 
 
 def shown_from_features(
@@ -159,7 +176,7 @@ def shown_from_features(
     images: ImageSet,
     named: list[int] | None,
     bad_images: BadImages,
-) -> tuple[Shown, dict, list[str]] | None:
+) -> Shown | None:
     """The same by features of all training images; None but on the main process."""
     backbone, state = build_evaluation.evaluated_backbone(args)
     (loader,) = build_evaluation.eval_loaders(args, images, bad_images=bad_images)
@@ -179,10 +196,29 @@ def shown_from_features(
         raise InputError(f"data {images.root}: {', '.join(unread[:5])} cannot be read")
     if named is None:
         named = shown_neighbors.drawn_numbers(numbers, count=args.count, seed=args.seed)
-    shown = shown_neighbors.from_features(features, numbers, named, k=args.neighbors)
+    targets = shown_neighbors.from_features(features, numbers, images, named, k=args.neighbors)
     encoder = "target" if args.use_target else "query"
     about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
-    return shown, state, [f"{about}; {len(numbers)} training images. {COSINES}"]
+    notes = [f"{about}; {len(numbers)} training images. {COSINES}"]
+    return Shown(targets, state, notes, len(numbers), "Neighbors by features")
+
+
+def draw(shown: Shown, images: ImageSet, bad_images: BadImages, *, side: int) -> Image.Image:
+    """The picture, in which each file is read once for each size."""
+
+    @cache
+    def thumbnail(number: int, side: int) -> Image.Image | None:
+        try:
+            image = Image.fromarray(images.image(number).permute(1, 2, 0).numpy())
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file can raise about anything
+            path = images.path(number)
+            bad_images.add(path, reason_of(error, path))
+            return None
+        return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+
+    return neighbor_sheet(shown.targets, thumbnail, title=shown.title, notes=shown.notes, side=side)
 
 
 def main() -> None:
@@ -195,35 +231,27 @@ def main() -> None:
     result_files.make_folder(args.output.parent, flag="--output")
     bad_images = build_evaluation.build_bad_images(args)
     if args.from_features:
-        found = shown_from_features(args, images, named, bad_images)
+        shown = shown_from_features(args, images, named, bad_images)
     else:
-        found = shown_from_bank(args, images, named) if distributed.is_main() else None
-    if found is None:  # not the main process
+        shown = shown_from_bank(args, images, named) if distributed.is_main() else None
+    if shown is None:  # not the main process
         return
-    shown, state, notes = found
-    picture, targets = shown_neighbors.draw(
-        shown,
-        images,
-        title="Neighbors by features" if args.from_features else "Neighbors in the memory bank",
-        notes=notes,
-        side=args.side,
-        bad_images=bad_images,
-    )
+    picture = draw(shown, images, bad_images, side=args.side)
     with files.atomic_file(args.output, flag="--output") as file:
         says = PngInfo()
         says.add_text("Software", PROGRAM)
         picture.save(file, format="PNG", pnginfo=says)
     record = {
-        "targets": targets,
+        "targets": shown.targets,
         "constraint": shown.constraint,
-        "method": state.get("method"),
+        "method": shown.state.get("method"),
         "from_features": args.from_features,
         "size": list(picture.size),
         "side": args.side,
     }
-    counts = {"train": len(images), "rows": len(shown.row_images), "classes": len(images.classes)}
+    counts = {"train": len(images), "rows": shown.rows, "classes": len(images.classes)}
     record |= build_evaluation.result_record(
-        args, state, counts=counts, bad_images=bad_images, images={"train": images}
+        args, shown.state, counts=counts, bad_images=bad_images, images={"train": images}
     )
     name = args.output.with_suffix(".json").name
     path = result_files.write_json(args.output.parent, name, record, flag="--output")

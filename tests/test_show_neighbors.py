@@ -100,7 +100,7 @@ def assert_line(target, name, bank, expected):
 
 def assert_pixels(record, picture, tree):
     """Each thumbnail is its file's central square; sign and frame tell the other classes."""
-    badge = pictures.badge_side(record["side"])
+    corner = pictures.corner_side(record["side"])
     shown = [n for t in record["targets"] for line in t["rows"] for n in line["neighbors"]]
     for target in record["targets"]:
         for item in (item for line in target["rows"] for item in line["neighbors"]):
@@ -113,7 +113,7 @@ def assert_pixels(record, picture, tree):
         with Image.open(tree / "train" / item["file"]) as file:
             expected = np.array(ImageOps.fit(file, (side, side), Image.Resampling.LANCZOS))
         differing = (got != expected).any(axis=2)
-        in_sign = differing[:badge, -badge:].sum()
+        in_sign = differing[:corner, -corner:].sum()
         assert differing.sum() == in_sign
         assert (in_sign > 0) == (item.get("same_class") is False)
     for item in shown:

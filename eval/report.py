@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -66,11 +66,11 @@ def status(run: RunLog, *, now: float) -> str:
     place = f"epoch {epoch}{of}, step {step} of {run.steps}"
     if "error" in run.records[-1]:
         return f"stopped in {place}: {run.records[-1]['error']}"
-    if run.finished:
+    if run.epochs and run.place >= (run.epochs, run.steps):
         return f"finished: {place}"
     if (run.path.parent / REQUEUE).exists():
         return f"stopped by a signal, to be resumed (--resume auto): {place}"
-    if run.finished is None:
+    if not run.epochs:
         return f"up to {place} (without run.json nothing tells how many epochs it is to have)"
     age = max(0, now - run.path.stat().st_mtime)
     times = [taken for record in run.records if (taken := record.get("seconds")) is not None]
@@ -209,53 +209,28 @@ def of_another(picture: Path, *, last: str | None) -> str:
     return "" if same else f"of {encoder}, not of the run's last checkpoint"
 
 
-def origin(run: RunLog, checkpoint: Path | None, last: str | None) -> dict[str, object]:
-    """What was run, by name; None for what is not known."""
-    about = run.about
-    counts = (f"{number:,} {name}" for name, number in about.get("counts", {}).items())
-    return {
-        "method": run.method,
-        "script": about.get("script"),
-        "images": ", ".join(counts) or None,
-        "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()) or None,
-        "device": about.get("device"),
-        "processes": about.get("processes"),
-        "folder": str(run.path.parent),
-        "last checkpoint": checkpoint.name if checkpoint else "none yet",
-        "its sha256": last,
-        **{f"digest of {name}": digest for name, digest in about.get("data", {}).items()},
-    }
-
-
-def cell(value: object) -> str:
-    """A figure as it stands in a table."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
 def template() -> jinja2.Template:
     """The page, to be filled; torch needs Jinja, so that it is there."""
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
-        "cell": cell,
+        "cell": lambda x: "–" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x),
         "columns": lambda rows: list(dict.fromkeys(name for row in rows.values() for name in row)),
-        "by_k": lambda rows: {f"{k}-NN": row for k, row in rows.items()},
+        "pairs": lambda table, words: ", ".join(words.format(*pair) for pair in table.items()),
+        "json": plain_json.dumps,
         "svg": curves.chart_svg,
-        "data_url": lambda p: f"data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}",
+        "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
     return page.from_string(Path(__file__).with_suffix(".html").read_text())
 
 
-def build_page(run: RunLog, *, now: float, **parts: dict) -> str:
-    """The whole page as text; parts: results, pictures, what is left out and the origin."""
+def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
+    """The whole page as text; parts: results, pictures, what is left out, the last checkpoint."""
     taken = run.records[-1].get("seconds")
     facts = [] if taken is None else [f"{duration(taken)} of training"]
     facts.append(f"made {time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC")
     facts += ["the last line of the log is half written and left out"] * run.cut
     return template().render(
         run=run,
-        title=f"{run.method or 'Training run'}: {run.name}",
         style=Path(__file__).with_suffix(".css").read_text(),
         status=status(run, now=now),
         facts=facts,
@@ -265,7 +240,6 @@ def build_page(run: RunLog, *, now: float, **parts: dict) -> str:
         warnings=[record for record in run.records if "warning" in record],
         measured=[record for record in run.records if record.get("knn")],
         charts=curves.build_charts([curves.Group(run.name, [run])]),
-        settings={f"--{name}": plain_json.dumps(value) for name, value in run.settings.items()},
         titles=TITLES,
         **parts,
     )
@@ -314,9 +288,9 @@ def main() -> None:
     pictures, others = find_pictures(folder, args.neighbors, last=last)
     left_out |= others
     now = time.time()
-    about = origin(run, checkpoint, last)
-    parts = {"results": results, "left_out": left_out, "pictures": pictures, "origin": about}
-    files.replace_text(output, build_page(run, now=now, **parts), flag="--output")
+    parts = {"results": results, "left_out": left_out, "pictures": pictures}
+    page = build_page(run, now=now, checkpoint=checkpoint, sha256=last, **parts)
+    files.replace_text(output, page, flag="--output")
     print(printable(status(run, now=now)))
     for verdict in health.verdicts(run):
         print(f"{verdict.sign} {verdict.question}: {verdict.word}, {verdict.reason}")

@@ -5,7 +5,6 @@ file and line.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,46 +19,35 @@ LOG = "log.jsonl"
 KNN = "knn_"  # how the names of k-NN accuracies begin: knn_20
 RANKS = "constrained_ranks"
 _DRAWN = checked.real(-1e100, 1e100)  # beyond, the axis of a chart overflows
-# What a line of a log, a start of run.json and what stands in it must hold where they hold it.
-_LINE = {
-    **{"error": checked.TEXT, "warning": checked.TEXT, "seconds": checked.real(0)},
-    **{"knn": TABLE, RANKS: checked.list_of(checked.ANY)},
-}
+# What is computed with, of a line of a log and of a start of run.json.
+_LINE = {"seconds": checked.real(0), "knn": TABLE, RANKS: checked.list_of(checked.ANY)}
 _START = {
-    **dict.fromkeys(("method", "started", "script", "command", "device"), checked.TEXT),
-    **dict.fromkeys(("epochs", "steps", "processes"), checked.whole(1)),
-    **dict.fromkeys(("settings", "resumed_from"), checked.table_of(checked.ANY)),
+    "method": checked.TEXT,
+    **dict.fromkeys(("epochs", "steps"), checked.whole(1)),
     **dict.fromkeys(("data", "versions"), checked.table_of(checked.TEXT)),
+    "settings": checked.table_of(checked.ANY),
     "counts": checked.table_of(checked.whole(0)),
 }
-_INSIDE = {
-    "resumed_from": {"epoch": checked.whole(0), "step": checked.whole(0)},
-    "settings": {"constraint_start": checked.whole(1)},
-}
 
 
-@dataclass(frozen=True)
 class RunLog:
     """The log of one run.
 
-    records: its lines, each with "epoch" and "step"; place: those of the last. steps: of an epoch.
-    starts: those of `run.json` without what is null, the newest last, which `about`, `method`,
-    `settings` and `epochs` are of: [], {} and None for a run without one. finished: whether the
-    last epoch is over, None if it is not known. cut: the last line was half written and left out.
+    records: its lines, each with "epoch" and "step"; place: those of the last. cut: another was
+    half written and is left out. starts: those of `run.json` without what is null, [] without one;
+    `about` is the newest, and method, settings, counts and epochs ({} or None: not known) are its.
+    steps: of an epoch.
     """
 
-    path: Path
-    name: str
-    records: list[dict]
-    cut: bool
-    starts: list[dict]
-    about: dict
-    method: str | None
-    settings: dict
-    epochs: int | None
-    steps: int
-    place: tuple[int, int]
-    finished: bool | None
+    def __init__(self, path: Path, records: list[dict], starts: list[dict], *, cut: bool) -> None:
+        self.path, self.records, self.starts, self.cut = path, records, starts, cut
+        self.name = path.resolve().parent.name
+        self.about = starts[-1] if starts else {}
+        self.method, self.epochs = self.about.get("method"), self.about.get("epochs")
+        self.settings, self.counts = (self.about.get(name, {}) for name in ("settings", "counts"))
+        # The last step of every epoch is logged.
+        self.steps = self.about.get("steps") or max(1, *(record["step"] for record in records))
+        self.place = records[-1]["epoch"], records[-1]["step"]
 
     def curve(self, name: str) -> dict[float, float]:
         """Epochs that have passed -> a figure, nan where it was not finite.
@@ -124,19 +112,11 @@ def read(path: str | Path) -> RunLog:
         _check(record, _LINE, what=f"{log}, line {number}")
     if not records:
         raise InputError(f"{log}: empty, the run has not logged anything yet")
-    starts = _starts(log.parent / ABOUT)
-    about = starts[-1] if starts else {}
-    epochs, place = about.get("epochs"), (records[-1]["epoch"], records[-1]["step"])
-    # The last step of every epoch is logged.
-    steps = about.get("steps") or max(1, *(record["step"] for record in records))
-    done = None if epochs is None else place >= (epochs, steps)
-    method, settings = about.get("method"), about.get("settings", {})
-    who = (log, log.resolve().parent.name)
-    return RunLog(*who, records, cut, starts, about, method, settings, epochs, steps, place, done)
+    return RunLog(log, records, _starts(log.parent / ABOUT), cut=cut)
 
 
 def _check(record: dict, kinds: dict[str, checked.Kind], *, what: str) -> None:
-    """InputError for a value that is neither null nor of its kind; those without one may be any."""
+    """InputError for a value that is there and not of its kind."""
     for name, kind in kinds.items():
         checked.take(record, name, checked.or_none(kind), what=what, default=None)
 
@@ -151,10 +131,7 @@ def _starts(path: Path) -> list[dict]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: damaged, it does not tell of the starts of a run") from None
     for number, start in enumerate(starts, 1):
-        what = f"{path}, start {number}"
-        _check(start, _START, what=what)
-        for name, kinds in _INSIDE.items():
-            _check(start.get(name) or {}, kinds, what=what)
+        _check(start, _START, what=f"{path}, start {number}")
     return [{name: v for name, v in start.items() if v is not None} for start in starts]
 
 

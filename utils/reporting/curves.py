@@ -5,7 +5,7 @@ suits it. Nothing has to be installed to draw it, and neither a network nor a sc
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -26,6 +26,7 @@ STYLES = (
     *(("#000000", "14 4"), ("#56B4E9", "4 2"), ("#E69F00", "1 2")),
 )
 _TEXT = 'fill="#3c4046" font-size="13" font-family="sans-serif"'
+_GRID = 'class="grid" stroke="#e3e5e8"'
 BAND = "line: mean, band: lowest to highest of the runs of a name"
 # Title, unit, and name in the log -> label, in the order they are drawn.
 PANELS = (
@@ -161,13 +162,13 @@ def sheet_svg(charts: list[Chart], groups: list[Group]) -> str:
     return _svg(width, top, "curves of training runs", [paper, *parts])
 
 
-def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Round numbers that enclose `low` and `high`, about `most` of them and at least 2."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers that enclose `low` and `high`, 2 to 8 of them."""
     size = max(abs(low), abs(high))
     if high - low <= 1e-9 * size + 1e-30:  # one value, as far as a picture shows
         room = size / 10 if size > 1e-30 else 0.5
         low, high = low - room, high + room
-    rough = (high - low) / (most - 2)
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -193,7 +194,7 @@ def _words(text: str, x: float, y: float, anchor: str = "start", *, size: int = 
 def _stroke(style: int) -> str:
     color, dashes = STYLES[style % len(STYLES)]
     return (
-        f'class="curve" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"'
+        f'class="curve" fill="none" stroke-width="2" stroke="{color}" stroke-dasharray="{dashes}"'
     )
 
 
@@ -204,25 +205,31 @@ def _sample(style: int, x: float, y: float) -> str:
 
 def _draw(chart: Chart) -> tuple[list[str], int]:
     """Axes, grid, curves and, below, a legend of several; and how high that is."""
-    lines = [
-        list(zip(c.x, y, strict=True)) for c in chart.curves for y in (c.y, c.low, c.high) if len(y)
-    ]
-    points = [point for line in lines for point in line if math.isfinite(point[1])]
-    if not points:
-        raise ValueError(f"{chart.title}: nothing to draw")
-    x_ticks = ticks(0, max(chart.x_end, *(x for x, _ in points)))
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+    heights = np.concatenate([part for c in chart.curves for part in (c.y, c.low, c.high)])
+    heights = heights[np.isfinite(heights)]
+    x_ticks = ticks(0, max(chart.x_end, *(curve.x[-1] for curve in chart.curves)))
+    y_ticks = ticks(heights.min(), heights.max())
+    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
         """The place of a point in the picture, in pixels."""
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        place = _LEFT + across * (WIDTH - _LEFT - _RIGHT)
-        return round(place, 1), round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1)
+        place = _LEFT + across * (right - _LEFT), bottom - up * (bottom - _TOP)
+        return round(float(place[0]), 1), round(float(place[1]), 1)
 
-    up = f'<g transform="translate(13 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)">'
-    parts = [*_grid(x_ticks, y_ticks, at), up, _words(chart.unit, 0, 0, "middle"), "</g>"]
-    parts.append(_words(chart.x_label, (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, "middle"))
+    parts = []
+    for tick in y_ticks:
+        y = at(0, tick)[1]
+        parts.append(f'<path {_GRID} d="M{_LEFT} {y}H{right}"/>')
+        parts.append(_words(f"{tick:g}", _LEFT - 5, y + 4, "end"))
+    for tick in x_ticks:
+        x = at(tick, y_ticks[0])[0]
+        parts.append(f'<path {_GRID} d="M{x} {_TOP}V{bottom}"/>')
+        parts.append(_words(f"{tick:g}", x, bottom + 16, "middle"))
+    parts.append(_words(chart.x_label, (_LEFT + right) / 2, HEIGHT - 6, "middle"))
+    parts.append(f'<g transform="translate(13 {(_TOP + bottom) / 2}) rotate(-90)">')
+    parts += [_words(chart.unit, 0, 0, "middle"), "</g>"]
     for curve in chart.curves:
         parts += _curve(curve, at)
     named = [curve for curve in chart.curves if curve.label and len(chart.curves) > 1]
@@ -232,39 +239,21 @@ def _draw(chart: Chart) -> tuple[list[str], int]:
     return parts, HEIGHT + _LINE * math.ceil(len(named) / 2)
 
 
-def _grid(x_ticks: list[float], y_ticks: list[float], at) -> Iterator[str]:
-    """Grid lines with their numbers."""
-    (left, bottom), (right, top) = at(x_ticks[0], y_ticks[0]), at(x_ticks[-1], y_ticks[-1])
-    for tick in y_ticks:
-        y = at(0, tick)[1]
-        yield f'<path class="grid" stroke="#e3e5e8" d="M{left} {y}H{right}"/>'
-        yield _words(f"{tick:g}", left - 5, y + 4, "end")
-    for tick in x_ticks:
-        x = at(tick, y_ticks[0])[0]
-        yield f'<path class="grid" stroke="#e3e5e8" d="M{x} {top}V{bottom}"/>'
-        yield _words(f"{tick:g}", x, bottom + 16, "middle")
-
-
-def _curve(curve: Curve, at) -> Iterator[str]:
+def _curve(curve: Curve, at: Callable) -> Iterator[str]:
     """Band and line with gaps where y is not finite; a few points, and those alone, as dots."""
     color = STYLES[curve.style % len(STYLES)][0]
-    runs: list[list[int]] = [[]]
-    for place, y in enumerate(curve.y):
-        if math.isfinite(y):
-            runs[-1].append(place)
-        elif runs[-1]:
-            runs.append([])
-
-    def points(run: list[int], y: Sequence[float]) -> list[str]:
-        return ["{} {}".format(*at(curve.x[i], y[i])) for i in run]
-
-    for run in runs:
-        if len(curve.low) and len(run) > 1:
-            edge = "L".join([*points(run, curve.low), *points(run[::-1], curve.high)])
-            yield f'<path class="band" fill="{color}" fill-opacity="0.2" d="M{edge}Z"/>'
-    if path := " ".join("M" + "L".join(points(run, curve.y)) for run in runs if len(run) > 1):
-        yield f'<path {_stroke(curve.style)} d="{path}"/>'
-    few = sum(map(len, runs)) <= _FEW
-    for run in runs:
-        for x, y in (at(curve.x[i], curve.y[i]) for i in run if few or len(run) == 1):
+    few = np.isfinite(curve.y).sum() <= _FEW
+    for part in np.ma.clump_unmasked(np.ma.masked_invalid(curve.y)):
+        line, low, high = (
+            [at(*point) for point in zip(curve.x[part], y[part], strict=False)]
+            for y in (curve.y, curve.low, curve.high)
+        )
+        if low:
+            edge = "L".join(f"{x} {y}" for x, y in low + high[::-1])
+            fill = f'fill="{color}" stroke="{color}" opacity="0.2"'  # of one point a stroke
+            yield f'<path class="band" {fill} d="M{edge}Z"/>'
+        if len(line) > 1:
+            places = "L".join(f"{x} {y}" for x, y in line)
+            yield f'<path {_stroke(curve.style)} d="M{places}"/>'
+        for x, y in line if few or len(line) == 1 else []:
             yield f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>'

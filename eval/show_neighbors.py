@@ -39,21 +39,19 @@ from utils.runtime.errors import InputError
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 PROGRAM = "CMSF show_neighbors.py"  # what a picture says that it was made by
 RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
-MOST_MEGAPIXELS = 200
 COSINES = "cos: similarity, the cosine of the angle between both."
 PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
 
+MOST_MEGAPIXELS = 200
+
 
 class Shown(NamedTuple):
-    """Targets and their neighbors as `shown_neighbors` tells of them, of a checkpoint.
-
-    rows: how many were searched. constraint: see `shown_neighbors.Constraint`.
-    """
+    """Targets and neighbors as `shown_neighbors` tells of them; state: of the checkpoint."""
 
     targets: list[dict]
     state: dict
     notes: list[str]
-    rows: int
+    rows: int  # that were searched
     title: str
     constraint: str | None = None
 
@@ -133,16 +131,6 @@ def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | Non
         if not 0 <= number < len(images):
             raise InputError(f"--index {number}: out of range (0 to {len(images) - 1})")
     return args.index
-
-
-def check_size(args: argparse.Namespace, count: int) -> None:
-    """InputError for a picture of `count` targets that no viewer would open."""
-    megapixels = 3 * count * (args.neighbors + 2) * (args.side + 30) * (args.side + 70) / 1e6
-    if megapixels > MOST_MEGAPIXELS:
-        raise InputError(
-            f"--side {args.side}, --neighbors {args.neighbors}, {count} targets: about "
-            f"{megapixels:.0f} megapixels, {MOST_MEGAPIXELS} at most"
-        )
 
 
 def shown_from_bank(args: argparse.Namespace, images: ImageSet, named: list[int] | None) -> Shown:
@@ -227,7 +215,11 @@ def main() -> None:
     check_output(args.output)
     images = read_split(args.data, "train", dataset=args.dataset)
     named = named_targets(args, images)
-    check_size(args, args.count if named is None else len(named))
+    count = args.count if named is None else len(named)
+    megapixels = 3 * count * (args.neighbors + 2) * (args.side + 30) * (args.side + 70) / 1e6
+    if megapixels > MOST_MEGAPIXELS:  # no viewer would open it
+        said = f"--side {args.side}, --neighbors {args.neighbors}, {count} targets"
+        raise InputError(f"{said}: about {megapixels:.0f} megapixels, {MOST_MEGAPIXELS} at most")
     result_files.make_folder(args.output.parent, flag="--output")
     bad_images = build_evaluation.build_bad_images(args)
     if args.from_features:
@@ -241,14 +233,9 @@ def main() -> None:
         says = PngInfo()
         says.add_text("Software", PROGRAM)
         picture.save(file, format="PNG", pnginfo=says)
-    record = {
-        "targets": shown.targets,
-        "constraint": shown.constraint,
-        "method": shown.state.get("method"),
-        "from_features": args.from_features,
-        "size": list(picture.size),
-        "side": args.side,
-    }
+    record = {"targets": shown.targets, "constraint": shown.constraint}
+    record |= {"method": shown.state.get("method"), "from_features": args.from_features}
+    record |= {"size": list(picture.size), "side": args.side}
     counts = {"train": len(images), "rows": shown.rows, "classes": len(images.classes)}
     record |= build_evaluation.result_record(
         args, shown.state, counts=counts, bad_images=bad_images, images={"train": images}

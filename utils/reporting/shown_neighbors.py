@@ -7,7 +7,7 @@ that rank 1 is the target itself, as in training.
 
 What is shown of a target is a record of builtins: file, number ("index"), label and class of its
 image, its "bank_row", the "words" below it, and "rows" of neighbors. A row has a name, a caption,
-"neighbors" and, where there are none, a "remark" on why; a neighbor is a record too, and has its
+"neighbors" and, where there are none, a "remark" on why; a neighbor is such a record too, with its
 similarity to what was searched for, its rank by plain distance to the target (None by features),
 and "same_class" (None: not known).
 """
@@ -33,12 +33,9 @@ _ROWS = torch_file.tensor("(K, D)", lambda value: value.numel() > 0, dims=2)
 
 
 class Line(NamedTuple):
-    """One row of neighbors (B, k) for each of B targets: what was searched for (B, D), and where.
+    """A row of neighbors (B, k) for each of B targets: what was searched for (B, D), and where."""
 
-    name: "previous", "constrained" or "plain".
-    """
-
-    name: str
+    name: str  # "previous", "constrained" or "plain"
     caption: str
     found: Neighbors
     queries: Tensor
@@ -46,15 +43,11 @@ class Line(NamedTuple):
 
 
 class Constraint(NamedTuple):
-    """What rows must have in common with a target.
+    """What rows of the bank must have in common with a target; there: (K,) bool, which have one."""
 
-    name: "previous embedding", "label", "pseudo-label" or "cluster". there: (K,) bool, the rows of
-    the bank that have one. groups: (K,) int64, which; None for a previous embedding.
-    """
-
-    name: str
+    name: str  # "previous embedding", "label", "pseudo-label" or "cluster"
     there: Tensor
-    groups: Tensor | None = None
+    groups: Tensor | None = None  # (K,) int64, the label or cluster
 
 
 def bank_of(state: dict, images: ImageSet, *, what: str) -> MemoryBank:
@@ -125,10 +118,7 @@ def with_constraint(bank: MemoryBank, constraint: Constraint | None) -> list[int
 
 
 def drawn_numbers(available: Sequence[int], *, count: int, seed: int) -> list[int]:
-    """At most `count` of the available image numbers at random, sorted; fewer are said.
-
-    InputError if there is none.
-    """
+    """At most `count` of the available image numbers at random, sorted; fewer are said."""
     if not len(available):
         raise InputError(f"--count {count}: no image to draw from")
     if count > len(available):
@@ -172,7 +162,16 @@ def from_bank(
         lines = [*before, Line("constrained", caption, found, t, embeddings), *lines]
     records = _records(images, index, rows, lines, ranked=(t, embeddings))
     for record in records if constraint else []:
-        _note(record, constraint, images.classes)
+        there = bool(constraint.there[record["bank_row"]])
+        none = f"no {constraint.name} yet: no constraint"
+        for row in record["rows"][:-1]:
+            row["remark"] = f"no other row with such a {constraint.name}" if there else none
+        if constraint.groups is not None:
+            record["wanted"] = wanted = int(constraint.groups[record["bank_row"]])
+            known = constraint.name == "pseudo-label" and wanted < len(images.classes)
+            if there and constraint.name != "label":
+                which = images.classes[wanted] if known else wanted
+                record["words"].append(f"{constraint.name}: {which}")
     return records
 
 
@@ -203,51 +202,31 @@ def _records(
 
     numbers: (K,), the image of each row. ranked: the targets (B, D) and rows (K, D) of the ranks.
     """
-    targets = [_about(images, int(numbers[row])) | {"bank_row": int(row)} for row in rows]
+
+    def about(row: Tensor) -> dict:
+        image = int(numbers[row])
+        file, label = images.name(image), int(images.labels[image])
+        name = images.classes[label] if label >= 0 else None
+        record = {"file": file, "index": image, "label": label, "class": name}
+        return record | {"bank_row": int(row), "words": [name or Path(file).name]}
+
+    targets = [about(row) | {"rows": []} for row in rows]
     for target in targets:
-        target |= {"words": list(dict.fromkeys([_title(target), Path(target["file"]).name]))}
-        target |= {"rows": []}
+        target["words"] += [Path(target["file"]).name] if target["class"] else []
     for line in lines:
-        found, searched = line.found, line.searched
-        similarity = torch.einsum("bd,bkd->bk", line.queries, searched[found.rows])
+        found = line.found
+        similarity = torch.einsum("bd,bkd->bk", line.queries, line.searched[found.rows])
         ranks = plain_ranks(*ranked, found) if ranked else torch.zeros_like(found.rows)
         for place, target in enumerate(targets):
             neighbors = []
             for column in found.valid[place].nonzero().squeeze(1).tolist():
-                row, rank = int(found.rows[place, column]), int(ranks[place, column]) or None
+                one, rank = about(found.rows[place, column]), int(ranks[place, column]) or None
                 cosine = float(similarity[place, column])
-                about = _about(images, int(numbers[row])) | {"bank_row": row}
-                known = about["label"] >= 0 and target["label"] >= 0
-                same = about["label"] == target["label"] if known else None
-                about |= {"similarity": cosine, "rank": rank, "same_class": same}
+                known = one["label"] >= 0 and target["label"] >= 0
+                same = one["label"] == target["label"] if known else None
                 by_rank = rank and line.name != "previous"
-                note = f"rank {rank}" if by_rank else f"cos {cosine:.3f}"
-                neighbors.append(about | {"words": [_title(about), note]})
+                one["words"].append(f"rank {rank}" if by_rank else f"cos {cosine:.3f}")
+                neighbors.append(one | {"similarity": cosine, "rank": rank, "same_class": same})
             row = {"name": line.name, "caption": line.caption, "neighbors": neighbors}
             target["rows"].append(row | {"remark": "no other image"})
     return targets
-
-
-def _about(images: ImageSet, number: int) -> dict:
-    """What is known of an image."""
-    label = int(images.labels[number])
-    name = images.classes[label] if label >= 0 else None
-    return {"file": images.name(number), "index": number, "label": label, "class": name}
-
-
-def _title(record: dict) -> str:
-    return record["class"] or Path(record["file"]).name
-
-
-def _note(record: dict, constraint: Constraint, classes: list[str]) -> None:
-    """Add to a target's record which group it is of, and why no row satisfies the constraint."""
-    there = bool(constraint.there[record["bank_row"]])
-    for row in record["rows"][:-1]:
-        which = "one" if constraint.groups is None else f"its {constraint.name}"
-        none = f"no {constraint.name} yet: no constraint"
-        row["remark"] = f"no other row of the bank has {which}" if there else none
-    if constraint.groups is not None:
-        record["wanted"] = wanted = int(constraint.groups[record["bank_row"]])
-        if there and constraint.name != "label":
-            by_class = constraint.name == "pseudo-label" and wanted < len(classes)
-            record["words"].append(f"{constraint.name}: {classes[wanted] if by_class else wanted}")

@@ -12,9 +12,13 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-SAME, OTHER = "#0072B2", "#D55E00"  # Okabe-Ito blue and vermilion
-_GRAY = "#555555"
-_TITLE, _CAPTION, _LABEL = 22, 15, 13  # font sizes in pixels
+SAME, OTHER, GRAY = "#0072B2", "#D55E00", "#555555"  # Okabe-Ito blue and vermilion
+MARKS = {
+    "thin blue frame: the target's class": SAME,
+    "thick orange frame with a corner: another class": OTHER,
+}
+_TITLE, _TEXT = 22, 14  # font sizes in pixels
+_LINE = 19  # height of a line of text
 _MARGIN, _GAP = 24, 10
 _FRAME = 5  # room for a frame around a thumbnail
 _LEAST = 660  # width beside the targets in which every caption fits
@@ -34,40 +38,35 @@ def neighbor_sheet(
     side: of the neighbors'; a target has half as much again. Words that do not fit end in an
     ellipsis. "place" of all that is drawn becomes its thumbnail's left and top edge and side.
     """
+    big, step = side * 3 // 2, side + 2 * _FRAME + _GAP
     lines = [line for target in targets for line in target["rows"]]
     columns = max((len(line["neighbors"]) for line in lines), default=0)
-    indent, step = side * 3 // 2 + 2 * (_FRAME + _GAP), side + 2 * _FRAME + _GAP
-    width = indent + max(columns * step, _LEAST)
-    words = [(title, _TITLE, "black")]
-    for note in notes:
-        words += [(part, _CAPTION, _GRAY) for part in textwrap.wrap(note, width // 8)]
+    left = _MARGIN + big + 2 * (_FRAME + _GAP)  # of the neighbors
+    right = left + max(columns * step, _LEAST)
+    head = [(part, GRAY) for note in notes for part in textwrap.wrap(note, (right - _MARGIN) // 8)]
     if any(n["same_class"] is not None for line in lines for n in line["neighbors"]):
-        words.append(("thin blue frame: the target's class", _CAPTION, SAME))
-        words.append(("thick orange frame with a corner: another class", _CAPTION, OTHER))
-    heights = [_height(target, side) for target in targets]
-    top = _MARGIN + sum(_line(size) for _, size, _ in words)
-    size = (width + 2 * _MARGIN, top + sum(heights) + _MARGIN)
-    sheet = Image.new("RGB", size, "white")
-    y = _MARGIN
-    for text, size, color in words:
-        _write(sheet, text, (_MARGIN, y), width, size, color)
-        y += _line(size)
+        head += MARKS.items()
+    line_height = side + 2 * _FRAME + 3 * _LINE + _GAP  # with a caption and two words
+    least = big + 2 * _FRAME + 4 * _LINE
+    heights = [max(len(t["rows"]) * line_height, least) + 2 * _GAP for t in targets]
+    top = _MARGIN + (len(head) + 2) * _LINE
+    sheet = Image.new("RGB", (right + _MARGIN, top + sum(heights) + _MARGIN), "white")
+    _write(sheet, title, (_MARGIN, _MARGIN), right - _MARGIN, size=_TITLE)
+    for number, (text, color) in enumerate(head):
+        _write(sheet, text, (_MARGIN, _MARGIN + (number + 2) * _LINE), right - _MARGIN, color=color)
     for target, height in zip(targets, heights, strict=True):
-        edge = [(_MARGIN, top + _GAP), (_MARGIN + width, top + _GAP)]
-        ImageDraw.Draw(sheet).line(edge, fill="#CCCCCC")
         y = top + 2 * _GAP
-        _write(sheet, "target", (_MARGIN + _FRAME, y), indent, _CAPTION)
-        _draw_tile(sheet, target, (_MARGIN, y + _line(_CAPTION)), side * 3 // 2, read)
+        ImageDraw.Draw(sheet).line([(_MARGIN, top + _GAP), (right, top + _GAP)], fill="#CCCCCC")
+        _write(sheet, "target", (_MARGIN + _FRAME, y), big)
+        _draw_tile(sheet, target, (_MARGIN, y + _LINE), big, read)
         for line in target["rows"]:
-            left = _MARGIN + indent
-            _write(sheet, line["caption"], (left + _FRAME, y), width - indent, _CAPTION)
-            below = y + _line(_CAPTION)
+            _write(sheet, line["caption"], (left + _FRAME, y), right - left - _FRAME)
             if not line["neighbors"]:
-                place = (left + _FRAME, below)
-                _write(sheet, line["remark"], place, width - indent, _LABEL, _GRAY)
+                place = (left + _FRAME, y + _LINE)
+                _write(sheet, line["remark"], place, right - left - _FRAME, color=GRAY)
             for column, neighbor in enumerate(line["neighbors"]):
-                _draw_tile(sheet, neighbor, (left + column * step, below), side, read)
-            y += _line_height(line, side)
+                _draw_tile(sheet, neighbor, (left + column * step, y + _LINE), side, read)
+            y += line_height
         top += height
     return sheet
 
@@ -98,39 +97,12 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 
 
-def _line(size: int) -> int:
-    """The height of a line of text."""
-    return round(1.3 * size)
-
-
-def _tile_height(record: dict, side: int) -> int:
-    return side + 2 * _FRAME + 2 + _line(_LABEL) * len(record["words"])
-
-
-def _line_height(line: dict, side: int) -> int:
-    tiles = [_tile_height(neighbor, side) for neighbor in line["neighbors"]]
-    return _line(_CAPTION) + max(tiles, default=_line(_LABEL)) + _GAP
-
-
-def _height(target: dict, side: int) -> int:
-    lines = sum(_line_height(line, side) for line in target["rows"])
-    own = _line(_CAPTION) + _tile_height(target, side * 3 // 2)
-    return 2 * _GAP + max(lines, own)
-
-
-def _write(
-    sheet: Image.Image,
-    text: str,
-    place: tuple[int, int],
-    width: int,
-    size: int,
-    color: str = "black",
-) -> None:
+def _write(sheet: Image.Image, text: str, place: tuple, width: int, *, size=_TEXT, color="black"):
     text = shortened(text, size, width)
     ImageDraw.Draw(sheet).text(place, text, font=font_of(size), fill=color)
 
 
-def _draw_tile(sheet: Image.Image, record: dict, place: tuple[int, int], side: int, read) -> None:
+def _draw_tile(sheet: Image.Image, record: dict, place: tuple, side: int, read: Callable) -> None:
     """A framed thumbnail and its words; a gray square with a cross for what cannot be read."""
     left, top = place[0] + _FRAME, place[1] + _FRAME
     right, bottom = left + side - 1, top + side - 1
@@ -143,11 +115,11 @@ def _draw_tile(sheet: Image.Image, record: dict, place: tuple[int, int], side: i
         sheet.paste(image, (left, top))
     else:
         draw.rectangle((left, top, right, bottom), fill="#DDDDDD")
-        draw.line((left, top, right, bottom), fill=_GRAY)
-        draw.line((left, bottom, right, top), fill=_GRAY)
+        draw.line((left, top, right, bottom), fill=GRAY)
+        draw.line((left, bottom, right, top), fill=GRAY)
     if same is False:
         start = right - corner_side(side) + 1
         draw.polygon([(start, top), (right, top), (right, top + corner_side(side) - 1)], fill=OTHER)
     for number, text in enumerate(record["words"]):
-        y = bottom + 1 + _FRAME + 2 + _line(_LABEL) * number
-        _write(sheet, text, (left, y), side + _FRAME, _LABEL, _GRAY if number else "black")
+        y = bottom + 2 + _FRAME + _LINE * number
+        _write(sheet, text, (left, y), side + _FRAME, color=GRAY if number else "black")

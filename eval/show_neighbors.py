@@ -14,10 +14,12 @@ written to a JSON file beside it.
 
 import argparse
 import sys
+from collections.abc import Collection
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -41,7 +43,6 @@ PROGRAM = "CMSF show_neighbors.py"  # what a picture says that it was made by
 RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
 COSINES = "cos: similarity, the cosine of the angle between both."
 PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
-
 MOST_MEGAPIXELS = 200
 
 
@@ -62,39 +63,21 @@ def parse_args() -> argparse.Namespace:
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     group = parser.add_argument_group("picture")
-    group.add_argument(
-        "--from_features",
-        action="store_true",
-        help="neighbors among all training images by the encoder's features; needs no bank",
-    )
+    text = "neighbors among all training images by the encoder's features; needs no bank"
+    group.add_argument("--from_features", action="store_true", help=text)
     either = group.add_mutually_exclusive_group()
     either.add_argument("--images", help="targets by their paths below train/, with commas")
     either.add_argument("--index", type=arguments.int_list, help="targets by their numbers")
-    either.add_argument(
-        "--count",
-        type=arguments.number(int, low=1, high=100),
-        default=8,
-        help="at most so many targets, drawn by --seed, from a bank such as have a constraint",
-    )
-    group.add_argument(
-        *("-k", "--neighbors"),
-        type=arguments.number(int, low=1, high=50),
-        default=8,
-        help="neighbors in a row",
-    )
-    group.add_argument(
-        "--side",
-        type=arguments.number(int, low=64, high=512),
-        default=96,
-        help="side of a neighbor's thumbnail in pixels",
-    )
-    group.add_argument(
-        "--output",
-        type=arguments.path,
-        default=Path("output/neighbors.png"),
-        help="PNG file to write; a JSON file of the same name tells what is in it; replaces "
-        "no files but its own",
-    )
+    text = "at most so many targets, drawn by --seed, from a bank such as have a constraint"
+    number = arguments.number(int, low=1, high=100)
+    either.add_argument("--count", type=number, default=8, help=text)
+    number = arguments.number(int, low=1, high=50)
+    group.add_argument("-k", "--neighbors", type=number, default=8, help="neighbors in a row")
+    number, text = arguments.number(int, low=64, high=512), "of a neighbor's thumbnail in pixels"
+    group.add_argument("--side", type=number, default=96, help=f"side {text}")
+    text = "PNG file to write, with a JSON file beside it; replaces no files but its own"
+    path = Path("output/neighbors.png")
+    group.add_argument("--output", type=arguments.path, default=path, help=text)
     return options.parse(parser, demo=DEMO)
 
 
@@ -103,20 +86,17 @@ def check_output(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise InputError(f"--output {path}: name a file that ends in .png")
     about = path.with_suffix(".json")
+
+    def is_record(path: Path) -> bool:
+        return isinstance(result_files.read_json(path).get("targets"), list)
+
+    def is_picture(path: Path) -> bool:  # older ones say nothing themselves
+        said = result_files.is_png_of(path, PROGRAM)
+        return said or (result_files.is_png(path) and is_record(about))
+
     check = partial(result_files.check_own, flag="--output")
     check(about, kind="record of neighbors", is_own=is_record)
-    check(
-        path,
-        kind="picture of neighbors",  # older ones say nothing themselves
-        is_own=lambda p: (
-            result_files.is_png_of(p, PROGRAM) or (result_files.is_png(p) and is_record(about))
-        ),
-    )
-
-
-def is_record(path: Path) -> bool:
-    """Whether a JSON file is one of those that are written here."""
-    return isinstance(result_files.read_json(path).get("targets"), list)
+    check(path, kind="picture of neighbors", is_own=is_picture)
 
 
 def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | None:
@@ -133,6 +113,34 @@ def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | Non
     return args.index
 
 
+def choose(
+    args: argparse.Namespace,
+    images: ImageSet,
+    named: list[int] | None,
+    there: Collection[int],
+    *,
+    absent: str,
+    preferred: Collection[int] = (),
+) -> list[int]:
+    """The targets: the named ones, or --count drawn from the preferred, or else all, sorted.
+
+    InputError for named ones that are not there; absent: what is said of them.
+    """
+    if wrong := [images.name(number) for number in named or [] if number not in there]:
+        flag = "images" if args.images else "index"
+        raise InputError(
+            f"--{flag}: {', '.join(wrong[:5])} {absent}, {len(there)} of {len(images)} images are "
+            f"there (without --{flag}, such are drawn)"
+        )
+    if named is not None:
+        return named
+    available = sorted(preferred or there)
+    if len(available) < args.count:
+        print(f"--count {args.count}: only {len(available)} images to draw from, all are shown")
+    count = min(args.count, len(available))
+    return sorted(np.random.default_rng(args.seed).choice(available, count, replace=False).tolist())
+
+
 def shown_from_bank(args: argparse.Namespace, images: ImageSet, named: list[int] | None) -> Shown:
     """Targets and their neighbors in the bank."""
     if not args.weights:
@@ -140,17 +148,10 @@ def shown_from_bank(args: argparse.Namespace, images: ImageSet, named: list[int]
     state = build_evaluation.read_weights(args)
     bank = shown_neighbors.bank_of(state, images, what=f"--weights {args.weights}")
     constraint = shown_neighbors.constraint_of(state, bank)
-    there = shown_neighbors.newest_rows(bank)
-    if absent := [images.name(number) for number in named or [] if number not in there]:
-        flag = "images" if args.images else "index"
-        raise InputError(
-            f"--{flag}: {', '.join(absent[:5])} not in the bank, which holds {len(there)} of "
-            f"{len(images)} images (without --{flag}, such as are there are drawn)"
-        )
-    if named is None:
-        available = shown_neighbors.with_constraint(bank, constraint)
-        named = shown_neighbors.drawn_numbers(available, count=args.count, seed=args.seed)
-    targets = shown_neighbors.from_bank(bank, constraint, images, named, k=args.neighbors)
+    rows = shown_neighbors.newest_rows(bank)
+    preferred = [n for n, row in rows.items() if constraint and constraint.there[row]]
+    numbers = choose(args, images, named, rows, absent="not in the bank", preferred=preferred)
+    targets = shown_neighbors.from_bank(bank, constraint, images, numbers, k=args.neighbors)
     step = f", step {state['step']}" if state.get("step") else ""
     about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
     notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
@@ -160,10 +161,7 @@ def shown_from_bank(args: argparse.Namespace, images: ImageSet, named: list[int]
 
 
 def shown_from_features(
-    args: argparse.Namespace,
-    images: ImageSet,
-    named: list[int] | None,
-    bad_images: BadImages,
+    args: argparse.Namespace, images: ImageSet, named: list[int] | None, bad_images: BadImages
 ) -> Shown | None:
     """The same by features of all training images; None but on the main process."""
     backbone, state = build_evaluation.evaluated_backbone(args)
@@ -179,16 +177,16 @@ def shown_from_features(
     if extracted is None:
         return None
     features = normalize(extracted[0], dim=1, out=extracted[0])
-    numbers = torch.tensor([n for n in range(len(images)) if n not in loader.left_out])
-    if unread := [images.name(number) for number in named or [] if number in loader.left_out]:
-        raise InputError(f"data {images.root}: {', '.join(unread[:5])} cannot be read")
-    if named is None:
-        named = shown_neighbors.drawn_numbers(numbers, count=args.count, seed=args.seed)
-    targets = shown_neighbors.from_features(features, numbers, images, named, k=args.neighbors)
+    read = [n for n in range(len(images)) if n not in loader.left_out]
+    if not read:
+        raise InputError(f"data {images.root}: no image in it can be read")
+    numbers = choose(args, images, named, read, absent="cannot be read")
+    among = torch.tensor(read)
+    targets = shown_neighbors.from_features(features, among, images, numbers, k=args.neighbors)
     encoder = "target" if args.use_target else "query"
     about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
-    notes = [f"{about}; {len(numbers)} training images. {COSINES}"]
-    return Shown(targets, state, notes, len(numbers), "Neighbors by features")
+    notes = [f"{about}; {len(read)} training images. {COSINES}"]
+    return Shown(targets, state, notes, len(read), "Neighbors by features")
 
 
 def draw(shown: Shown, images: ImageSet, bad_images: BadImages, *, side: int) -> Image.Image:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,26 +105,6 @@ def newest_rows(bank: MemoryBank) -> dict[int, int]:
     """Image number -> the row written last for it, of all images in the bank."""
     order = bank.newest(bank.filled)
     return dict(zip(bank.index[order].tolist(), order.tolist(), strict=True))
-
-
-def with_constraint(bank: MemoryBank, constraint: Constraint | None) -> list[int]:
-    """The images in the bank whose newest row has a constraint; all of them if none has one.
-
-    Without: a first visit (CMSF-2Q), no confident pseudo-label, no cluster yet.
-    """
-    newest = newest_rows(bank)
-    return [n for n, row in newest.items() if constraint and constraint.there[row]] or list(newest)
-
-
-def drawn_numbers(available: Sequence[int], *, count: int, seed: int) -> list[int]:
-    """At most `count` of the available image numbers at random, sorted; fewer are said."""
-    if not len(available):
-        raise InputError(f"--count {count}: no image to draw from")
-    if count > len(available):
-        print(f"--count {count}: only {len(available)} images to draw from, all are shown")
-    count = min(count, len(available))
-    drawn = np.random.default_rng(seed).choice(np.sort(available), count, replace=False)
-    return sorted(drawn.tolist())
 
 
 def from_bank(

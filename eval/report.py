@@ -236,6 +236,7 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
         facts=facts,
         question=QUESTION,
         verdicts=health.verdicts(run),
+        signs=health.SIGNS,
         rules=health.RULES,
         warnings=[record for record in run.records if "warning" in record],
         measured=[record for record in run.records if record.get("knn")],
@@ -293,7 +294,7 @@ def main() -> None:
     files.replace_text(output, page, flag="--output")
     print(printable(status(run, now=now)))
     for verdict in health.verdicts(run):
-        print(f"{verdict.sign} {verdict.question}: {verdict.word}, {verdict.reason}")
+        print(f"{health.SIGNS[verdict.word]} {verdict.question}: {verdict.word}, {verdict.reason}")
     for path, reason in left_out.items():
         print(f"{path} left out: {reason}")
     for path, note in pictures.items():

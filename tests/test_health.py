@@ -32,7 +32,7 @@ def test_each_word_has_a_sign_of_its_own(tmp_path):
     found = [verdicts(tmp_path, [logs.record(1, 4, effective_rank=r)]) for r in ranks]
     found = [one["effective rank"] for one in found]
     assert [one.word for one in found] == ["unhealthy", "look", "healthy", "no figure"]
-    assert [one.sign for one in found] == ["✗", "!", "✓", "–"]
+    assert [health.SIGNS[one.word] for one in found] == ["✗", "!", "✓", "–"]
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,10 @@ def test_whether_neighbors_pay(tmp_path):
     assert of(limit - 1) == of(limit - 1, "KM") == of(0.0) == "look"
     assert of(limit + 1) == of(limit + 1, "KM") == "no figure"
     assert of(limit - 1, mem_bank_size=1001) == of(limit - 1, symmetric=True) == "no figure"
-    assert of(limit - 1, topk=10**400) == "no figure"
     assert of(limit - 1, "MSF") == "look"
     assert of(limit - 1, train=1_281_167) == of(None) == "no figure"
     assert of(100.0, "MSF", topk=1) is None  # the target alone
-    assert of(limit - 1, "MSF", topk="all") is None
+    assert of(limit - 1, "MSF", topk="all") is of(limit - 1, topk=10**400) is None
     assert of(limit - 1, "supervised") is of(limit - 1, "semi") is None
 
 

@@ -108,12 +108,12 @@ def find_results(
             if not (record := result_files.read_json(path)):
                 continue
             result = (read_comparison if name == COMPARISON else read_result)(path, record)
+            reason = why_not(result, found, last=last)
         except InputError as error:
             if folder in named:
                 raise
-            left_out[path] = str(error).removeprefix(f"{path}: ")
-            continue
-        if reason := why_not(result, found, last=last):
+            reason = str(error).removeprefix(f"{path}: ")
+        if reason:
             left_out[path] = reason
         else:
             found[path] = result
@@ -127,11 +127,9 @@ def why_not(result: Result, found: dict[Path, Result], *, last: str | None) -> s
     if last not in {encoder.sha256 for encoder in result.encoders}:
         whose = " and ".join(dict.fromkeys(map(str, result.encoders))) or "nothing"
         return f"of {whose}, not of the run's last checkpoint ({last[:12]})"
-    for path, first in found.items():
-        if first.images != ValImages():
-            same = result.images.is_same(first.images)
-            return "" if same else f"on {result.images}, not on {first.images} as {path}"
-    return ""
+    told = ((path, first.images) for path, first in found.items() if first.images != ValImages())
+    path, images = next(told, (None, result.images))
+    return "" if result.images.is_same(images) else f"on {result.images}, not on {images} as {path}"
 
 
 def read_result(path: Path, record: dict) -> Result:
@@ -177,13 +175,10 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
     return None, None
 
 
-def find_pictures(
-    folder: Path, named: list[Path], *, last: str | None
-) -> tuple[dict[Path, str], dict[Path, str]]:
-    """PNG files of neighbors, each with a note: the named ones, or neighbors*.png of the folder.
+def find_pictures(folder: Path, named: list[Path], *, last: str | None) -> dict[Path, str]:
+    """PNG files of neighbors, the named ones or neighbors*.png of the folder.
 
-    And of those in the folder that are not known to be of the last checkpoint, the reason why they
-    are left out; to a named one it is the note.
+    To each why it is not known to be of the last checkpoint, "" if it is.
     """
     for path in named:
         if not path.is_file():
@@ -191,9 +186,7 @@ def find_pictures(
         if not result_files.is_png(path):
             raise InputError(f"--neighbors {path}: no PNG file")
     paths = named or filter(Path.is_file, sorted(folder.glob("neighbors*.png")))
-    notes = {path: of_another(path, last=last) for path in paths}
-    left_out = {} if named else {path: note for path, note in notes.items() if note}
-    return {path: note for path, note in notes.items() if path not in left_out}, left_out
+    return {path: of_another(path, last=last) for path in paths}
 
 
 def of_another(picture: Path, *, last: str | None) -> str:
@@ -209,8 +202,12 @@ def of_another(picture: Path, *, last: str | None) -> str:
     return "" if same else f"of {encoder}, not of the run's last checkpoint"
 
 
-def template() -> jinja2.Template:
-    """The page, to be filled; torch needs Jinja, so that it is there."""
+def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
+    """The whole page as text; parts: results, pictures, what is left out, the last checkpoint."""
+    taken = run.records[-1].get("seconds")
+    facts = [] if taken is None else [f"{duration(taken)} of training"]
+    facts.append(f"made {time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC")
+    facts += ["the last line of the log is half written and left out"] * run.cut
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "cell": lambda x: "–" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x),
@@ -220,16 +217,7 @@ def template() -> jinja2.Template:
         "svg": curves.chart_svg,
         "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
-    return page.from_string(Path(__file__).with_suffix(".html").read_text())
-
-
-def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
-    """The whole page as text; parts: results, pictures, what is left out, the last checkpoint."""
-    taken = run.records[-1].get("seconds")
-    facts = [] if taken is None else [f"{duration(taken)} of training"]
-    facts.append(f"made {time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC")
-    facts += ["the last line of the log is half written and left out"] * run.cut
-    return template().render(
+    return page.from_string(Path(__file__).with_suffix(".html").read_text()).render(
         run=run,
         style=Path(__file__).with_suffix(".css").read_text(),
         status=status(run, now=now),
@@ -238,8 +226,6 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
         verdicts=health.verdicts(run),
         signs=health.SIGNS,
         rules=health.RULES,
-        warnings=[record for record in run.records if "warning" in record],
-        measured=[record for record in run.records if record.get("knn")],
         charts=curves.build_charts([curves.Group(run.name, [run])]),
         titles=TITLES,
         **parts,
@@ -249,17 +235,13 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="A page on one training run.")
-    parser.add_argument(
-        "run", type=arguments.path_text, metavar="RUN", help="the run's folder, or its log.jsonl"
-    )
-    parser.add_argument(
-        *("--output",),
-        type=arguments.path,
-        help="HTML to write, replaces only a page like it; default: report.html in RUN",
-    )
-    folders = {"nargs": "+", "default": [], "type": arguments.path}
-    parser.add_argument("--results", **folders, help="folders with result files")
-    parser.add_argument("--neighbors", **folders, help="PNG files of nearest neighbors")
+    text = "the run's folder, or its log.jsonl"
+    parser.add_argument("run", type=arguments.path_text, metavar="RUN", help=text)
+    text = "HTML to write, replaces only a page like it; default: report.html in RUN"
+    parser.add_argument("--output", type=arguments.path, help=text)
+    several = {"nargs": "+", "default": [], "type": arguments.path}
+    parser.add_argument("--results", **several, help="folders with result files")
+    parser.add_argument("--neighbors", **several, help="PNG files of nearest neighbors")
     return parser.parse_args()
 
 
@@ -286,8 +268,10 @@ def main() -> None:
     checkpoint, last = last_checkpoint(folder)
     above = folder.resolve().parent
     results, left_out = find_results([folder, *args.results], also=above, last=last)
-    pictures, others = find_pictures(folder, args.neighbors, last=last)
-    left_out |= others
+    pictures = find_pictures(folder, args.neighbors, last=last)
+    if not args.neighbors:
+        left_out |= {path: note for path, note in pictures.items() if note}
+        pictures = {path: note for path, note in pictures.items() if not note}
     now = time.time()
     parts = {"results": results, "left_out": left_out, "pictures": pictures}
     page = build_page(run, now=now, checkpoint=checkpoint, sha256=last, **parts)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Collection
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.reporting import shown_neighbors
 from utils.reporting.pictures import neighbor_sheet
+from utils.reporting.shown_neighbors import neighbors_of, newest_rows
 from utils.runtime import distributed, files, script
 from utils.runtime.errors import InputError
 
@@ -44,17 +44,6 @@ RANKS = "rank: place among all rows of M by distance to t; the target itself has
 COSINES = "cos: similarity, the cosine of the angle between both."
 PREVIOUS = "M': for each row of M the embedding its image had at the visit before."
 MOST_MEGAPIXELS = 200
-
-
-class Shown(NamedTuple):
-    """Targets and neighbors as `shown_neighbors` tells of them; state: of the checkpoint."""
-
-    targets: list[dict]
-    state: dict
-    notes: list[str]
-    rows: int  # that were searched
-    title: str
-    constraint: str | None = None
 
 
 def parse_args() -> argparse.Namespace:
@@ -141,28 +130,32 @@ def choose(
     return sorted(np.random.default_rng(args.seed).choice(available, count, replace=False).tolist())
 
 
-def shown_from_bank(args: argparse.Namespace, images: ImageSet, named: list[int] | None) -> Shown:
-    """Targets and their neighbors in the bank."""
+def shown_from_bank(
+    args: argparse.Namespace, images: ImageSet, named: list[int] | None
+) -> tuple[dict, dict]:
+    """What is shown of targets and their neighbors in the bank, and the checkpoint."""
     if not args.weights:
         raise InputError("--weights: name the checkpoint to show neighbors of")
     state = build_evaluation.read_weights(args)
     bank = shown_neighbors.bank_of(state, images, what=f"--weights {args.weights}")
-    constraint = shown_neighbors.constraint_of(state, bank)
-    rows = shown_neighbors.newest_rows(bank)
-    preferred = [n for n, row in rows.items() if constraint and constraint.there[row]]
-    numbers = choose(args, images, named, rows, absent="not in the bank", preferred=preferred)
-    targets = shown_neighbors.from_bank(bank, constraint, images, numbers, k=args.neighbors)
+    constraint, newest = shown_neighbors.constraint_of(state, bank), newest_rows(bank)
+    preferred = [n for n, row in newest.items() if constraint and constraint.there[row]]
+    numbers = choose(args, images, named, newest, absent="not in the bank", preferred=preferred)
+    rows = torch.tensor([newest[number] for number in numbers])
+    found = neighbors_of(
+        rows, *bank.in_use("features", "index"), images, k=args.neighbors, constraint=constraint
+    )
     step = f", step {state['step']}" if state.get("step") else ""
     about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
     notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
     notes += [PREVIOUS, f"{RANKS} {COSINES}"] if hasattr(bank, "previous") else [RANKS]
-    name = constraint and constraint.name
-    return Shown(targets, state, notes, bank.filled, "Neighbors in the memory bank", name)
+    shown = {"title": "Neighbors in the memory bank", "notes": notes, "targets": found}
+    return shown | {"constraint": constraint and constraint.name, "rows": bank.filled}, state
 
 
 def shown_from_features(
     args: argparse.Namespace, images: ImageSet, named: list[int] | None, bad_images: BadImages
-) -> Shown | None:
+) -> tuple[dict, dict] | None:
     """The same by features of all training images; None but on the main process."""
     backbone, state = build_evaluation.evaluated_backbone(args)
     (loader,) = build_evaluation.eval_loaders(args, images, bad_images=bad_images)
@@ -177,20 +170,21 @@ def shown_from_features(
     if extracted is None:
         return None
     features = normalize(extracted[0], dim=1, out=extracted[0])
-    read = [n for n in range(len(images)) if n not in loader.left_out]
-    if not read:
+    row_of = {n: i for i, n in enumerate(sorted(set(range(len(images))) - {*loader.left_out}))}
+    if not row_of:
         raise InputError(f"data {images.root}: no image in it can be read")
-    numbers = choose(args, images, named, read, absent="cannot be read")
-    among = torch.tensor(read)
-    targets = shown_neighbors.from_features(features, among, images, numbers, k=args.neighbors)
+    numbers = choose(args, images, named, row_of, absent="cannot be read")
+    rows, index = torch.tensor([row_of[number] for number in numbers]), torch.tensor([*row_of])
+    found = neighbors_of(rows, features, index, images, k=args.neighbors, by_rank=False)
     encoder = "target" if args.use_target else "query"
     about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
-    notes = [f"{about}; {len(read)} training images. {COSINES}"]
-    return Shown(targets, state, notes, len(read), "Neighbors by features")
+    notes = [f"{about}; {len(row_of)} training images. {COSINES}"]
+    shown = {"title": "Neighbors by features", "notes": notes, "targets": found}
+    return shown | {"constraint": None, "rows": len(row_of)}, state
 
 
-def draw(shown: Shown, images: ImageSet, bad_images: BadImages, *, side: int) -> Image.Image:
-    """The picture, in which each file is read once for each size."""
+def draw(shown: dict, images: ImageSet, bad_images: BadImages, *, side: int) -> Image.Image:
+    """The picture, for which each file is read once in each size."""
 
     @cache
     def thumbnail(number: int, side: int) -> Image.Image | None:
@@ -204,7 +198,8 @@ def draw(shown: Shown, images: ImageSet, bad_images: BadImages, *, side: int) ->
             return None
         return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
-    return neighbor_sheet(shown.targets, thumbnail, title=shown.title, notes=shown.notes, side=side)
+    words = {"title": shown["title"], "notes": shown["notes"]}
+    return neighbor_sheet(shown["targets"], thumbnail, **words, side=side)
 
 
 def main() -> None:
@@ -221,22 +216,22 @@ def main() -> None:
     result_files.make_folder(args.output.parent, flag="--output")
     bad_images = build_evaluation.build_bad_images(args)
     if args.from_features:
-        shown = shown_from_features(args, images, named, bad_images)
+        found = shown_from_features(args, images, named, bad_images)
     else:
-        shown = shown_from_bank(args, images, named) if distributed.is_main() else None
-    if shown is None:  # not the main process
+        found = shown_from_bank(args, images, named) if distributed.is_main() else None
+    if found is None:  # not the main process
         return
+    shown, state = found
     picture = draw(shown, images, bad_images, side=args.side)
     with files.atomic_file(args.output, flag="--output") as file:
         says = PngInfo()
         says.add_text("Software", PROGRAM)
         picture.save(file, format="PNG", pnginfo=says)
-    record = {"targets": shown.targets, "constraint": shown.constraint}
-    record |= {"method": shown.state.get("method"), "from_features": args.from_features}
-    record |= {"size": list(picture.size), "side": args.side}
-    counts = {"train": len(images), "rows": shown.rows, "classes": len(images.classes)}
-    record |= build_evaluation.result_record(
-        args, shown.state, counts=counts, bad_images=bad_images, images={"train": images}
+    counts = {"train": len(images), "rows": shown.pop("rows"), "classes": len(images.classes)}
+    shown |= {"method": state.get("method"), "from_features": args.from_features}
+    shown |= {"size": list(picture.size), "side": args.side}
+    record = shown | build_evaluation.result_record(
+        args, state, counts=counts, bad_images=bad_images, images={"train": images}
     )
     name = args.output.with_suffix(".json").name
     path = result_files.write_json(args.output.parent, name, record, flag="--output")

@@ -12,7 +12,6 @@ similarity to what was searched for, its rank by plain distance to the target (N
 and "same_class" (None: not known).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +46,7 @@ class Constraint(NamedTuple):
     name: str  # "previous embedding", "label", "pseudo-label" or "cluster"
     there: Tensor
     groups: Tensor | None = None  # (K,) int64, the label or cluster
+    previous: Tensor | None = None  # (K, D), M' of CMSF-2Q
 
 
 def bank_of(state: dict, images: ImageSet, *, what: str) -> MemoryBank:
@@ -92,7 +92,8 @@ def constraint_of(state: dict, bank: MemoryBank) -> Constraint | None:
     """The constraint of a checkpoint's method; None if it has none (MSF)."""
     index, label = bank.in_use("index", "label")
     if hasattr(bank, "previous"):
-        return Constraint("previous embedding", *bank.in_use("has_previous"))
+        older, there = bank.in_use("previous", "has_previous")
+        return Constraint("previous embedding", there, previous=older)
     if "clusters" in state["state_dict"]:
         groups = state["state_dict"]["clusters"][index]
         return Constraint("cluster", groups >= 0, groups)
@@ -107,27 +108,30 @@ def newest_rows(bank: MemoryBank) -> dict[int, int]:
     return dict(zip(bank.index[order].tolist(), order.tolist(), strict=True))
 
 
-def from_bank(
-    bank: MemoryBank,
-    constraint: Constraint | None,
+def neighbors_of(
+    rows: Tensor,
+    embeddings: Tensor,
+    index: Tensor,
     images: ImageSet,
-    targets: Sequence[int],
     *,
     k: int,
+    constraint: Constraint | None = None,
+    by_rank: bool = True,
 ) -> list[dict]:
-    """The k neighbors of each target under the constraint, and plain; image numbers in the bank."""
-    newest = newest_rows(bank)
-    rows = torch.tensor([newest[number] for number in targets])
-    embeddings, index = bank.in_use("features", "index")
-    t = embeddings[rows]
-    others = index != torch.tensor(targets).unsqueeze(1)  # (B, K) bool
+    """Records of the targets in `rows` (B,) with their k neighbors under the constraint, and plain.
+
+    embeddings: (K, D), unit norm; index: (K,) int64, of the image each is of. by_rank: neighbors
+    are told by their ranks, otherwise by their similarity alone.
+    """
+    t, others = embeddings[rows], index != index[rows].unsqueeze(1)  # (B, D), (B, K) bool
     plain = nearest(t, embeddings, k=k, allowed=others)
-    lines = [Line("plain", "M: nearest to the target t, by plain search", plain, t, embeddings)]
+    where = "M: nearest to the target t, by plain search"
+    where = where if by_rank else "nearest to the target among all images, by features"
+    lines = [Line("plain", where, plain, t, embeddings)]
     if constraint:
         allowed = others & constraint.there & constraint.there[rows].unsqueeze(1)
-        if constraint.groups is None:
+        if (older := constraint.previous) is not None:
             # CMSF-2Q: what is nearest to u in M', and where those rows lie in M.
-            (older,) = bank.in_use("previous")
             related = nearest(older[rows], older, k=k, allowed=allowed)
             caption = "M': nearest to the target's previous embedding u"
             before = [Line("previous", caption, related, older[rows], older)]
@@ -139,51 +143,37 @@ def from_bank(
             before, found = [], nearest(t, embeddings, k=k, allowed=allowed)
             caption = f"M: nearest to the target t of its {constraint.name} (the constraint)"
         lines = [*before, Line("constrained", caption, found, t, embeddings), *lines]
-    records = _records(images, index, rows, lines, ranked=(t, embeddings))
+    records = _records(rows, index, images, lines, ranked=(t, embeddings) if by_rank else None)
     for record in records if constraint else []:
-        there = bool(constraint.there[record["bank_row"]])
-        none = f"no {constraint.name} yet: no constraint"
-        for row in record["rows"][:-1]:
-            row["remark"] = f"no other row with such a {constraint.name}" if there else none
-        if constraint.groups is not None:
-            record["wanted"] = wanted = int(constraint.groups[record["bank_row"]])
-            known = constraint.name == "pseudo-label" and wanted < len(images.classes)
-            if there and constraint.name != "label":
-                which = images.classes[wanted] if known else wanted
-                record["words"].append(f"{constraint.name}: {which}")
+        _note(record, constraint, images.classes)
     return records
 
 
-def from_features(
-    features: Tensor, numbers: Tensor, images: ImageSet, targets: Sequence[int], *, k: int
-) -> list[dict]:
-    """The k plain neighbors of each target among features (n, F), of unit norm.
-
-    numbers: (n,) int64, ascending, the image numbers of the features; targets: some of them.
-    """
-    rows = torch.searchsorted(numbers, torch.tensor(targets))
-    others = numbers != torch.tensor(targets).unsqueeze(1)
-    near = nearest(features[rows], features, k=k, allowed=others)
-    caption = "nearest to the target among all images, by features"
-    lines = [Line("plain", caption, near, features[rows], features)]
-    return _records(images, numbers, rows, lines)
+def _note(record: dict, constraint: Constraint, classes: list[str]) -> None:
+    """Add to a target's record which group it is of, and why no row satisfies the constraint."""
+    there = bool(constraint.there[record["bank_row"]])
+    none = f"no {constraint.name} yet: no constraint"
+    for row in record["rows"][:-1]:
+        row["remark"] = f"no other row with such a {constraint.name}" if there else none
+    if constraint.groups is not None:
+        record["wanted"] = wanted = int(constraint.groups[record["bank_row"]])
+        known = constraint.name == "pseudo-label" and wanted < len(classes)
+        if there and constraint.name != "label":
+            record["words"].append(f"{constraint.name}: {classes[wanted] if known else wanted}")
 
 
 def _records(
-    images: ImageSet,
-    numbers: Tensor,
     rows: Tensor,
+    index: Tensor,
+    images: ImageSet,
     lines: list[Line],
     *,
-    ranked: tuple[Tensor, Tensor] | None = None,
+    ranked: tuple[Tensor, Tensor] | None,
 ) -> list[dict]:
-    """What is shown of the targets in `rows`.
-
-    numbers: (K,), the image of each row. ranked: the targets (B, D) and rows (K, D) of the ranks.
-    """
+    """What is shown of the targets in `rows`; ranked: the targets and rows that ranks are of."""
 
     def about(row: Tensor) -> dict:
-        image = int(numbers[row])
+        image = int(index[row])
         file, label = images.name(image), int(images.labels[image])
         name = images.classes[label] if label >= 0 else None
         record = {"file": file, "index": image, "label": label, "class": name}

@@ -38,11 +38,11 @@ def neighbor_sheet(
     side: of the neighbors'; a target has half as much again. Words that do not fit end in an
     ellipsis. "place" of all that is drawn becomes its thumbnail's left and top edge and side.
     """
-    big, step = side * 3 // 2, side + 2 * _FRAME + _GAP
+    big = side * 3 // 2
     lines = [line for target in targets for line in target["rows"]]
     columns = max((len(line["neighbors"]) for line in lines), default=0)
     left = _MARGIN + big + 2 * (_FRAME + _GAP)  # of the neighbors
-    right = left + max(columns * step, _LEAST)
+    right = left + max(columns * (side + 2 * _FRAME + _GAP), _LEAST)
     head = [(part, GRAY) for note in notes for part in textwrap.wrap(note, (right - _MARGIN) // 8)]
     if any(n["same_class"] is not None for line in lines for n in line["neighbors"]):
         head += MARKS.items()
@@ -55,18 +55,12 @@ def neighbor_sheet(
     for number, (text, color) in enumerate(head):
         _write(sheet, text, (_MARGIN, _MARGIN + (number + 2) * _LINE), right - _MARGIN, color=color)
     for target, height in zip(targets, heights, strict=True):
-        y = top + 2 * _GAP
         ImageDraw.Draw(sheet).line([(_MARGIN, top + _GAP), (right, top + _GAP)], fill="#CCCCCC")
-        _write(sheet, "target", (_MARGIN + _FRAME, y), big)
-        _draw_tile(sheet, target, (_MARGIN, y + _LINE), big, read)
-        for line in target["rows"]:
-            _write(sheet, line["caption"], (left + _FRAME, y), right - left - _FRAME)
-            if not line["neighbors"]:
-                place = (left + _FRAME, y + _LINE)
-                _write(sheet, line["remark"], place, right - left - _FRAME, color=GRAY)
-            for column, neighbor in enumerate(line["neighbors"]):
-                _draw_tile(sheet, neighbor, (left + column * step, y + _LINE), side, read)
-            y += line_height
+        _write(sheet, "target", (_MARGIN + _FRAME, top + 2 * _GAP), big)
+        _draw_tile(sheet, target, (_MARGIN, top + 2 * _GAP + _LINE), big, read)
+        for number, line in enumerate(target["rows"]):
+            place = (left, top + 2 * _GAP + number * line_height)
+            _draw_line(sheet, line, place, side, read)
         top += height
     return sheet
 
@@ -100,6 +94,18 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
 def _write(sheet: Image.Image, text: str, place: tuple, width: int, *, size=_TEXT, color="black"):
     text = shortened(text, size, width)
     ImageDraw.Draw(sheet).text(place, text, font=font_of(size), fill=color)
+
+
+def _draw_line(sheet: Image.Image, line: dict, place: tuple, side: int, read: Callable) -> None:
+    """A caption, and below it the neighbors, or why there are none."""
+    x, y = place
+    _write(sheet, line["caption"], (x + _FRAME, y), sheet.width - _MARGIN - x)
+    if not line["neighbors"]:
+        place = (x + _FRAME, y + _LINE)
+        _write(sheet, line["remark"], place, sheet.width - _MARGIN - x, color=GRAY)
+    for column, neighbor in enumerate(line["neighbors"]):
+        left = x + column * (side + 2 * _FRAME + _GAP)
+        _draw_tile(sheet, neighbor, (left, y + _LINE), side, read)
 
 
 def _draw_tile(sheet: Image.Image, record: dict, place: tuple, side: int, read: Callable) -> None:

@@ -301,19 +301,6 @@ def test_broken_files_are_refused_or_left_out(call_script, show, image_tree, tmp
     assert_refused(call_script(SHOW, *flags), "a/4.jpg", "cannot be read")
 
 
-def test_files_that_are_gone_are_named(call_script, image_tree, tmp_path):
-    """Links that lead nowhere: a name that is missing makes it another data set."""
-    tree = shutil.copytree(image_tree, tmp_path / "tree")
-    write_checkpoint(tmp_path / "a.pth", tree, with_previous=True)
-    for name in ("a/4.jpg", "b/2.jpg"):
-        (tree / "train" / name).unlink()
-        (tree / "train" / name).symlink_to(tmp_path / "nowhere.jpg")
-    flags = ("--weights", tmp_path / "a.pth", "--output", tmp_path / "x.png", "-k", 50)
-    words = "2 links to what is not there (is a disk not mounted?), first a/4.jpg, b/2.jpg"
-    assert_refused(call_script(SHOW, *flags, tree), words)
-    assert not (tmp_path / "x.png").exists()
-
-
 def test_another_data_set_is_refused(call_script, image_tree, tmp_path):
     write_checkpoint(tmp_path / "a.pth", image_tree, with_previous=True)
     tree = shutil.copytree(image_tree, tmp_path / "tree")

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
+import jinja2  # torch needs it, so that it is there
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

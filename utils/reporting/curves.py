@@ -28,13 +28,11 @@ STYLES = (
 _TEXT = 'fill="#3c4046" font-size="13" font-family="sans-serif"'
 _GRID = 'class="grid" stroke="#e3e5e8"'
 BAND = "line: mean, band: lowest to highest of the runs of a name"
+_PURITY = {"purity_constrained": "constrained", "purity_plain": "plain"}
 # Title, unit, and name in the log -> label, in the order they are drawn.
 PANELS = (
     ("loss", "squared distance", {"loss": "loss"}),
-    (
-        *("purity of neighbors", "percent"),
-        {"purity_constrained": "constrained", "purity_plain": "plain"},
-    ),
+    ("purity of neighbors", "percent", _PURITY),
     ("k-NN accuracy", "percent", {f"{KNN}{k}": f"{k}-NN" for k in (1, 5, 10, 20)}),
     ("pseudo-labels", "percent", {"confident": "coverage", "accuracy_confident": "their accuracy"}),
     ("effective rank", "dimensions", {"effective_rank": "effective rank"}),

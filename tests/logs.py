@@ -7,12 +7,13 @@ from utils.training.run_folder import ABOUT, ABOUT_FORMAT
 
 
 def record(epoch: int, step: int, **figures: object) -> dict:
-    """A line as a self-supervised run writes it, its figures made of epoch and step."""
+    """A line as a run of CMSF-2Q writes it, its figures made of epoch and step."""
     place = epoch + step / 100
     return {
         "epoch": epoch,
         "step": step,
         "loss": 2 / place,
+        "no_previous_visit": 0.0,
         "purity_constrained": 59 + 5 * place,
         "purity_plain": 60 + 5 * place,
         "spread": 0.99,

@@ -32,7 +32,7 @@ def test_each_word_has_a_sign_of_its_own(tmp_path):
     found = [verdicts(tmp_path, [logs.record(1, 4, effective_rank=r)]) for r in ranks]
     found = [one["effective rank"] for one in found]
     assert [one.word for one in found] == ["unhealthy", "look", "healthy", "no figure"]
-    assert [one.sign for one in found] == ["✗", "!", "✓", "–"]
+    assert [health.SIGNS[one.word] for one in found] == ["✗", "!", "✓", "–"]
 
 
 @pytest.mark.parametrize(
@@ -66,52 +66,61 @@ def test_purity_against_chance_and_its_start(tmp_path):
     assert of(60.0, 55.0, epochs=30) == "healthy"  # early yet
     assert of(49.0, counts={}) == "healthy"  # chance is not known
     assert of(None) == "no figure"
-    byol = {"method": "MSF", "settings": {"topk": 1}}
-    assert of(100.0, **byol) == "no figure"  # the target itself
+    assert of(100.0, settings={"topk": 1}) == "no figure"  # the target itself
+
+
+# What the log has of a method beside the purity that counts, which is the last.
+FIGURES = {
+    "MSF": ["purity_plain"],
+    "2Q": ["no_previous_visit", "purity_plain", "purity_constrained"],
+    "KM": ["no_cluster", "purity_constrained", "purity_plain"],
+    "supervised": ["purity_constrained", "purity_plain"],
+    "semi": ["confident", "purity_constrained", "purity_plain"],
+}
 
 
 def test_whether_neighbors_pay(tmp_path):
-    """By the constrained neighbors of 2Q, else by the plain ones."""
+    """By the constrained neighbors of 2Q, else by the plain ones; not of neighbors by label."""
 
-    def of(purity, method="CMSF2Q", train=1000, **flags):
-        lines = [logs.record(1, 4, **{"purity_constrained": None, "purity_plain": None})]
-        lines[0]["purity_constrained" if method == "CMSF2Q" else "purity_plain"] = purity
+    def of(purity, method="2Q", train=1000, **flags):
+        line = {"epoch": 1, "step": 4, **dict.fromkeys(FIGURES[method], 50.0)}
+        line[FIGURES[method][-1]] = purity
         settings = {"topk": 5, "mem_bank_size": 512} | flags
-        start = {"method": method, "settings": settings, "counts": {"train": train}}
-        return words(tmp_path, lines, **start).get("whether neighbors pay")
+        start = {"method": None, "settings": settings, "counts": {"train": train}}
+        return words(tmp_path, [line], **start).get("whether neighbors pay")
 
     limit = (100 + 4 * health.NEAREST_COST_UP_TO) / 5  # with the target itself, one of 5
-    assert of(limit - 1) == of(limit - 1, "CMSFKM") == of(0.0) == "look"
-    assert of(limit + 1) == of(limit + 1, "CMSFKM") == "no figure"
+    assert of(limit - 1) == of(limit - 1, "KM") == of(0.0) == "look"
+    assert of(limit + 1) == of(limit + 1, "KM") == "no figure"
     assert of(limit - 1, mem_bank_size=1001) == of(limit - 1, symmetric=True) == "no figure"
-    assert of(limit - 1, topk=10**400) == "no figure"
     assert of(limit - 1, "MSF") == "look"
     assert of(limit - 1, train=1_281_167) == of(None) == "no figure"
     assert of(100.0, "MSF", topk=1) is None  # the target alone
-    assert of(limit - 1, topk="all") is None
-    assert of(limit - 1, "SupervisedCMSF") is of(limit - 1, "PseudoCMSF") is None
+    assert of(limit - 1, "MSF", topk="all") is of(limit - 1, topk=10**400) is None
+    assert of(limit - 1, "supervised") is of(limit - 1, "semi") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "low"), [({}, 10), ({"proj_dim": 16}, 8), ({"mem_bank_size": 12}, 6)]
+)
+def test_effective_rank_against_the_most_it_can_be(tmp_path, flags, low):
+    settings = {"proj_dim": None, "mem_bank_size": 512} | flags
+    for rank, word in ((low - 0.1, "look"), (low + 0.1, "healthy")):
+        lines = [logs.record(1, 4, effective_rank=rank)]
+        assert words(tmp_path, lines, settings=settings)["effective rank"] == word
 
 
 def test_pseudo_labels(tmp_path):
     def of(confident, accuracy, epoch=3):
         lines = [logs.record(epoch, 4, confident=confident, accuracy_confident=accuracy)]
-        start = {"method": "PseudoCMSF", "settings": {"constraint_start": 2}}
-        found = words(tmp_path, lines, **start)
+        found = words(tmp_path, lines, settings={"constraint_start": 2})
         return found["coverage of pseudo-labels"], found["accuracy of confident pseudo-labels"]
 
     assert of(90.0, 95.0) == ("healthy", "healthy")
     assert of(10.0, 79.0) == ("look", "look")
     assert of(90.0, 49.0) == ("healthy", "unhealthy")
     assert of(0.0, None) == ("look", "no figure")
+    assert (of(24.0, 81.0), of(26.0, 81.0)) == (("look", "healthy"), ("healthy", "healthy"))
     assert of(10.0, 95.0, epoch=2) == ("no figure", "healthy")  # half of the epochs is to come
     assert of(90.0, 95.0, epoch=2) == ("healthy", "healthy")
     assert of(0.0, None, epoch=1) == ("no figure", "no figure")
-
-
-def test_ranges_of_an_unknown_method_are_those_of_all(tmp_path):
-    run = run_log.read(logs.write(tmp_path, logs.records()))
-    ranges = [each["effective_rank"] for each in health.DEMO_RANGES.values()]
-    lowest, highest = health.demo_range(run, "effective_rank")
-    assert lowest == min(low for low, _ in ranges) and highest == max(high for _, high in ranges)
-    for method in health.DEMO_RANGES.values():
-        assert all(low <= high for low, high in method.values())

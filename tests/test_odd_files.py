@@ -25,7 +25,6 @@ from utils.evaluation.labeled_features import FromFeatures
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.method.memory_bank import MemoryBank
-from utils.reporting import shown_neighbors
 from utils.runtime import files, safetensors_file
 from utils.runtime.errors import InputError, RunError
 from utils.training.engine import Run
@@ -315,10 +314,8 @@ def test_bank(tmp_path, image_tree, kind, examples):
     args = argparse.Namespace(weights=str(path), count=2, seed=0, neighbors=3, images=None)
 
     def read():
-        shown, state, notes = SHOW.shown_from_bank(args, images, None)
-        _, records = shown_neighbors.draw(shown, images, title="x", notes=notes, side=64)
-        json.dumps(
-            [records, shown.constraint, state.get("method"), state.get("epoch")], allow_nan=False
-        )
+        shown, state = SHOW.shown_from_bank(args, images, None)
+        SHOW.draw(shown, images, BadImages(), side=64)
+        json.dumps([shown, state.get("method"), state.get("epoch")], allow_nan=False)
 
     mutate(examples, read, content, path)

@@ -106,13 +106,12 @@ def ends_well(result, *, output):
         pytest.param(PLOT, 40, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Glyph", "ignore:Attempting to set identical")
 def test_any_type_in_any_field(call_script, run, tmp_path, script, examples):
     folder, files = run
     named = {
         COMPARE: [f"a={folder}", "--save", tmp_path],
         REPORT: [folder, "--output", tmp_path / "page.html"],
-        PLOT: [folder, "--output", tmp_path / "x.png"],
+        PLOT: [folder, "--output", tmp_path / "x.svg"],
     }[script]
     read = {
         COMPARE: ["knn.json", "linear/linear.json"],

@@ -6,7 +6,6 @@ evaluated by k-NN; BYOL too, where both have 40 epochs or more. An image is coun
 images/s, although each of its two views is a query and a target.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -332,11 +331,8 @@ def _evaluate(bench: Bench, name: str, folder: Path, *, is_whole: bool) -> None:
 
 
 def _draw(part: Part, names: list[str]) -> None:
-    """Keep a picture of the curves, where there is matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        part.leave_out("picture of the curves", "no matplotlib here")
-        return
+    """Keep a picture of the curves."""
     groups = plot_training.build_groups([f"{name}={part.scratch / name}" for name in names])
-    picture = part.scratch / "cifar.png"
+    picture = part.scratch / "cifar.svg"
     plot_training.draw(groups, picture)
     part.keep(picture)

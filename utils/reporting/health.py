@@ -1,4 +1,7 @@
-"""When the figures of a run are bad, and what they were in runs that went well."""
+"""When the figures of a run are bad: rules that hold for any data and network.
+
+What is asked of a run follows from the figures that its log has, not from its method's name.
+"""
 
 import math
 from typing import NamedTuple
@@ -6,156 +9,98 @@ from typing import NamedTuple
 from utils.method import collapse
 from utils.reporting.run_log import RunLog
 
-# Of the last log line of runs by tests/benchmarks/methods.py (CPU, --demo, seeds 0 to 2): lowest
-# and highest. What those runs reached stands in docs/results.md.
-DEMO_RUNS = "demo runs of this repository (60 epochs, seeds 0 to 2) at their end"
-DEMO_RANGES: dict[str, dict[str, tuple[float, float]]] = {
-    "MSF": {
-        "effective_rank": (17.1, 21.2),
-        "spread": (0.991, 0.995),
-        "purity_plain": (69.8, 73.8),
-    },
-    "CMSFKM": {
-        "effective_rank": (18.4, 20.9),
-        "spread": (0.991, 0.997),
-        "purity_plain": (70.2, 73.9),
-    },
-    "CMSF2Q": {
-        "effective_rank": (16.6, 22.0),
-        "spread": (0.985, 0.997),
-        "purity_plain": (66.8, 71.0),
-    },
-    "SupervisedCMSF": {
-        "effective_rank": (22.4, 23.9),
-        "spread": (0.988, 0.992),
-        "purity_plain": (79.2, 85.4),
-    },
-    "PseudoCMSF": {
-        "effective_rank": (22.4, 24.9),
-        "spread": (0.991, 0.997),
-        "purity_plain": (50.4, 54.5),
-        "confident": (48.9, 53.3),
-        "accuracy_confident": (92.8, 93.7),
-    },
-}
-# Share of the lowest of those figures from which another run's is no reason to look.
-_SHARE = 0.5
+RULES = (
+    "These are rules of thumb: the limits of the training's own warnings, chance, and what was "
+    "measured on small data sets (docs/results.md)."
+)
+# Twice what training warns of; and three quarters of the embeddings' squared length the same.
+_LOW_RANK, _LOW_SPREAD = 2 * collapse.LOW_RANK, 0.5
 _TIMES_CHANCE = 1.5
 _EARLY = 0.1  # share of a run's epochs in which purity may yet fall
-_MOSTLY_RIGHT, _OFTEN_WRONG = 80, 50  # percent
+_ACCURACY, _FEW_CONFIDENT = {"bad": 50, "low": 80}, 25  # percent of the pseudo-labels
 # Up to this purity of the neighbors beside the target itself MSF, KM and 2Q learned less than the
 # target alone, on all small data sets that were tried (docs/results.md); ImageNet is larger.
 NEAREST_COST_UP_TO = 65.0
 _SMALL = 100_000
-_MOST_NEIGHBORS = 10**6
-_WITH_NEAREST = ("MSF", "CMSFKM", "CMSF2Q")
+SIGNS = {"healthy": "✓", "look": "!", "unhealthy": "✗", "no figure": "–"}
 
 
 class Verdict(NamedTuple):
-    """One question of a run's health: what was asked, a sign and a word, and why."""
+    """One question of a run's health, the answer in a word of `SIGNS`, and why."""
 
     question: str
-    sign: str
     word: str
     reason: str
 
 
-_WORDS = {"healthy": "✓", "look": "!", "unhealthy": "✗", "no figure": "–"}
-
-
 def verdicts(run: RunLog) -> list[Verdict]:
     """Whether a run is healthy as of its last lines, question by question."""
+    flags = (run.settings.get(name) for name in ("proj_dim", "mem_bank_size"))
+    most = min((n for n in flags if type(n) is int), default=math.inf)  # that the rank can be
     found = [
-        _loss(run),
-        _embeddings(run, "effective_rank", "effective rank", low=collapse.LOW_RANK),
-        _embeddings(run, "spread", "spread", low=collapse.LOW_SPREAD),
-        _purity(run),
+        Verdict("loss", *_loss(run)),
+        _limited(run, "effective_rank", bad=collapse.LOW_RANK, low=min(_LOW_RANK, most / 2)),
+        _limited(run, "spread", bad=collapse.LOW_SPREAD, low=_LOW_SPREAD),
+        Verdict("purity of plain neighbors", *_purity(run)),
     ]
-    if (pays := _neighbors_pay(run)) is not None:
-        found.append(pays)
-    if run.method == "PseudoCMSF" or run.curve("confident"):
-        found += [_coverage(run), _labels(run)]
+    if pays := _neighbors_pay(run):
+        found.append(Verdict("whether neighbors pay", *pays))
+    if run.curve("confident"):
+        found.append(Verdict("coverage of pseudo-labels", *_coverage(run)))
+        question = "accuracy of confident pseudo-labels"
+        found.append(_limited(run, "accuracy_confident", question, "%", **_ACCURACY))
     return found
-
-
-def demo_range(run: RunLog, name: str) -> tuple[float, float]:
-    """Lowest and highest of a figure in the demo runs of the run's method, or of all methods."""
-    own = DEMO_RANGES.get(run.method, {})
-    methods = [own] if name in own else DEMO_RANGES.values()
-    ranges = [figures[name] for figures in methods if name in figures]
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
-
-
-def _verdict(question: str, word: str, reason: str) -> Verdict:
-    return Verdict(question, _WORDS[word], word, reason)
 
 
 def _text(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _range_text(run: RunLog, name: str, unit: str = "") -> str:
-    low, high = map(_text, demo_range(run, name))
-    return f"demo runs ended at {low if low == high else f'{low} to {high}'}{unit}"
+def _limited(
+    run: RunLog, name: str, question: str = "", unit: str = "", *, bad: float, low: float
+) -> Verdict:
+    """The verdict on a figure that should be high."""
+    question = question or name.replace("_", " ")
+    if (last := run.last(name)) is None:
+        return Verdict(question, "no figure", "nothing is logged yet")
+    word = "unhealthy" if last < bad else "look" if last < low else "healthy"
+    limits = f"look below {_text(low)}{unit}, unhealthy below {_text(bad)}{unit}"
+    return Verdict(question, word, f"{_text(last)}{unit} now; {limits}")
 
 
-def _loss(run: RunLog) -> Verdict:
+def _loss(run: RunLog) -> tuple[str, str]:
     """Every logged loss is a number, and the last is below the first."""
-    question = "loss"
     if errors := [record for record in run.records if "error" in record]:
-        last = errors[-1]
-        place = f"epoch {last['epoch']}, step {last['step']}"
-        return _verdict(question, "unhealthy", f"the run ended with {last['error']} in {place}")
+        place = f"epoch {errors[-1]['epoch']}, step {errors[-1]['step']}"
+        return "unhealthy", f"the run ended with {errors[-1]['error']} in {place}"
     values = list(run.curve("loss").values())
     if not values:
-        return _verdict(question, "no figure", "no loss is logged yet")
+        return "no figure", "no loss is logged yet"
     if bad := sum(not math.isfinite(value) for value in values):
-        return _verdict(question, "unhealthy", f"not finite in {bad} of {len(values)} lines")
-    text = (
-        f"finite in all {len(values)} lines, {_text(values[0])} at first, {_text(values[-1])} now"
-    )
-    return _verdict(
-        question, "look" if len(values) > 1 and values[-1] > values[0] else "healthy", text
-    )
+        return "unhealthy", f"not finite in {bad} of {len(values)} lines"
+    first, last = _text(values[0]), _text(values[-1])
+    text = f"finite in all {len(values)} lines, {first} at first, {last} now"
+    return "look" if values[-1] > values[0] else "healthy", text
 
 
-def _embeddings(run: RunLog, name: str, question: str, *, low: float) -> Verdict:
-    """A figure of the embeddings' health: `low` is where training warns."""
-    last = run.last(name)
-    if last is None:
-        return _verdict(question, "no figure", "nothing is logged yet")
-    enough = _SHARE * demo_range(run, name)[0]
-    word = "unhealthy" if last < low else "look" if last < enough else "healthy"
-    limits = f"look below {_text(enough)}, unhealthy below {low:g}"
-    return _verdict(question, word, f"{_text(last)} now; {_range_text(run, name)}; {limits}")
-
-
-def _purity(run: RunLog) -> Verdict:
+def _purity(run: RunLog) -> tuple[str, str]:
     """Plain neighbors are of one class more often than by chance, and than at the start."""
-    question, name = "purity of plain neighbors", "purity_plain"
-    last = run.last(name)
+    curve, last = run.curve("purity_plain"), run.last("purity_plain")
     if last is None:
-        return _verdict(
-            question, "no figure", "the images have no classes, or nothing is logged yet"
-        )
-    if run.method in _WITH_NEAREST and run.settings.get("topk") == 1:
-        return _verdict(question, "no figure", "with --topk 1 the target is its only neighbor")
-    first = next(value for value in run.curve(name).values() if math.isfinite(value))
-    classes = run.about.get("counts", {}).get("classes") or 0
+        return "no figure", "the images have no classes, or nothing is logged yet"
+    if run.settings.get("topk") == 1:
+        return "no figure", "with --topk 1 the target is its only neighbor"
+    first, passed = next(filter(math.isfinite, curve.values())), max(curve)
+    classes = run.counts.get("classes")
     chance = 100 / classes if classes else 0
-    passed = max(run.curve(name))
-    if last < _TIMES_CHANCE * chance:
-        word = "unhealthy"
-    elif last < first and passed > _EARLY * (run.epochs or passed):
-        word = "look"
-    else:
-        word = "healthy"
-    texts = [f"{_text(first)}% at first, {_text(last)}% now"]
-    if classes:
-        least = _text(_TIMES_CHANCE * chance)
-        texts.append(f"by chance {_text(chance)}%, unhealthy below {least}%")
-    texts += [_range_text(run, name, "%"), "look if it falls below its start"]
-    return _verdict(question, word, "; ".join(texts))
+    late = passed > _EARLY * (run.epochs or passed)
+    word = "look" if last < first and late else "healthy"
+    text = f"{_text(first)}% at first, {_text(last)}% now; look if it falls below its start"
+    if chance:
+        limit = _TIMES_CHANCE * chance
+        word = "unhealthy" if last < limit else word
+        text += f"; by chance {_text(chance)}%, unhealthy below {_text(limit)}%"
+    return word, text
 
 
 def beside_target(purity: float, k: float) -> float:
@@ -163,53 +108,39 @@ def beside_target(purity: float, k: float) -> float:
     return max(0.0, (k * purity - 100) / (k - 1))
 
 
-def _neighbors_pay(run: RunLog) -> Verdict | None:
-    """Whether the k nearest rows cost accuracy at such a purity; None for a method without them."""
-    question, k = "whether neighbors pay", run.settings.get("topk")
-    if run.method not in _WITH_NEAREST or not isinstance(k, int) or k < 2:
+def _neighbors_pay(run: RunLog) -> tuple[str, str] | None:
+    """Whether the k nearest rows cost accuracy at such a purity; None where labels choose them."""
+    k, bank = run.settings.get("topk"), run.settings.get("mem_bank_size")
+    images = run.counts.get("train", 0)
+    by_visit, by_cluster = run.curve("no_previous_visit"), run.curve("no_cluster")
+    by_label = run.curve("purity_constrained") and not by_visit and not by_cluster
+    if by_label or not run.curve("purity_plain") or type(k) is not int or not 2 <= k <= 10**6:
         return None
-    # Of CMSF-KM the plain ones: a small cluster has fewer than k, and the target counts for more.
-    purity = run.last("purity_constrained" if run.method == "CMSF2Q" else "purity_plain")
-    if purity is None or k > _MOST_NEIGHBORS:
-        return _verdict(question, "no figure", "their purity is not known")
-    images = run.about.get("counts", {}).get("train") or 0
+    # Of clusters the plain ones: a small one has fewer than k, and the target counts for more.
+    purity = run.last("purity_constrained" if by_visit else "purity_plain")
+    if purity is None:
+        return "no figure", "their purity is not known"
     if images >= _SMALL:
         reason = f"known for small data sets only, not for {images} images; in the paper they do"
-        return _verdict(question, "no figure", reason)
-    bank = run.settings.get("mem_bank_size")
-    if run.settings.get("symmetric") or (isinstance(bank, int) and 0 < images < bank):
+        return "no figure", reason
+    if run.settings.get("symmetric") or (type(bank) is int and 0 < images < bank):
         reason = "purity beside the image itself is not known: the bank holds several rows of it"
-        return _verdict(question, "no figure", reason)
+        return "no figure", reason
     others = min(beside_target(purity, k), 100.0)
     text = f"beside the target itself {_text(others)}% of the neighbors are of its class"
-    limit = f"up to {_text(NEAREST_COST_UP_TO)}% the target alone learned more on small data sets"
+    text += f"; up to {_text(NEAREST_COST_UP_TO)}% the target alone learned more on small data sets"
     if others > NEAREST_COST_UP_TO:
-        return _verdict(question, "no figure", f"{text}; {limit}, above that nothing is known")
-    advice = "compare with train_msf.py --topk 1 (docs/results.md)"
-    return _verdict(question, "look", f"{text}; {limit}: {advice}")
+        return "no figure", f"{text}, above that nothing is known"
+    return "look", f"{text}: compare with train_msf.py --topk 1 (docs/results.md)"
 
 
-def _coverage(run: RunLog) -> Verdict:
-    """Unlabeled images have a confident pseudo-label; the share grows over the epochs."""
-    question, last = "coverage of pseudo-labels", run.last("confident")
-    start = run.settings.get("constraint_start") or 1
+def _coverage(run: RunLog) -> tuple[str, str]:
+    """Unlabeled images have a confident pseudo-label, in the second half of the epochs."""
+    last, start = run.last("confident"), run.settings.get("constraint_start")
+    start = start if type(start) is int else 1
     if last is None or run.place[0] < start:
-        return _verdict(question, "no figure", f"pseudo-labels count from epoch {start} on")
-    enough = _SHARE * demo_range(run, "confident")[0]
-    until = start + (run.epochs - start) / 2 if run.epochs else 0  # too early until then
-    word = "healthy" if last >= enough else "look" if run.place[0] > until else "no figure"
-    text = f"{_text(last)}% of the unlabeled images now; {_range_text(run, 'confident', '%')}"
-    limit = f"look below {_text(enough)}% in the second half of its epochs"
-    return _verdict(question, word, f"{text}; {limit}")
-
-
-def _labels(run: RunLog) -> Verdict:
-    """Confident pseudo-labels are right; the training does not know it, the log does."""
-    question, last = "accuracy of confident pseudo-labels", run.last("accuracy_confident")
-    if last is None:
-        return _verdict(question, "no figure", "no pseudo-label is confident yet")
-    wrong = last < _OFTEN_WRONG
-    word = "unhealthy" if wrong else "look" if last < _MOSTLY_RIGHT else "healthy"
-    limits = f"look below {_MOSTLY_RIGHT}%, unhealthy below {_OFTEN_WRONG}%"
-    text = f"{_text(last)}% now; {_range_text(run, 'accuracy_confident', '%')}; {limits}"
-    return _verdict(question, word, text)
+        return "no figure", f"pseudo-labels count from epoch {start} on"
+    late = not run.epochs or run.place[0] > (start + run.epochs) / 2
+    word = "healthy" if last >= _FEW_CONFIDENT else "look" if late else "no figure"
+    limit = f"look below {_FEW_CONFIDENT}% in the second half of its epochs"
+    return word, f"{_text(last)}% of the unlabeled images now; {limit}"

@@ -25,13 +25,10 @@ from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import all_finite, mean_shift_loss, nearest, purity
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import all_true, gather
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "checkpoint_path": origin.ROOT / "output" / "demo_msf",
-}
+DEMO = options.demo("demo_msf", topk=5)
 
 
 class MSF(nn.Module):

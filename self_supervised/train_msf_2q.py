@@ -35,14 +35,10 @@ from utils.method.neighbors import (
     purity,
 )
 from utils.method.previous_embeddings import PreviousEmbeddings
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import all_true, gather, own_rows
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "topkp": 5,
-    "checkpoint_path": origin.ROOT / "output" / "demo_2q",
-}
+DEMO = options.demo("demo_2q", topk=5, topkp=5)
 
 
 class CMSF2Q(nn.Module):

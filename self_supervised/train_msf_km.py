@@ -38,15 +38,11 @@ from utils.method.neighbors import (
     purity,
 )
 from utils.method.previous_embeddings import PreviousEmbeddings
-from utils.runtime import faiss_library, origin, script
+from utils.runtime import faiss_library, script
 from utils.runtime.distributed import all_true, from_main, gather, is_main
 from utils.runtime.streams import upload
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "num_clusters": 100,
-    "checkpoint_path": origin.ROOT / "output" / "demo_km",
-}
+DEMO = options.demo("demo_km", topk=5, num_clusters=100)
 
 
 class CMSFKM(nn.Module):

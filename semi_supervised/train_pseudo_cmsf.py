@@ -43,24 +43,24 @@ from utils.method.neighbors import (
     nearest_with_label,
     purity,
 )
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import all_true, gather, is_main, own_rows
 from utils.runtime.errors import InputError
 from utils.runtime.streams import upload
 
-DEMO = options.DEMO | {
-    "topk": 50,
-    "topk_plain": 1,
-    "constraint_start": 20,
-    "label_fraction": 0.1,
-    "use_conf": True,
-    "conf_th": 0.95,
-    "cache_sup": True,
-    "sup_mem_bank_size": 512,
-    "mlp_xent": "mlp",
-    "pseudo_lbl_epochs": 10,
-    "checkpoint_path": origin.ROOT / "output" / "demo_semi",
-}
+DEMO = options.demo(
+    "demo_semi",
+    topk=50,
+    topk_plain=1,
+    constraint_start=20,
+    label_fraction=0.1,
+    use_conf=True,
+    conf_th=0.95,
+    cache_sup=True,
+    sup_mem_bank_size=512,
+    mlp_xent="mlp",
+    pseudo_lbl_epochs=10,
+)
 
 
 class PseudoCMSF(nn.Module):

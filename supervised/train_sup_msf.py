@@ -39,15 +39,10 @@ from utils.method.neighbors import (
     purity,
     purity_all,
 )
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import all_true, gather, is_main
 
-DEMO = options.DEMO | {
-    "topk": "all",
-    "topk_plain": 1,
-    "mem_bank_size": 2000,
-    "checkpoint_path": origin.ROOT / "output" / "demo_sup",
-}
+DEMO = options.demo("demo_sup", topk="all", topk_plain=1, mem_bank_size=2000)
 
 
 class SupervisedCMSF(nn.Module):

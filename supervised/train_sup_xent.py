@@ -25,11 +25,11 @@ from utils.data.label_noise import as_tensor, labels_to_use, write_changes
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import SoleBackbone
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import is_main
 from utils.runtime.errors import InputError
 
-DEMO = options.DEMO_TRAINING | {"checkpoint_path": origin.ROOT / "output" / "demo_xent"}
+DEMO = options.demo("demo_xent")
 
 
 class CrossEntropy(nn.Module):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils.cli import arguments, build_evaluation, build_training, options
 from utils.data.batches import Batch, EvalLoader
-from utils.data.splits import unreadable_classes, write_split_file
+from utils.data.splits import labeled_index, unreadable_classes, write_split_file
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
@@ -243,10 +243,14 @@ def main() -> None:
             f"--pseudo_batch_size 1: --mlp_xent {args.mlp_xent} has batch norm, which "
             "cannot train on one row"
         )
-    build_training.check_bank(args)
+    build_training.check_sizes(args)
     train, val = build_training.read_training_data(args, labeled=True)
-    index = build_training.labeled_index(
-        args, train, file=args.sup_split_file, flag="--sup_split_file"
+    index = labeled_index(
+        train,
+        file=args.sup_split_file,
+        flag="--sup_split_file",
+        fraction=args.label_fraction,
+        seed=args.split_seed,
     )
     if args.cache_sup and args.sup_mem_bank_size < len(index):
         print(

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_training, options
 from utils.data.batches import Batch
-from utils.data.label_noise import as_tensor, labels_to_use, write_changes
+from utils.data.label_noise import as_tensor, given_labels, labels_to_use, write_changes
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
@@ -145,9 +145,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    build_training.check_bank(args)
+    build_training.check_sizes(args)
     train, val = build_training.read_training_data(args, labeled=True)
-    given = build_training.given_labels(args, train)
+    given = given_labels(train, file=args.label_file, noise=args.label_noise, seed=args.noise_seed)
     loader = build_training.build_loader(args, train)
     model = SupervisedCMSF(
         build_training.build_encoders(args),

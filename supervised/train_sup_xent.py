@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, build_training, options
 from utils.data.batches import Batch, EvalLoader
-from utils.data.label_noise import as_tensor, labels_to_use, write_changes
+from utils.data.label_noise import as_tensor, given_labels, labels_to_use, write_changes
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import SoleBackbone
@@ -98,11 +98,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy and that of the classifier."""
     args = parse_args()
-    build_training.check_batch(args)
+    build_training.check_sizes(args)
     train, val = build_training.read_training_data(args, labeled=True)
     if len(train.classes) < 2:
         raise InputError(f"data {args.data}: one class in train/, cross-entropy needs two")
-    given = build_training.given_labels(args, train)
+    given = given_labels(train, file=args.label_file, noise=args.label_noise, seed=args.noise_seed)
     loader = build_training.build_loader(args, train, single=args.view)
     backbone, feature_dim = build_training.build_sole_backbone(args)
     model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given)).to(

@@ -333,7 +333,6 @@ def parse(
     needs_data: it is an error to name no data; otherwise args.data may be None.
     Under torchrun this process joins the others, and only the main one prints from then on.
     """
-    workers.check_is_main()
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**{name: value for name, value in demo.items() if name in args})

@@ -17,7 +17,7 @@ from utils.data.bad_images import BadImages, reason_of
 from utils.data.datasets import ImageSet
 from utils.runtime import distributed
 from utils.runtime.errors import RunError
-from utils.runtime.workers import check_room, ignore_signals, share, start_failure, worker_failure
+from utils.runtime.workers import check_room, ignore_signals, share, worker_failure
 
 
 class CropBatch(NamedTuple):
@@ -170,7 +170,8 @@ class Source(Protocol):
 
 def _from_workers(loader: Source) -> Iterator[CropBatch]:
     """The batches of a loader. RunError if its workers cannot be started, fail or die."""
-    workers = []
+    earlier = getattr(loader, "_iterator", None)  # its workers persist
+    workers = getattr(earlier, "_workers", [] if loader.num_workers else None)
     try:
         if loader.num_workers:
             check_room(loader.num_workers)
@@ -178,10 +179,7 @@ def _from_workers(loader: Source) -> Iterator[CropBatch]:
         workers = getattr(batches, "_workers", workers)
         yield from batches
     except (RuntimeError, OSError, MemoryError, ImportError, EOFError) as error:
-        reason = worker_failure(error, workers)
-        if not reason and isinstance(error, OSError) and loader.num_workers:
-            reason = start_failure(error)
-        if reason:
+        if reason := worker_failure(error, workers):
             raise RunError(reason) from error
         raise
 

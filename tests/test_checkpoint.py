@@ -407,7 +407,7 @@ def test_what_a_killed_process_left_is_removed_and_what_one_writes_is_not(tmp_pa
 
 def test_a_file_that_was_removed_before_it_was_held_is_made_anew(tmp_path, monkeypatch):
     """Another process may take it for left between the two steps."""
-    path, real, calls = tmp_path / "x", checkpoint.fcntl.lockf, []
+    path, real, calls = tmp_path / "x", files.fcntl.lockf, []
 
     def removed_first(file, *flags):
         calls.append(file)
@@ -416,7 +416,7 @@ def test_a_file_that_was_removed_before_it_was_held_is_made_anew(tmp_path, monke
             temporary.unlink()
         return real(file, *flags)
 
-    monkeypatch.setattr(checkpoint.fcntl, "lockf", removed_first)
+    monkeypatch.setattr(files.fcntl, "lockf", removed_first)
     files.replace_text(path, "whole")
     assert path.read_text() == "whole" and len(calls) == 2
 

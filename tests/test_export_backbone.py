@@ -190,16 +190,16 @@ def test_a_fine_tuned_encoder_and_an_exported_one(call_script, image_tree, tmp_p
     flags = ("--weights", source, "--fine-tune", "--lr", 0.1, "--epochs", 1, "-b", 15, "-j", 0)
     assert call_script(LINEAR, *flags, "--save", tmp_path, image_tree)[0] == 0
     tuned = tmp_path / "linear.pth"
-    files = [tuned, *(tmp_path / name for name in ("one.pth", "two.safetensors", "three.pth"))]
-    for before, after in itertools.pairwise(files):
+    paths = [tuned, *(tmp_path / name for name in ("one.pth", "two.safetensors", "three.pth"))]
+    for before, after in itertools.pairwise(paths):
         code, _, errors = call_script(EXPORT, "--weights", before, "--output", after)
         assert code == 0, errors
     saved = torch.load(tuned, weights_only=True)
-    weights = read(files[-1])
+    weights = read(paths[-1])
     assert {LINEAR.ENCODER + n for n in weights} == saved["state_dict"].keys()
     assert all(torch.equal(v, saved["state_dict"][LINEAR.ENCODER + n]) for n, v in weights.items())
-    about = read_metadata(files[-1])
-    assert about == read_metadata(files[1])
+    about = read_metadata(paths[-1])
+    assert about == read_metadata(paths[1])
     assert about["checkpoint_sha256"] == files.sha256(tuned)
     assert about["protocol"] == saved["protocol"] and about["data"] == saved["key"]
 

@@ -1,5 +1,9 @@
-"""Every command in the README runs as it stands there, made small by flags added at its end."""
+"""README and docs: every command runs as it stands there, made small by flags added at its end.
 
+Also what they say of the tree: files, links, and the drawing of imports between rooms.
+"""
+
+import ast
 import importlib
 import itertools
 import os
@@ -7,11 +11,21 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import stand_ins
 import tiny
 from conftest import ROOT, start_method
+
+# In the order in which their commands run: what is evaluated is what a training of README wrote.
+NAMES = (
+    *("README", "docs/train", "docs/data", "docs/evaluate", "docs/report", "docs/scale"),
+    *("docs/reliability", "docs/results", "docs/gpu", "docs/design", "docs/deviations"),
+)
+PAGES = [ROOT / f"{name}.md" for name in NAMES]
+README, SCALE, DESIGN = (ROOT / name for name in ("README.md", "docs/scale.md", "docs/design.md"))
+FOLDERS = ("self_supervised", "supervised", "semi_supervised", "eval")
 
 # A later flag overrides an earlier one, so these make any of the commands a matter of seconds.
 SMALL_RUN = (
@@ -32,16 +46,36 @@ OTHERS = {
 }
 
 
-def commands(**places: object) -> list[list[str]]:
-    """The words of each command of the README's bash blocks, split at && as well.
+def blocks(language: str, *pages: Path) -> list[str]:
+    """What stands in the pages' code blocks of a language."""
+    text = "\n".join(page.read_text() for page in pages)
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(*pages: Path, **places: object) -> list[list[str]]:
+    """The words of each command of the pages' bash blocks, split at && as well; all if none named.
 
     places: what stands for <DATASET PATH> and the like, by dataset_path and the like.
     """
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").replace("&&", "\n")
+    lines = "\n".join(blocks("bash", *(pages or PAGES))).replace("\\\n", " ").replace("&&", "\n")
     for name, place in places.items():
         lines = lines.replace(f"<{name.upper().replace('_', ' ')}>", shlex.quote(str(place)))
     return [shlex.split(line, comments=True) for line in lines.splitlines() if line.strip()]
+
+
+def is_run_here(words: list[str]) -> bool:
+    """Whether a command is that of a script, which `test_scripts_of_the_pages_run` runs."""
+    return words[0] == "python" and words[1].split("/")[0] in FOLDERS
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def test_all_pages_are_here_and_the_readme_is_short():
+    assert sorted(PAGES) == sorted([README, *ROOT.glob("docs/*.md")])
+    assert len(README.read_text().splitlines()) <= 200
 
 
 def test_installation_and_tests_are_what_ci_runs():
@@ -52,19 +86,101 @@ def test_installation_and_tests_are_what_ci_runs():
     assert "python -m pytest" in listed and "python -m pytest" in ci
 
 
-def test_every_file_the_readme_names_is_there():
-    text = (ROOT / "README.md").read_text()
-    named = re.findall(r"`([\w/]+\.(?:py|sh|txt))`|\]\(([\w/]+\.py)\)", text)
-    for path in filter(None, (name for pair in named for name in pair)):
-        folders = ("", "eval", "utils", "semi_supervised")
-        assert any((ROOT / folder / path).exists() for folder in folders), path
+def test_every_other_command_is_run_by_a_test_of_its_own():
+    """The driver, and long measurements: their tests name them, and they know every flag."""
+    tests = "\n".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    rest = [words for words in commands() if not is_run_here(words) and words[0] != "torchrun"]
+    rest = [" ".join(words) for words in rest]
+    driver = [line for line in rest if line.endswith("bash run_semisup_fullprecision.sh")]
+    assert len(driver) == 2 and "run_semisup_fullprecision.sh" in tests
+    measured = [line.split() for line in rest if line.startswith("python tests/")]
+    known = {line for line in rest if line.startswith(("pip install -r ", "python -m pytest"))}
+    assert len(rest) == len(driver) + len(measured) + len(known)
+    assert measured
+    for _, path, *flags in measured:
+        assert Path(path).stem in tests, path
+        named = {flag for flag in flags if flag.startswith("--")}
+        assert not [flag for flag in named if f'"{flag}"' not in (ROOT / path).read_text()], path
 
 
-def test_scripts_of_the_readme_run(call_script, run_script, image_tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_file_a_page_names_is_there(page):
+    """A script by its name alone, any other file and every folder of the code by its whole path."""
+    text = page.read_text()
+    scripts = {path.name for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    scripts |= {path.name for path in (ROOT / "tests" / "benchmarks").glob("*.py")}
+    scripts |= {path.name for path in (ROOT / "utils").rglob("*.py")} if page == README else set()
+    top = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    named = re.findall(r"`([\w./]+\.(?:py|sh))`", text)
+    named += re.findall(rf"(?<![\w/<>])((?:{top})/[\w./-]*[\w/])", text)
+    made = ("data/", "output/")  # by the scripts
+    missing = [name for name in named if name not in scripts and not (ROOT / name).exists()]
+    assert not [name for name in missing if not name.startswith(made)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_leads_to_every_page():
+    linked = re.findall(r"\]\((docs/\w+\.md)\)", README.read_text())
+    assert {ROOT / name for name in linked} == {*PAGES} - {README}
+
+
+def test_the_drawing_of_imports_is_that_of_the_files():
+    (drawing,) = (block for block in blocks("text", DESIGN) if "-->" in block)
+    drawn = {}
+    for line in drawing.splitlines():
+        room, _, others = line.partition("-->")
+        drawn[room.strip()] = set(others.split())
+    found = {
+        path.name: set() for path in (ROOT / "utils").iterdir() if (path / "__init__.py").exists()
+    }
+    for path in (ROOT / "utils").glob("*/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            parts = [name.split(".") for name in names]
+            found[path.parent.name] |= {part[1] for part in parts if part[0] == "utils"}
+    assert drawn == {room: others - {room} for room, others in found.items()}
+
+
+def test_what_a_flag_passes_is_there():
+    """The functions and classes that the two ways through the code name."""
+    section = DESIGN.read_text().split("## How a flag")[1].split("\n## ")[0]
+    names = re.findall(r"`([A-Za-z_]\w+)(?:\(.*?\))?`", section)
+    code = "\n".join(
+        path.read_text()
+        for folder in ("utils", "self_supervised")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    assert len(names) > 10
+    for name in names:
+        assert re.search(rf"\b(def|class) {name}\b|\b{name}\b *=", code), name
+
+
+def test_scripts_of_the_pages_run(call_script, run_script, image_tree, tmp_path, monkeypatch):
     """In the order of the text: what is evaluated is what the training command before wrote.
 
     The first command is a process; the others are calls, which import torch only once.
     """
+    monkeypatch.chdir(tmp_path)  # plot_training.py writes into the present folder
     stand_ins.write_dtd(tmp_path / "sets")
     places = {
         "dataset_path": image_tree,
@@ -72,7 +188,7 @@ def test_scripts_of_the_readme_run(call_script, run_script, image_tree, tmp_path
         "checkpoint": tmp_path / "first" / "ckpt_epoch_2.pth",
         "folder": tmp_path / "sets",
     }
-    scripts = [words[1:] for words in commands(**places) if words[1].endswith(".py")]
+    scripts = [words[1:] for words in commands(**places) if is_run_here(words)]
     assert len(scripts) >= 18
     folder = itertools.chain(["demo", "first"], (f"later_{n}" for n in itertools.count()))
     started = False
@@ -94,14 +210,16 @@ def test_scripts_of_the_readme_run(call_script, run_script, image_tree, tmp_path
             code, stderr = done.returncode, done.stderr
         started = True
         assert code == 0, (script, flags, stderr)
-    for name in ("report.html", "curves.png", "neighbors.png", "backbone.pth", "features.npz"):
-        assert (tmp_path / "first" / name).stat().st_size > 1000
+    written = [tmp_path / "first" / name for name in ("report.html", "neighbors.png")]
+    written += [tmp_path / "first" / name for name in ("backbone.pth", "features.npz")]
+    assert all(path.stat().st_size > 1000 for path in (*written, *tmp_path.glob("training.*")))
+    assert len(list(tmp_path.glob("training.*"))) == 1
 
 
-def test_the_method_that_the_readme_adds_trains(image_tree, tmp_path):
+def test_the_method_that_a_page_adds_trains(image_tree, tmp_path):
     """In a folder of its own beside utils; its workers start as of Python 3.14."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(code.splitlines()) <= 45
+    (code,) = blocks("python", *PAGES)
+    assert len(code.splitlines()) <= 50
     (tmp_path / "mine").mkdir()
     (tmp_path / "utils").symlink_to(ROOT / "utils")
     script = tmp_path / "mine" / "train_others.py"
@@ -141,7 +259,7 @@ def test_commands_for_several_processes_run(image_tree, tmp_path):
 @pytest.mark.parametrize("stopped", [True, False])
 def test_the_slurm_file_requeues_what_was_stopped(tmp_path, stopped):
     """With stand-ins for SLURM and torchrun that write down how they are called."""
-    (text,) = re.findall(r"```slurm\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (text,) = blocks("slurm", SCALE)
     assert len(text.splitlines()) <= 15
     out, called = tmp_path / "out", tmp_path / "called"
     out.mkdir()
@@ -165,12 +283,12 @@ def test_the_slurm_file_requeues_what_was_stopped(tmp_path, stopped):
 
 
 def test_no_figure_is_left_open():
-    assert not re.search(r"[A-Z]+_(TABLE|FIGURES)", (ROOT / "README.md").read_text())
+    assert not [page for page in PAGES if re.search(r"[A-Z]+_(TABLE|FIGURES)", page.read_text())]
 
 
 @pytest.mark.slow
 def test_the_demo_ends_in_a_table_where_learning_shows(run_script, tmp_path):
-    """The README's first command at its full length."""
+    """README's command for one method at its full length."""
     done = run_script(
         "self_supervised/train_msf_2q.py",
         *("--demo", "--num_workers", 0, "--checkpoint_path", tmp_path),

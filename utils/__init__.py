@@ -1,1 +1,1 @@
-"""Parts that the training and evaluation scripts share; the README's map says what lives where."""
+"""Parts that the training and evaluation scripts share; docs/design.md is the map."""

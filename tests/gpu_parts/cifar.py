@@ -32,10 +32,10 @@ RESERVE = 25  # seconds for an evaluation: its start, 60,000 features, the searc
 _COMPILES = 240  # seconds of the part under which nothing is compiled
 _TO_STOP = 10  # seconds that a run has to save and end when it is told to
 
-# The network and views of README's example for CIFAR-10. Batch, learning rate (0.06 for 128 images)
-# and weight decay as lightly's benchmark of BYOL on CIFAR-10. Its loss is half of ours, which the
-# step size of weights before a batch norm does not depend on once learning rate and weight decay
-# balance.
+# The network and views of the example for CIFAR-10 in docs/data.md. Batch, learning rate (0.06 for
+# 128 images) and weight decay as lightly's benchmark of BYOL on CIFAR-10. Its loss is half of ours,
+# which the step size of weights before a batch norm does not depend on once learning rate and
+# weight decay balance.
 TRAINING = (
     *("--arch", "resnet18", "--small_stem", "--image_size", 32, "--blur", 0, "--weak_strong"),
     *("--batch_size", 256, "--learning_rate", 0.12, "--weight_decay", 5e-4, "--momentum", 0.99),

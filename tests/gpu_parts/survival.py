@@ -1,4 +1,4 @@
-"""Runs on the GPU that are killed, stopped, or made to diverge: what must hold is in README.md.
+"""Runs on the GPU that are killed, stopped, or made to diverge: what must hold is in docs/gpu.md.
 
 Real scripts as processes, several at a time. "The same bits" means all tensors of the last
 checkpoint and all logged figures, with `--deterministic`.

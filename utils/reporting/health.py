@@ -7,7 +7,7 @@ from utils.method import collapse
 from utils.reporting.run_log import RunLog
 
 # Of the last log line of runs by tests/benchmarks/methods.py (CPU, --demo, seeds 0 to 2): lowest
-# and highest. What those runs reached stands in the README, Results.
+# and highest. What those runs reached stands in docs/results.md.
 DEMO_RUNS = "demo runs of this repository (60 epochs, seeds 0 to 2) at their end"
 DEMO_RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "MSF": {

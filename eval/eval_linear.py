@@ -530,7 +530,7 @@ def main() -> None:
         bad_images.restore(saved["bad_images"])
     data = build_data(args, backbone, train, val, key=key, bad_images=bad_images)
     if args.cached and not args.evaluate:
-        distributed.stop(together=True)  # the rest is quick
+        distributed.stop()  # the rest is quick
     if data is None:
         return
     probe, optimizer = build_probe(args, backbone, data, classes=train.classes, saved=saved)

@@ -39,14 +39,22 @@ class Recorder:
         self.events.append(f"hand over {item.number}")
 
 
+@pytest.fixture
+def side(monkeypatch):
+    """A recorder as the side stream of what seems to be a GPU."""
+    recorder = Recorder()
+    monkeypatch.setattr(streams, "SideStream", lambda device: recorder)
+    return recorder
+
+
 def consume(items, side, seen):
-    for item in ahead(iter(items), CPU, side=side):
+    for item in ahead(iter(items), torch.device("cuda")):
         side.events.append(f"train {item.number}")
         seen.append(item.number)
 
 
-def test_the_next_item_is_made_before_one_is_handed_out():
-    side, seen = Recorder(), []
+def test_the_next_item_is_made_before_one_is_handed_out(side):
+    seen = []
     consume([Item(0), Item(1), Item(2)], side, seen)
     assert seen == [0, 1, 2]
     assert side.events == [
@@ -56,19 +64,19 @@ def test_the_next_item_is_made_before_one_is_handed_out():
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_few_items(count):
+def test_few_items(side, count):
     seen = []
-    consume([Item(number) for number in range(count)], Recorder(), seen)
+    consume([Item(number) for number in range(count)], side, seen)
     assert seen == list(range(count))
 
 
-def test_an_error_comes_in_its_place():
+def test_an_error_comes_in_its_place(side):
     def items():
         yield Item(0)
         yield Item(1)
         raise ValueError("broken")
 
-    side, seen = Recorder(), []
+    seen = []
     with pytest.raises(ValueError, match="broken"):
         consume(items(), side, seen)
     assert seen == [0, 1]

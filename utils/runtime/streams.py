@@ -25,10 +25,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A tensor on its way to the host: the copy is made as the GPU comes to it.
-
-    On the CPU it is the tensor itself, not a copy.
-    """
+    """A tensor on its way to the host, copied as the GPU comes to it; on a CPU itself."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._there, self._event = tensor, None
@@ -79,29 +76,26 @@ class SideStream:
                 tensor.record_stream(current)
 
 
-def _tensors(item: tuple) -> Iterator[Tensor]:
+def _tensors(item: tuple | Tensor) -> Iterator[Tensor]:
     """The tensors of a tuple, those of tuples in it too."""
-    for part in item:
-        if isinstance(part, Tensor):
-            yield part
-        else:
+    if isinstance(item, Tensor):
+        yield item
+    else:
+        for part in item:
             yield from _tensors(part)
 
 
-def ahead(
-    items: Iterator[Item], device: torch.device, *, side: SideStream | None = None
-) -> Iterator[Item]:
+def ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
     """Yield items, tuples of tensors; on a GPU each is made before the one before it is handed out.
 
-    So a GPU makes the next item on a stream of its own (`side`) while it works on the present one.
-    The host waits for neither. An error in making an item is raised in its place, after the items
-    before it. On other devices the items come as they are, each made when it is asked for.
+    So a GPU makes the next item on a stream of its own while it works on the present one. The host
+    waits for neither. An error in making an item is raised in its place, after the items before it.
+    On other devices the items come as they are, each made when it is asked for.
     """
-    if side is None:
-        if device.type != "cuda":
-            yield from items
-            return
-        side = SideStream(device)
+    if device.type != "cuda":
+        yield from items
+        return
+    side = SideStream(device)
     upcoming = side.make(items)
     while upcoming is not None:
         (item, done), upcoming, failure = upcoming, None, None

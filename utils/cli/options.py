@@ -11,22 +11,7 @@ from typing import Any
 
 import torch
 
-from utils.cli.arguments import (
-    crop_groups,
-    device,
-    epoch_list,
-    not_negative,
-    number,
-    path,
-    path_or,
-    path_text,
-    positive,
-    positive_or_all,
-    seed,
-    share,
-    side,
-    width,
-)
+from utils.cli import arguments as kind
 from utils.data import archives, demo_data
 from utils.data.augment import BLUR_PROBABILITY
 from utils.runtime import distributed, workers
@@ -67,36 +52,24 @@ def demo(folder: str, **settings: Any) -> dict[str, Any]:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Where the images are and how they are read; training and evaluation."""
     add = parser.add_argument_group("data").add_argument
-    add("data", nargs="?", type=path, help="folder with train/<class>/ and val/<class>/")
-    add(
-        "--dataset",
-        choices=["imagenet", "imagenet100", *archives.NAMES],
-        default="imagenet",
-        help="imagenet: any folder tree; imagenet100: 100 of ImageNet's classes; others: the files "
-        "that torchvision knows, in the folder `data`",
-    )
+    add("data", nargs="?", type=kind.path, help="folder with train/<class>/ and val/<class>/")
+    sets = ["imagenet", "imagenet100", *archives.NAMES]
+    trees = "imagenet: any folder tree; imagenet100: 100 of its classes; others: torchvision's"
+    add("--dataset", choices=sets, default="imagenet", help=trees)
     add("--download", action="store_true", help="fetch what is not there, where torchvision can")
     add("--demo", action="store_true", help="draw the demo data once, and use their settings")
-    add(
-        *("-j", "--num_workers", "--workers"),
-        type=number(int, low=0, high=1024),
-        default=min(4, workers.cores()),
-        help="processes that decode images",
-    )
-    add(
-        "--bad_images",
-        choices=["fail", "skip"],
-        default="fail",
-        help="image files that cannot be read: fail: the first one ends the run; skip: leave them "
-        "out, in training for the next image of the set",
-    )
+    few, decode = kind.number(int, low=0, high=1024), "processes that decode images"
+    names = ("-j", "--num_workers", "--workers")
+    add(*names, type=few, default=min(4, workers.cores()), help=decode)
+    bad = "unreadable files; fail: the first ends the run; skip: left out, in training replaced"
+    add("--bad_images", choices=["fail", "skip"], default="fail", help=bad)
     most = "with --bad_images skip: stop above this number of files"
-    add("--max_bad_images", type=number(int, low=0), default=100, help=most)
+    add("--max_bad_images", type=kind.number(int, low=0), default=100, help=most)
 
 
 def _add_device_option(group: argparse._ArgumentGroup) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    group.add_argument("--device", type=device, default=default, help="default: the GPU, if any")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", type=kind.device, default=there, help="default: a GPU, if any")
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool = True) -> None:
@@ -104,15 +77,15 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     group = parser.add_argument_group("checkpoint")
     add, said = group.add_argument, "default: as the checkpoint says"
     named = '; "random": an untrained network, "pixels": the image itself' if evaluates else ""
-    add("--weights", type=path_or("random", "pixels"), help=f"checkpoint to read{named}")
+    add("--weights", type=kind.path_or("random", "pixels"), help=f"checkpoint to read{named}")
     target = "the target encoder instead of the query encoder"
     add("--use_target", "--use-target", action="store_true", help=target)
     add("--arch", help=f"{said}, or resnet50")
-    add("--image_size", type=side, help=f"{said}, or 224")
+    add("--image_size", type=kind.side, help=f"{said}, or 224")
     add("--small_stem", action="store_true", help=said)
     if evaluates:
-        add("-b", "--batch_size", "--batch-size", type=positive, default=256)
-        add("--seed", type=seed, default=0)
+        add("-b", "--batch_size", "--batch-size", type=kind.positive, default=256)
+        add("--seed", type=kind.seed, default=0)
         _add_device_option(group)
 
 
@@ -120,10 +93,11 @@ def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None
     """Which training images are labeled; file_flags: the spellings of the split file's flag."""
     group = parser.add_argument_group("labeled images")
     add = group.add_mutually_exclusive_group().add_argument
-    add(*file_flags, type=path, help="labeled images, one a line: path below train/ or base name")
+    listed = "labeled images, one a line: path below train/ or base name"
+    add(*file_flags, type=kind.path, help=listed)
     drawn = "draw this share of every class instead"
-    add("--label_fraction", type=number(float, low=1e-9, high=1), help=drawn)
-    group.add_argument("--split_seed", type=seed, default=0, help="of the draw of --label_fraction")
+    add("--label_fraction", type=kind.number(float, low=1e-9, high=1), help=drawn)
+    group.add_argument("--split_seed", type=kind.seed, default=0, help="of --label_fraction's draw")
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
@@ -131,10 +105,10 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("labels")
     add = group.add_mutually_exclusive_group().add_argument
     noise = "give this share of the training images another class, drawn by --noise_seed"
-    add("--label_noise", type=share, help=noise)
+    add("--label_noise", type=kind.share, help=noise)
     file = "take the classes from a file of lines: path below train/ and class"
-    add("--label_file", type=path, help=file)
-    group.add_argument("--noise_seed", type=seed, default=0, help="of the draw of --label_noise")
+    add("--label_file", type=kind.path, help=file)
+    group.add_argument("--noise_seed", type=kind.seed, default=0, help="of --label_noise's draw")
 
 
 def add_crop_options(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +116,7 @@ def add_crop_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("crops").add_argument
     add(
         "--multi_crop",
-        type=crop_groups,
+        type=kind.crop_groups,
         help='such as "2x224:0.2-1,6x96:0.05-0.2": count x size : share of the area; the first '
         "group is the two views (and sets --image_size), small crops go through the query encoder "
         "only, each pulled to all neighbors of the target view",
@@ -155,7 +129,7 @@ def add_plain_option(parser: argparse.ArgumentParser, *, may_be_none: bool = Fal
     """--topk_plain; may_be_none: there need not be a plain loss, and without the flag is none."""
     parser.add_argument(
         "--topk_plain",
-        type=number(int, low=0) if may_be_none else positive,
+        type=kind.number(int, low=0) if may_be_none else kind.positive,
         default=0 if may_be_none else None,
         help="neighbors of the plain loss, out of the whole bank; the training loss is the mean of "
         "plain and constrained loss; 1: the target itself; "
@@ -183,15 +157,15 @@ def add_training_options(
 def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--batch_size", type=positive, default=256)
-    add("--epochs", type=positive, default=200)
-    add("--learning_rate", type=not_negative, default=0.01)
+    add("--batch_size", type=kind.positive, default=256)
+    add("--epochs", type=kind.positive, default=200)
+    add("--learning_rate", type=kind.not_negative, default=0.01)
     add("--cos", action="store_true", help="cosine learning rate")
-    add("--lr_decay_epochs", type=epoch_list, default="90,120", help="without --cos")
-    add("--lr_decay_rate", type=share, default=0.2, help="without --cos")
-    add("--weight_decay", type=not_negative, default=1e-4)
-    add("--sgd_momentum", type=share, default=0.9)
-    add("--seed", type=seed, default=0)
+    add("--lr_decay_epochs", type=kind.epoch_list, default="90,120", help="without --cos")
+    add("--lr_decay_rate", type=kind.share, default=0.2, help="without --cos")
+    add("--weight_decay", type=kind.not_negative, default=1e-4)
+    add("--sgd_momentum", type=kind.share, default=0.9)
+    add("--seed", type=kind.seed, default=0)
     _add_device_option(group)
     same = "on a GPU: only kernels that give the same bits each time (a CPU does anyway)"
     add("--deterministic", action="store_true", help=same)
@@ -200,21 +174,16 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_image_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> None:
     add = parser.add_argument_group("training images in memory").add_argument
-    add(
-        "--cache_images",
-        choices=["none", "ram", "device"],
-        default="none",
-        help="decode every training image once: ram: workers crop what is in memory; device: the "
-        "training device holds all images and crops them, without workers",
-    )
+    once = "decode each image once; ram: workers crop; device: the training device holds and crops"
+    add("--cache_images", choices=["none", "ram", "device"], default="none", help=once)
     resized = "side in pixels to which cached images are resized; without it all must have one size"
-    add("--cache_size", type=side, help=resized)
+    add("--cache_size", type=kind.side, help=resized)
     add = parser.add_argument_group("views").add_argument
-    add("--image_size", type=side, default=224, help="side of the crops in pixels")
+    add("--image_size", type=kind.side, default=224, help="side of the crops in pixels")
     if mean_shift:
         add("--weak_strong", action="store_true", help="weak view for the target encoder")
     blur = "probability of blur in the strong view; 0 suits images of about 32 px"
-    add("--blur", type=share, default=BLUR_PROBABILITY, help=blur)
+    add("--blur", type=kind.share, default=BLUR_PROBABILITY, help=blur)
 
 
 def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> None:
@@ -222,7 +191,7 @@ def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -
     add("--arch", default="resnet50", help="torchvision classification model, or conv4")
     stem = "ResNets: 3x3 first convolution, no pooling (images of about 32 px)"
     add("--small_stem", action="store_true", help=stem)
-    add("--weights", type=path_text, help="checkpoint to start from")
+    add("--weights", type=kind.path_text, help="checkpoint to start from")
     ways = {
         "shuffle": "each on its part of the batch, the target's dealt out anew, as published",
         "sync": "on the whole batch, as one process does",
@@ -236,76 +205,49 @@ def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -
 
 def _add_mean_shift_options(parser: argparse.ArgumentParser, *, topk_all: bool) -> None:
     add = parser.add_argument_group("mean shift").add_argument
-    add("--proj_dim", type=width, help="embedding size; default: features / 4")
+    add("--proj_dim", type=kind.width, help="embedding size; default: features / 4")
     hidden = "hidden size of projector and predictor; default: 2 x features"
-    add("--hidden_dim", type=width, help=hidden)
+    add("--hidden_dim", type=kind.width, help=hidden)
     norm = "batch norm without parameters on the projector's output"
     add("--proj_bn", action="store_true", help=norm)
-    add("--momentum", type=share, default=0.99, help="of the moving average")
-    add("--mem_bank_size", type=positive, default=128000)
+    add("--momentum", type=kind.share, default=0.99, help="of the moving average")
+    add("--mem_bank_size", type=kind.positive, default=128000)
     half = "fp16: the bank keeps embeddings in 16 bits, half the memory; searched in fp32"
     add("--bank_precision", choices=list(BANK_PRECISIONS), default="fp32", help=half)
     near = "neighbors a query is pulled to" + (', or "all" of its class' if topk_all else "")
-    add("--topk", type=positive_or_all if topk_all else positive, default=5, help=near)
+    add("--topk", type=kind.positive_or_all if topk_all else kind.positive, default=5, help=near)
 
 
 def _add_speed_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("speed").add_argument
-    add(
-        "--precision",
-        choices=list(PRECISIONS),
-        default="fp32",
-        help="bf16: the encoders compute in bfloat16, for GPUs (and CPUs) with instructions for "
-        "it; weights, embeddings, bank and loss stay float32",
-    )
-    add(
-        "--channels_last",
-        action="store_true",
-        default=None,
-        help="lay images out with the channels last; default: where that is faster, on a CPU and, "
-        "with bf16 or --tf32, on a GPU",
-    )
-    add(
-        *("--no_channels_last", "--no-channels_last"),
-        dest="channels_last",
-        action="store_false",
-        default=None,
-        help="lay images out as PyTorch does",
-    )
+    half = "bf16: the encoders compute in bfloat16; weights, embeddings, bank and loss stay float32"
+    add("--precision", choices=list(PRECISIONS), default="fp32", help=half)
+    last = "images with the channels last; default: on a CPU and, with bf16 or --tf32, on a GPU"
+    add("--channels_last", action="store_true", default=None, help=last)
+    either = {"dest": "channels_last", "action": "store_false", "default": None}
+    add("--no_channels_last", "--no-channels_last", **either, help="images as PyTorch has them")
     compiles = "torch.compile the encoders: slow to start, faster steps; needs a C++ compiler"
     add("--compile", action="store_true", help=compiles)
-    add(
-        "--cuda_graphs",
-        action="store_true",
-        help="with --compile on a GPU: launch each network's step as one CUDA graph "
-        "(torch.compile's reduce-overhead), which helps where launches take the time: small images",
-    )
-    add(
-        "--tf32",
-        action="store_true",
-        help="on NVIDIA GPUs since Ampere: float32 products and convolutions with the 10 bits of "
-        "TF32, the search in the bank too; without it with all 23",
-    )
+    graphs = "with --compile on a GPU: a network's pass is one launch, which helps small images"
+    add("--cuda_graphs", action="store_true", help=graphs)
+    tf32 = "on GPUs since Ampere: float32 products, the search too, with 10 bits instead of 23"
+    add("--tf32", action="store_true", help=tf32)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--checkpoint_path", type=path, default=Path("output/mean_shift_default"))
-    add(
-        "--resume",
-        type=path_or("auto"),
-        help='checkpoint to continue after; "auto": the newest whole one of --checkpoint_path, '
-        "or a new run if there is none",
-    )
+    add("--checkpoint_path", type=kind.path, default=Path("output/mean_shift_default"))
+    after = 'checkpoint to continue after; "auto": the newest in --checkpoint_path, if there is one'
+    add("--resume", type=kind.path_or("auto"), help=after)
     other = "also with flags or images that make it another experiment"
     add("--resume_anyway", action="store_true", help=other)
-    add("--print_freq", type=positive, default=100, help="steps between log lines")
+    add("--print_freq", type=kind.positive, default=100, help="steps between log lines")
     kept = "epochs between checkpoints that are kept"
-    add("--save_freq", type=positive, default=10, help=kept)
+    add("--save_freq", type=kind.positive, default=10, help=kept)
     newest = "minutes between checkpoints for --resume, of which the newest stay; 0: none"
-    add("--save_minutes", type=not_negative, default=10, help=newest)
+    add("--save_minutes", type=kind.not_negative, default=10, help=newest)
     knn = "epochs between val k-NN figures; 0: only at the end, -1: never"
-    add("--knn_freq", type=number(int, low=-1), default=0, help=knn)
+    add("--knn_freq", type=kind.number(int, low=-1), default=0, help=knn)
     board = "also write the log's figures and a few views to <checkpoint_path>/tensorboard/"
     add("--tensorboard", action="store_true", help=board)
 
@@ -321,7 +263,7 @@ def add_stage_options(group: argparse._ArgumentGroup) -> None:
 def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
     """The file that a script writes; see `result_files.check_output`."""
     group = parser.add_argument_group("file")
-    group.add_argument("--output", type=path, required=True, help=help)
+    group.add_argument("--output", type=kind.path, required=True, help=help)
     group.add_argument("--force", action="store_true", help="replace the file if there is one")
 
 

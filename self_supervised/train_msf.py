@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    build_training.check_sizes(args)
+    build_training.check_bank(args)
     train, val = build_training.read_training_data(args)
     loader = build_training.build_loader(args, train)
     encoders = build_training.build_encoders(args)

@@ -243,7 +243,7 @@ def main() -> None:
             f"--pseudo_batch_size 1: --mlp_xent {args.mlp_xent} has batch norm, which "
             "cannot train on one row"
         )
-    build_training.check_sizes(args)
+    build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
     index = labeled_index(
         train,

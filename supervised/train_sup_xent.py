@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy and that of the classifier."""
     args = parse_args()
-    build_training.check_sizes(args)
+    build_training.check_batch(args)
     train, val = build_training.read_training_data(args, labeled=True)
     if len(train.classes) < 2:
         raise InputError(f"data {args.data}: one class in train/, cross-entropy needs two")

@@ -40,14 +40,17 @@ from utils.training.engine import Run
 from utils.training.schedule import learning_rate
 
 
-def check_sizes(args: argparse.Namespace) -> None:
-    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
+def check_batch(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics."""
     each = args.batch_size // distributed.world_size()
     if args.batch_size < 2 or (each < 2 and args.bn != "sync"):
         of = f" of each of {distributed.world_size()} processes" if each < args.batch_size else ""
         raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images{of}")
-    if "mem_bank_size" not in args:
-        return
+
+
+def check_bank(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
+    check_batch(args)
     twice = getattr(args, "symmetric", False)
     if args.mem_bank_size < args.batch_size * (1 + twice):
         raise InputError(

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 _ADVICE = (
-    "try fewer --num_workers (0: none) or a smaller --batch_size if the memory may be full, a "
-    "larger /dev/shm if that is (docker run --shm-size 8g), more open files (ulimit -n)"
+    "try fewer --num_workers (0: none) or a smaller --batch_size if the memory may be full, more "
+    "shared memory (/dev/shm; docker run --shm-size 8g), or more open files (ulimit -n)"
 )
 # In errors that torch raises for workers in the main thread, wherever it is.
 _OF_WORKERS = re.compile(

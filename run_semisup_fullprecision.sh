@@ -18,54 +18,41 @@ root=$(cd "$(dirname "$0")" && pwd)
 
 DATA=${DATA:-}                      # folder with train/<class>/ and val/<class>/; empty: the demo data
 PYTHON=${PYTHON:-python}
-SEED=${SEED:-0}
 WORKERS=${WORKERS:-}                # empty: the scripts' default
 GPUS=${GPUS:-1}                     # processes of every stage, one a GPU; without a GPU on the CPU
 SPLIT_FILE=${SPLIT_FILE:-}          # labeled images, one a line; empty: LABEL_FRACTION of every class
-LABEL_FRACTION=${LABEL_FRACTION:-0.1}
 TRAIN=${TRAIN:-1} KNN=${KNN:-1} LINEAR=${LINEAR:-1} FINETUNE=${FINETUNE:-1} # the stages
 REPORT=${REPORT:-1}                 # the page: curves, neighbors, results, is the run healthy
 BASELINES=${BASELINES:-1}           # raw pixels, random network; in the demo 2Q and the labels alone
 ANEW=${ANEW:-0}                     # 1: move earlier outputs in OUT aside and start anew
 
-if [ -n "$DATA" ]; then
-  data=("$DATA") pixels=32
-  OUT=${OUT:-output/semisup}
-  ARCH=${ARCH:-resnet50} IMAGE_SIZE=${IMAGE_SIZE:-224} BATCH_SIZE=${BATCH_SIZE:-256}
-  EPOCHS=${EPOCHS:-200} LEARNING_RATE=${LEARNING_RATE:-0.05} MOMENTUM=${MOMENTUM:-0.99}
-  MEM_BANK_SIZE=${MEM_BANK_SIZE:-128000} SUP_MEM_BANK_SIZE=${SUP_MEM_BANK_SIZE:-128000}
-  TOPK=${TOPK:-10} TOPK_PLAIN=${TOPK_PLAIN:-$TOPK} CONSTRAINT_START=${CONSTRAINT_START:-1}
-  CONF_TH=${CONF_TH:-0.85} HEAD=${HEAD:-mlp} HEAD_EPOCHS=${HEAD_EPOCHS:-10}
-  HEAD_SCHEDULE=${HEAD_SCHEDULE:-15,30,40}
-  LINEAR_LR=${LINEAR_LR:-0.01} LINEAR_EPOCHS=${LINEAR_EPOCHS:-40}
-  FT_LR=${FT_LR:-0.001} FT_EPOCHS=${FT_EPOCHS:-20} FT_SCHEDULE=${FT_SCHEDULE:-15,35,50}
-  FT_BATCH_SIZE=${FT_BATCH_SIZE:-256} EVAL_FREQ=${EVAL_FREQ:-5}
-else
-  data=(--demo) pixels=32
-  OUT=${OUT:-output/semisup_demo}
-  ARCH=${ARCH:-conv4} IMAGE_SIZE=${IMAGE_SIZE:-32} BATCH_SIZE=${BATCH_SIZE:-32}
-  EPOCHS=${EPOCHS:-60} LEARNING_RATE=${LEARNING_RATE:-0.05} MOMENTUM=${MOMENTUM:-0.99}
-  MEM_BANK_SIZE=${MEM_BANK_SIZE:-512} SUP_MEM_BANK_SIZE=${SUP_MEM_BANK_SIZE:-512}
-  TOPK=${TOPK:-50} TOPK_PLAIN=${TOPK_PLAIN:-1} CONSTRAINT_START=${CONSTRAINT_START:-20}
-  CONF_TH=${CONF_TH:-0.95} HEAD=${HEAD:-mlp} HEAD_EPOCHS=${HEAD_EPOCHS:-10}
-  HEAD_SCHEDULE=${HEAD_SCHEDULE:-15,30,40}
-  LINEAR_LR=${LINEAR_LR:-0.1} LINEAR_EPOCHS=${LINEAR_EPOCHS:-40}
-  FT_LR=${FT_LR:-0.05} FT_EPOCHS=${FT_EPOCHS:-100} FT_SCHEDULE=${FT_SCHEDULE:-60,80}
-  FT_BATCH_SIZE=${FT_BATCH_SIZE:-32} EVAL_FREQ=${EVAL_FREQ:-50}
-fi
+# defaults DECIDES NAME=DEFAULT[:DEMO]...: variables, their defaults, and those for the demo data where
+# they are others. DECIDES: what they decide, a list of their names.
+defaults() {
+  local -n names=$1
+  local one name value
+  for one in "${@:2}"; do
+    name=${one%%=*} value=${one#*=}
+    if [ -n "$DATA" ]; then value=${value%%:*}; else value=${value##*:}; fi
+    names+=("$name")
+    [ -n "${!name:-}" ] || printf -v "$name" %s "$value"
+  done
+}
+defaults place OUT=output/semisup:output/semisup_demo
+defaults training SEED=0 ARCH=resnet50:conv4 IMAGE_SIZE=224:32 BATCH_SIZE=256:32 EPOCHS=200:60 \
+  LEARNING_RATE=0.05 MOMENTUM=0.99 MEM_BANK_SIZE=128000:512 SUP_MEM_BANK_SIZE=128000:512 TOPK=10:50 \
+  CONSTRAINT_START=1:20 CONF_TH=0.85:0.95 HEAD=mlp HEAD_EPOCHS=10 HEAD_SCHEDULE=15,30,40 LABEL_FRACTION=0.1
+defaults training TOPK_PLAIN="$TOPK:1"
+defaults evaluation LINEAR_LR=0.01:0.1 LINEAR_EPOCHS=40 EVAL_FREQ=5:50 \
+  FT_LR=0.001:0.05 FT_EPOCHS=20:100 FT_SCHEDULE=15,35,50:60,80 FT_BATCH_SIZE=256:32
 # The labels alone: as many views of images as the other rows' training has.
-XENT_LR=${XENT_LR:-0.05} XENT_EPOCHS=${XENT_EPOCHS:-600} XENT_SCHEDULE=${XENT_SCHEDULE:-400,520}
+defaults evaluation XENT_LR=0.05 XENT_EPOCHS=600 XENT_SCHEDULE=400,520
 case "$OUT" in "~" | "~/"*) OUT="$HOME${OUT#"~"}" ;; esac
 case "$OUT" in /*) ;; *) OUT="$PWD/$OUT" ;; esac
-
-# What decides the training, and what the evaluations alone.
-training=(SEED ARCH IMAGE_SIZE BATCH_SIZE EPOCHS LEARNING_RATE MOMENTUM MEM_BANK_SIZE SUP_MEM_BANK_SIZE
-  TOPK TOPK_PLAIN CONSTRAINT_START CONF_TH HEAD HEAD_EPOCHS HEAD_SCHEDULE LABEL_FRACTION)
-evaluation=(LINEAR_LR LINEAR_EPOCHS FT_LR FT_EPOCHS FT_SCHEDULE FT_BATCH_SIZE EVAL_FREQ
-  XENT_LR XENT_EPOCHS XENT_SCHEDULE)
 trained=(train train_2q) evaluated=(semi pixels random xent 2q results.json report.html) # in OUT
 settings="$OUT/settings.txt"        # of the outputs there
 
+if [ -n "$DATA" ]; then data=("$DATA"); else data=(--demo); fi
 run=("$PYTHON")
 [ "$GPUS" = 1 ] || run+=(-m torch.distributed.run --standalone --nproc_per_node="$GPUS") # torchrun
 common=(--seed "$SEED" ${WORKERS:+--num_workers "$WORKERS"})
@@ -154,12 +141,12 @@ evaluate() {
     --epochs "$LINEAR_EPOCHS" --resume auto "${labels[@]}" --save "$folder/linear" "${data[@]}"
 }
 
-# finetune NAME FOLDER WEIGHTS LR EPOCHS SCHEDULE: the whole encoder on the labeled images.
+# finetune NAME FOLDER WEIGHTS [LR EPOCHS SCHEDULE]: the whole encoder on the labeled images.
 finetune() {
   [ "$FINETUNE" = 0 ] || stage "fine-tuning, $1" \
     "${run[@]}" "$root/eval/eval_linear.py" --weights "$3" --arch "$ARCH" --image_size "$IMAGE_SIZE" \
-    "${common[@]}" "${again[@]}" --fine-tune --lr "$4" --epochs "$5" --lr_schedule "$6" \
-    --batch_size "$FT_BATCH_SIZE" --eval_freq "$EVAL_FREQ" --resume auto "${labels[@]}" \
+    "${common[@]}" "${again[@]}" --fine-tune --lr "${4:-$FT_LR}" --epochs "${5:-$FT_EPOCHS}" \
+    --lr_schedule "${6:-$FT_SCHEDULE}" --batch_size "$FT_BATCH_SIZE" --eval_freq "$EVAL_FREQ" --resume auto "${labels[@]}" \
     --save "$2/finetune" "${data[@]}"
 }
 
@@ -174,7 +161,7 @@ main() {
   if [ -n "$SPLIT_FILE" ]; then labels=(--train-file "$SPLIT_FILE"); else labels=("${split[@]}"); fi
   if [ "$TRAIN" != 0 ] && [ ! -f "$checkpoint" ]; then
     evaluate "checked before the training" "$OUT/semi" random --image_size "$IMAGE_SIZE"
-    finetune "checked before the training" "$OUT/semi" random "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
+    finetune "checked before the training" "$OUT/semi" random
   fi
   again=(--keep_done) labels=(--train-file "$labeled")
 
@@ -187,11 +174,11 @@ main() {
     --mlp_xent "$HEAD" --pseudo_lbl_epochs "$HEAD_EPOCHS" --pseudo_lbl_lr_schedule "$HEAD_SCHEDULE" \
     --knn_freq -1 --checkpoint_path "$OUT/train" --resume auto "${common[@]}" "${split[@]}" "${data[@]}"
   evaluate "semi-supervised" "$OUT/semi" "$checkpoint"
-  finetune "semi-supervised" "$OUT/semi" "$checkpoint" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
+  finetune "semi-supervised" "$OUT/semi" "$checkpoint"
 
   rows=()
   if [ "$BASELINES" != 0 ]; then
-    evaluate "raw pixels" "$OUT/pixels" pixels --image_size "$pixels"
+    evaluate "raw pixels" "$OUT/pixels" pixels --image_size 32
     evaluate "random network" "$OUT/random" random --image_size "$IMAGE_SIZE"
     rows+=("raw pixels=$OUT/pixels" "random network=$OUT/random")
     if [ -z "$DATA" ]; then
@@ -201,7 +188,7 @@ main() {
         "${run[@]}" "$root/self_supervised/train_msf_2q.py" --epochs "$EPOCHS" --knn_freq -1 \
         --checkpoint_path "$OUT/train_2q" --resume auto "${common[@]}" "${data[@]}"
       evaluate "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth"
-      finetune "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth" "$FT_LR" "$FT_EPOCHS" "$FT_SCHEDULE"
+      finetune "2Q" "$OUT/2q" "$OUT/train_2q/ckpt_epoch_$EPOCHS.pth"
       rows+=("the labels alone (cross-entropy)=$OUT/xent" "self-supervised 2Q=$OUT/2q")
     fi
   fi

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import arguments, build_evaluation, build_training, options
+from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
 from utils.data.datasets import ImageSet, check_classes, read_split
-from utils.data.splits import check_every_class, unreadable_classes
+from utils.data.splits import check_every_class, labeled_index, unreadable_classes
 from utils.evaluation import feature_cache, knn, result_files
 from utils.method.encoders import Backbone
 from utils.runtime import distributed, faiss_library, script
@@ -126,9 +126,14 @@ def main() -> None:
     faiss_library.load("k-NN")  # not after the features are extracted
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
     check_classes(train, val)
-    train = train.take(
-        build_training.labeled_index(args, train, file=args.train_file, flag="--train_file")
+    index = labeled_index(
+        train,
+        file=args.train_file,
+        flag="--train_file",
+        fraction=args.label_fraction,
+        seed=args.split_seed,
     )
+    train = train.take(index)
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = build_evaluation.evaluated_backbone(args)
     check_flags(args, state)

@@ -24,11 +24,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import arguments, build_evaluation, build_training, options
+from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
 from utils.data.datasets import ImageSet, check_classes, read_split
 from utils.data.eval_loader import EvalLoader, LabeledLoader
-from utils.data.splits import check_every_class, unreadable_classes
+from utils.data.splits import check_every_class, labeled_index, unreadable_classes
 from utils.evaluation import feature_cache, linear_probe, result_files
 from utils.evaluation.labeled_features import FromFeatures, FromImages
 from utils.method import batch_norm, checkpoint, checkpoint_fields
@@ -172,7 +172,13 @@ def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
     check_classes(train, val)
     if not args.evaluate:
-        index = build_training.labeled_index(args, train, file=args.train_file, flag="--train_file")
+        index = labeled_index(
+            train,
+            file=args.train_file,
+            flag="--train_file",
+            fraction=args.label_fraction,
+            seed=args.split_seed,
+        )
         train = train.take(index)
     return train, val
 
@@ -524,7 +530,7 @@ def main() -> None:
         bad_images.restore(saved["bad_images"])
     data = build_data(args, backbone, train, val, key=key, bad_images=bad_images)
     if args.cached and not args.evaluate:
-        distributed.stop(together=True)  # the rest is quick
+        distributed.stop()  # the rest is quick
     if data is None:
         return
     probe, optimizer = build_probe(args, backbone, data, classes=train.classes, saved=saved)

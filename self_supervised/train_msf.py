@@ -24,12 +24,9 @@ from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, purity
-from utils.runtime import origin, script
+from utils.runtime import script
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "checkpoint_path": origin.ROOT / "output" / "demo_msf",
-}
+DEMO = options.demo("demo_msf", topk=5)
 
 
 class MSF(nn.Module):

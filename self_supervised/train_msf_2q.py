@@ -27,14 +27,10 @@ from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, nearest_among, purity
 from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.method.ranks import constrained_ranks
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import gather, own_rows
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "topkp": 5,
-    "checkpoint_path": origin.ROOT / "output" / "demo_2q",
-}
+DEMO = options.demo("demo_2q", topk=5, topkp=5)
 
 
 class CMSF2Q(nn.Module):

@@ -31,15 +31,11 @@ from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
 from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.method.ranks import constrained_ranks
-from utils.runtime import faiss_library, origin, script
+from utils.runtime import faiss_library, script
 from utils.runtime.distributed import from_main, gather, is_main
 from utils.runtime.streams import upload
 
-DEMO = options.DEMO | {
-    "topk": 5,
-    "num_clusters": 100,
-    "checkpoint_path": origin.ROOT / "output" / "demo_km",
-}
+DEMO = options.demo("demo_km", topk=5, num_clusters=100)
 
 
 class CMSFKM(nn.Module):

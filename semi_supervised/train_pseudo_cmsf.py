@@ -30,31 +30,31 @@ from semi_supervised.pseudo_label import PseudoLabelHead, train_head
 from utils.cli import arguments, build_evaluation, build_training, options
 from utils.data.batches import Batch
 from utils.data.eval_loader import EvalLoader
-from utils.data.splits import unreadable_classes, write_split_file
+from utils.data.splits import labeled_index, unreadable_classes, write_split_file
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
 from utils.method.ranks import constrained_ranks
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import is_main
 from utils.runtime.errors import InputError
 from utils.runtime.streams import upload
 
-DEMO = options.DEMO | {
-    "topk": 50,
-    "topk_plain": 1,
-    "constraint_start": 20,
-    "label_fraction": 0.1,
-    "use_conf": True,
-    "conf_th": 0.95,
-    "cache_sup": True,
-    "sup_mem_bank_size": 512,
-    "mlp_xent": "mlp",
-    "pseudo_lbl_epochs": 10,
-    "checkpoint_path": origin.ROOT / "output" / "demo_semi",
-}
+DEMO = options.demo(
+    "demo_semi",
+    topk=50,
+    topk_plain=1,
+    constraint_start=20,
+    label_fraction=0.1,
+    use_conf=True,
+    conf_th=0.95,
+    cache_sup=True,
+    sup_mem_bank_size=512,
+    mlp_xent="mlp",
+    pseudo_lbl_epochs=10,
+)
 
 
 class PseudoCMSF(nn.Module):
@@ -215,8 +215,12 @@ def main() -> None:
         raise InputError(f"--pseudo_batch_size 1: {reason}")
     build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
-    index = build_training.labeled_index(
-        args, train, file=args.sup_split_file, flag="--sup_split_file"
+    index = labeled_index(
+        train,
+        file=args.sup_split_file,
+        flag="--sup_split_file",
+        fraction=args.label_fraction,
+        seed=args.split_seed,
     )
     if args.cache_sup and args.sup_mem_bank_size < len(index):
         print(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_training, options
 from utils.data.batches import Batch
-from utils.data.label_noise import as_tensor, labels_to_use, write_changes
+from utils.data.label_noise import as_tensor, given_labels, labels_to_use, write_changes
 from utils.method.collapse import embedding_health
 from utils.method.encoders import QueryTargetEncoders
 from utils.method.memory_bank import MemoryBank
@@ -37,15 +37,10 @@ from utils.method.neighbors import (
     purity_all,
 )
 from utils.method.ranks import constrained_ranks
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import is_main
 
-DEMO = options.DEMO | {
-    "topk": "all",
-    "topk_plain": 1,
-    "mem_bank_size": 2000,
-    "checkpoint_path": origin.ROOT / "output" / "demo_sup",
-}
+DEMO = options.demo("demo_sup", topk="all", topk_plain=1, mem_bank_size=2000)
 
 
 class SupervisedCMSF(nn.Module):
@@ -140,7 +135,7 @@ def main() -> None:
     args = parse_args()
     build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
-    given = build_training.given_labels(args, train)
+    given = given_labels(train, file=args.label_file, noise=args.label_noise, seed=args.noise_seed)
     model = SupervisedCMSF(
         build_training.build_encoders(args),
         len(train.classes),

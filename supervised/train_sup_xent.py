@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import arguments, build_evaluation, build_training, options
 from utils.data.batches import Batch
 from utils.data.eval_loader import EvalLoader
-from utils.data.label_noise import as_tensor, labels_to_use, write_changes
+from utils.data.label_noise import as_tensor, given_labels, labels_to_use, write_changes
 from utils.evaluation.features import extract_features
 from utils.method.collapse import embedding_health
 from utils.method.encoders import SoleBackbone
-from utils.runtime import origin, script
+from utils.runtime import script
 from utils.runtime.distributed import is_main
 
-DEMO = options.DEMO_TRAINING | {"checkpoint_path": origin.ROOT / "output" / "demo_xent"}
+DEMO = options.demo("demo_xent")
 
 
 class CrossEntropy(nn.Module):
@@ -98,7 +98,7 @@ def main() -> None:
     args = parse_args()
     build_training.check_batch(args)
     train, val = build_training.read_training_data(args, labeled=True)
-    given = build_training.given_labels(args, train)
+    given = given_labels(train, file=args.label_file, noise=args.label_noise, seed=args.noise_seed)
     backbone, feature_dim = build_training.build_sole_backbone(args)
     model = CrossEntropy(backbone, feature_dim, len(train.classes), given=as_tensor(given))
     run, loader = build_training.start_run(args, model, train, val, single=args.view, given=given)

@@ -221,9 +221,9 @@ def test_a_killed_torchrun_ends_an_evaluation(image_tree, tmp_path):
 def test_a_process_that_does_not_stop_is_ended(tmp_path):
     """Here it cannot heed the signal; its launcher is a shell that ends."""
     code = (
-        "import os, signal, time; from utils.runtime import launcher; "
-        "launcher._TIME_TO_SAVE = 0.5; "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launcher.follow(); "
+        "import os, signal, time; from utils.runtime import script; "
+        "script._TIME_TO_SAVE = 0.5; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); script.follow_torchrun(); "
         f'open("{tmp_path}/ready", "w"); time.sleep(60)'
     )
     command = shlex.join([sys.executable, "-c", code])

@@ -76,13 +76,15 @@ def test_other_errors_keep_their_traceback():
         script.run_script(main)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_ends_a_script_in_one_line(monkeypatch, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)]
+)
+def test_a_signal_ends_a_script_in_one_line(monkeypatch, capsys, name, code):
     """While it has nothing to save; another one, as it ends, changes nothing."""
     monkeypatch.setattr(sys, "argv", ["dir/script.py"])
     with pytest.raises(SystemExit) as stop:
         script.run_script(lambda: os.kill(os.getpid(), getattr(signal, name)))
-    assert stop.value.code == 75
+    assert stop.value.code == code
     assert capsys.readouterr().err == f"script.py: stopped by {name}\n"
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -103,3 +105,42 @@ def test_after_an_error_no_other_child_of_the_process_raises(monkeypatch):
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert stop.value.code == 1
+
+
+# What torchrun leaves; that it is followed when it is killed is in `test_distributed`.
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """As torchrun makes it for two processes; this one has rank 0."""
+    for rank in "01":
+        (tmp_path / "torchelastic_x" / "none_y" / "attempt_0" / rank).mkdir(parents=True)
+    attempt = tmp_path / "torchelastic_x" / "none_y" / "attempt_0"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(attempt / "0" / "error.json"))
+    monkeypatch.setattr(script, "_end_with", lambda torchrun: None)
+    return attempt
+
+
+def test_the_last_process_removes_what_all_share(folder, tmp_path, monkeypatch):
+    script.follow_torchrun()
+    assert [path.name for path in folder.iterdir()] == ["1"]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "1" / "error.json"))
+    script.follow_torchrun()
+    assert not list(tmp_path.iterdir())
+    script.follow_torchrun()
+
+
+def test_logs_stay(folder):
+    (folder / "0" / "stderr.log").touch()
+    script.follow_torchrun()
+    assert (folder / "0" / "stderr.log").exists()
+
+
+def test_a_folder_of_the_user_stays(folder, tmp_path, monkeypatch):
+    own = (tmp_path / "torchelastic_x").rename(tmp_path / "logs")
+    file = own / "none_y" / "attempt_0" / "0" / "error.json"
+    for text in (str(file), "", "error.json"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", text)
+        script.follow_torchrun()
+    assert file.parent.exists()

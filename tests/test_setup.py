@@ -1,6 +1,5 @@
 """From flags to objects: every setting arrives where it belongs."""
 
-import argparse
 import importlib
 import json
 import shutil
@@ -17,6 +16,7 @@ from test_bad_input import assert_refused
 from utils.cli import build_evaluation, build_training
 from utils.data import image_cache
 from utils.data.datasets import ImageSet
+from utils.data.label_noise import given_labels
 from utils.runtime.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
@@ -145,8 +145,7 @@ def test_a_class_that_no_image_is_given_is_named(capsys, tmp_path):
         (('"b\\n"', "a"), ""),
     ):
         file.write_text(f'a/1.jpg\t{classes[0]}\n"b\\n/1.jpg"\t{classes[1]}\n')
-        flags = argparse.Namespace(label_file=file, label_noise=None)
-        assert build_training.given_labels(flags, images) is not None
+        assert given_labels(images, file=file, noise=None, seed=0) is not None
         assert capsys.readouterr().out == words
 
 

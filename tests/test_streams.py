@@ -1,7 +1,7 @@
 """Work ahead on a side stream: the order of events, and that no operation waits for a GPU."""
 
+import contextlib
 from functools import lru_cache
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,62 +18,111 @@ from utils.runtime.streams import ahead, upload
 CPU = torch.device("cpu")
 
 
-class Item(NamedTuple):
-    number: int
+GPU = torch.device("cuda", 1)
 
 
-class Recorder:
-    """Stands in for a `SideStream`: writes down what happens."""
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and is on the CPU."""
 
-    def __init__(self) -> None:
-        self.events = []
+    device, is_cuda = torch.device("cuda"), True
 
-    def make(self, items):
-        item = next(items, None)
-        if item is not None:
-            self.events.append(f"make {item.number}")
-        return None if item is None else (item, f"done {item.number}")
-
-    def hand_over(self, item, done):
-        assert done == f"done {item.number}"
-        self.events.append(f"hand over {item.number}")
+    def record_stream(self, stream):
+        stream.events.append(f"keep {int(self)}")
 
 
-def consume(items, side, seen):
-    for item in ahead(iter(items), CPU, side=side):
-        side.events.append(f"train {item.number}")
-        seen.append(item.number)
+def made(number):
+    return torch.tensor(number).as_subclass(OnGpu)
 
 
-def test_the_next_item_is_made_before_one_is_handed_out():
-    side, seen = Recorder(), []
-    consume([Item(0), Item(1), Item(2)], side, seen)
+class Stream:
+    """Stands in for torch.cuda.Stream: writes down what happens; `made` counts them."""
+
+    made: list = []
+
+    def __init__(self, device):
+        self.device, self.waited_for, self.events, self.recorded = device, [], [], 0
+        self.made.append(self)
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+    def record_event(self):
+        self.recorded += 1
+        return self.recorded - 1
+
+    def wait_event(self, event):
+        self.events.append(f"wait {event}")
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """The current stream of what seems to be a GPU, as is the side stream beside it."""
+    stream = Stream(GPU)
+    monkeypatch.setattr(Stream, "made", [])
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(streams, "_side_stream", lru_cache(streams._side_stream.__wrapped__))
+    return stream
+
+
+def consume(items, current, seen):
+    def noted():
+        for number, *others in items:
+            current.events.append(f"make {number}")
+            yield (made(number), *others)
+
+    for item in ahead(noted(), GPU):
+        current.events.append(f"train {int(item[0])}")
+        seen.append(int(item[0]))
+
+
+def test_the_next_item_is_made_before_one_is_handed_out(current):
+    """It waits for its making, and its memory is kept."""
+    seen = []
+    consume([(0,), (1,), (2,)], current, seen)
     assert seen == [0, 1, 2]
-    assert side.events == [
-        *("make 0", "make 1", "hand over 0", "train 0", "make 2", "hand over 1", "train 1"),
-        *("hand over 2", "train 2"),
+    assert current.events == [
+        *("make 0", "make 1", "wait 0", "keep 0", "train 0"),
+        *("make 2", "wait 1", "keep 1", "train 1", "wait 2", "keep 2", "train 2"),
     ]
 
 
+def test_the_memory_of_every_part_is_kept(current):
+    (item,) = ahead(iter([(made(1), torch.zeros(2), (made(2), made(3)))]), GPU)
+    assert [event for event in current.events if "keep" in event] == ["keep 1", "keep 2", "keep 3"]
+
+
 @pytest.mark.parametrize("count", [0, 1])
-def test_few_items(count):
+def test_few_items(current, count):
     seen = []
-    consume([Item(number) for number in range(count)], Recorder(), seen)
+    consume([(number,) for number in range(count)], current, seen)
     assert seen == list(range(count))
 
 
-def test_an_error_comes_in_its_place():
+def test_an_error_comes_in_its_place(current):
     def items():
-        yield Item(0)
-        yield Item(1)
+        yield (0,)
+        yield (1,)
         raise ValueError("broken")
 
-    side, seen = Recorder(), []
+    seen = []
     with pytest.raises(ValueError, match="broken"):
-        consume(items(), side, seen)
+        consume(items(), current, seen)
     assert seen == [0, 1]
     with pytest.raises(ZeroDivisionError):
-        consume((Item(1 // number) for number in (0,)), side, seen)
+        consume(((1 // number,) for number in (0,)), current, seen)
+
+
+def test_all_epochs_share_one_side_stream(current):
+    """Memory that one stream has used serves no other: one an epoch would hold it many times."""
+    devices = [torch.device("cuda", number) for number in (0, 1)]
+    for _ in range(3):
+        for device in devices:
+            assert not list(ahead(iter(()), device))
+    assert [stream.device for stream in Stream.made] == devices
+    for stream in Stream.made:
+        assert stream.waited_for == [current] * 3
 
 
 def test_a_cpu_makes_nothing_ahead():
@@ -82,10 +131,10 @@ def test_a_cpu_makes_nothing_ahead():
     def items():
         for number in range(3):
             made.append(number)
-            yield Item(number)
+            yield (number,)
 
-    for item in ahead(items(), CPU):
-        assert made == list(range(item.number + 1))
+    for (number,) in ahead(items(), CPU):
+        assert made == list(range(number + 1))
     tensor = torch.zeros(2)
     assert upload(tensor, CPU) is tensor
 
@@ -130,12 +179,6 @@ def test_the_views_never_wait_for_a_gpu(pinned):
             assert view.device.type == "cuda" and view.dtype == torch.float32
     # All from pinned memory: mean and spread of each view, row numbers and factors of two.
     assert mode.uploads == len(pinned) == 7
-
-
-class OnGpu(torch.Tensor):
-    """Says that it is on a GPU, and is on the CPU."""
-
-    device = torch.device("cuda")
 
 
 def test_both_crops_at_once_are_as_one_after_the_other():
@@ -218,37 +261,6 @@ def test_no_operation_makes_the_host_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# Of a GPU that is not the current one, and of many epochs, by stand-ins.
-
-
-class Stream:
-    """Stands in for torch.cuda.Stream; `made` counts them."""
-
-    made: list = []
-
-    def __init__(self, device):
-        self.device, self.waited_for = device, []
-        self.made.append(self)
-
-    def wait_stream(self, other):
-        self.waited_for.append(other)
-
-
-def test_all_epochs_share_one_side_stream(monkeypatch):
-    """Memory that one stream has used serves no other: one an epoch would hold it many times."""
-    monkeypatch.setattr(Stream, "made", [])
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("current", device))
-    monkeypatch.setattr(streams, "_side_stream", lru_cache(streams._side_stream.__wrapped__))
-    devices = [torch.device("cuda", number) for number in (0, 1)]
-    for _ in range(3):
-        for device in devices:
-            streams.SideStream(device)
-    assert [stream.device for stream in Stream.made] == devices
-    for stream in Stream.made:
-        assert stream.waited_for == [("current", stream.device)] * 3
-
-
 def test_a_copy_to_the_host_ends_on_the_stream_of_its_own_gpu(monkeypatch):
     """Not on that of the current GPU, whose event would be over before the copy is."""
     recorded, device = [], torch.device("cuda", 1)
@@ -270,31 +282,3 @@ def test_a_copy_to_the_host_ends_on_the_stream_of_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
     streams.HostCopy(OnGpu())
     assert recorded == [("stream of", device)]
-
-
-def test_what_is_handed_over_waits_for_its_making_and_keeps_its_memory(monkeypatch):
-    events = []
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-        def record_stream(self, stream):
-            events.append((self.called, stream))
-
-    def tensor(name):
-        made = torch.zeros(1).as_subclass(OnGpu)
-        made.called = name
-        return made
-
-    class Current:
-        def wait_event(self, event):
-            events.append(("wait", event))
-
-    current = Current()
-    monkeypatch.setattr(streams, "_side_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    side = streams.SideStream(torch.device("cuda", 0))
-    item = (tensor("view"), torch.zeros(2), (tensor("small"), tensor("smaller")))
-    side.hand_over(item, "made")
-    assert events[0] == ("wait", "made")
-    assert events[1:] == [(name, current) for name in ("view", "small", "smaller")]

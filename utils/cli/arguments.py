@@ -39,10 +39,7 @@ def wrong(text: str, what: str) -> argparse.ArgumentTypeError:
 
 
 def number(kind: type, *, low: float, high: float | None = None) -> Callable[[str], Any]:
-    """An argparse type: int or float from `low` to `high`; the message names flag and value.
-
-    high: default: a billion for an int, what float32 can hold for a float.
-    """
+    """A type: int or float from `low` to `high`, by default a billion or what float32 can hold."""
     most = high if high is not None else (_MOST if kind is int else _LARGEST)
 
     def parse(text: str) -> Any:
@@ -59,6 +56,19 @@ def number(kind: type, *, low: float, high: float | None = None) -> Callable[[st
     return parse
 
 
+positive = number(int, low=1)
+seed = number(int, low=0, high=2**63 - 1)
+not_negative = number(float, low=0)
+share = number(float, low=0, high=1)
+side = number(int, low=1, high=8192)  # of an image, in pixels
+width = number(int, low=1, high=2**20)  # of a layer, in features
+
+
+def positive_or_all(text: str) -> int | str:
+    """A type: a positive integer or "all"."""
+    return text if text == "all" else positive(text)
+
+
 def _list_of(parse: Callable[[str], Any], text: str, what: str) -> list:
     """The parts between commas; an error that says what the text is no list of."""
     try:
@@ -68,12 +78,12 @@ def _list_of(parse: Callable[[str], Any], text: str, what: str) -> list:
 
 
 def int_list(text: str) -> list[int]:
-    """An argparse type: "7,0,12" -> [7, 0, 12]."""
+    """A type: "7,0,12" -> [7, 0, 12]."""
     return _list_of(number(int, low=-_MOST), text, "integers like 7,0,12")
 
 
 def epoch_list(text: str) -> list[int]:
-    """An argparse type: "90,120" -> [90, 120]; from 1, ascending."""
+    """A type: "90,120" -> [90, 120]; from 1, ascending."""
     epochs = _list_of(positive, text, "epochs like 90,120")
     if any(one >= next_one for one, next_one in itertools.pairwise(epochs)):
         raise wrong(text, "is no list of epochs like 90,120: each above the one before")
@@ -81,20 +91,15 @@ def epoch_list(text: str) -> list[int]:
 
 
 def rate_list(text: str) -> list[float]:
-    """An argparse type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
+    """A type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
     rates = _list_of(not_negative, text, "learning rates like 0.01,0.03")
-    if not all(rates):
-        raise wrong(text, "is no list of learning rates like 0.01,0.03: each above 0")
-    if len(set(rates)) < len(rates):
-        raise wrong(text, "names a learning rate twice")
+    if not all(rates) or len(set(rates)) < len(rates):
+        raise wrong(text, "is no list of learning rates like 0.01,0.03: above 0, each once")
     return rates
 
 
 def path_text(text: str) -> str:
-    """An argparse type: a path as it stands, but `~` is the home folder.
-
-    bash leaves it alone in --flag=~/x.
-    """
+    """A type: a path as it stands, but `~`, which bash leaves alone in --flag=~/x, is the home."""
     if not text:
         raise argparse.ArgumentTypeError("an empty text is no path")
     try:
@@ -105,17 +110,17 @@ def path_text(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """An argparse type: a path, as `path_text`."""
+    """A type: a path, as `path_text`."""
     return Path(path_text(text))
 
 
 def path_or(*words: str) -> Callable[[str], str]:
-    """An argparse type: one of a few words, or a path, as `path_text`."""
+    """A type: one of a few words, or a path, as `path_text`."""
     return lambda text: text if text in words else path_text(text)
 
 
 def named_path(text: str) -> str:
-    """An argparse type: NAME=PATH or PATH, the path as `path_text`."""
+    """A type: NAME=PATH or PATH, the path as `path_text`."""
     name, equals, rest = text.partition("=")
     if not equals or os.path.exists(path_text(text)):
         return path_text(text)
@@ -123,7 +128,7 @@ def named_path(text: str) -> str:
 
 
 def device(text: str) -> torch.device:
-    """An argparse type: a device that is there."""
+    """A type: a device that is there."""
     try:
         chosen = torch.device(text)
         if chosen.type not in ("cpu", "cuda", "mps"):
@@ -134,13 +139,8 @@ def device(text: str) -> torch.device:
     return chosen
 
 
-def positive_or_all(text: str) -> int | str:
-    """An argparse type: a positive integer or "all"."""
-    return text if text == "all" else positive(text)
-
-
 def crop_groups(text: str) -> list[CropGroup]:
-    """An argparse type: "2x224:0.2-1,6x96:0.05-0.2" -> groups of crops; the first has two."""
+    """A type: "2x224:0.2-1,6x96:0.05-0.2" -> groups of crops; the first has two."""
     groups = [_crop_group(part.strip()) for part in text.split(",")]
     if groups[0].count != 2:
         raise wrong(text, "has another first group than the query's and the target's crop, 2x...")
@@ -151,23 +151,13 @@ def crop_groups(text: str) -> list[CropGroup]:
 
 def _crop_group(text: str) -> CropGroup:
     match = re.fullmatch(r"(\d+)x(\d+):([\d.]+)-([\d.]+)", text)
-    form = "is no group of crops like 6x96:0.05-0.2"
     try:
         count, size, low, high = match.groups()
-        count, size = number(int, low=1, high=_MOST_CROPS)(count), side(size)
-        low, high = float(low), float(high)
-    except (AttributeError, ValueError):
-        raise wrong(text, f"{form} (count x size : share of the area)") from None
-    except argparse.ArgumentTypeError as error:
-        raise wrong(text, f"{form}: {error}") from None
-    if not 0 < low <= high <= 1:
-        raise wrong(text, f"{form}: shares 0 < a <= b <= 1")
-    return CropGroup(count, size, (low, high))
-
-
-positive = number(int, low=1)
-seed = number(int, low=0, high=2**63 - 1)
-not_negative = number(float, low=0)
-share = number(float, low=0, high=1)
-side = number(int, low=1, high=8192)  # of an image, in pixels
-width = number(int, low=1, high=2**20)  # of a layer, in features
+        scale = share(low), share(high)
+        group = CropGroup(number(int, low=1, high=_MOST_CROPS)(count), side(size), scale)
+        if not 0 < scale[0] <= scale[1]:
+            raise wrong(f"{low}-{high}", "is no range of shares 0 < a <= b <= 1")
+    except (AttributeError, argparse.ArgumentTypeError) as error:
+        reason = error if match else "count x size : share of the area"
+        raise wrong(text, f"is no group of crops like 6x96:0.05-0.2: {reason}") from None
+    return group

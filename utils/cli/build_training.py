@@ -21,14 +21,7 @@ from utils.cli.build_evaluation import build_bad_images, check_view_memory, eval
 from utils.data import archives
 from utils.data.datasets import ImageSet, check_classes, read_split
 from utils.data.image_cache import cache_images, check_memory
-from utils.data.label_noise import noisy_labels, read_label_file
 from utils.data.listing import is_folder
-from utils.data.splits import (
-    absent_classes,
-    check_every_class,
-    class_balanced_split,
-    read_split_file,
-)
 from utils.data.train_loader import TwoViewLoader
 from utils.evaluation.knn import evaluate_knn, ks_for
 from utils.method import batch_norm, checkpoint
@@ -41,7 +34,7 @@ from utils.method.encoders import (
 )
 from utils.method.memory_bank import MemoryBank
 from utils.runtime import distributed, faiss_library, origin
-from utils.runtime.errors import InputError, printable
+from utils.runtime.errors import InputError
 from utils.training import run_folder, tensorboard
 from utils.training.engine import Run
 from utils.training.schedule import learning_rate
@@ -64,9 +57,8 @@ def check_bank(args: argparse.Namespace) -> None:
             f"--mem_bank_size {args.mem_bank_size}: below {'twice ' * twice}--batch_size "
             f"{args.batch_size}, so not every target would be in the bank"
         )
-    for flag in ("topk", "topkp", "topk_plain"):
-        value = getattr(args, flag, None)
-        if isinstance(value, int) and value > args.mem_bank_size:
+    for flag, value in vars(args).items():
+        if flag.startswith("topk") and isinstance(value, int) and value > args.mem_bank_size:
             raise InputError(f"--{flag} {value}: above --mem_bank_size {args.mem_bank_size}")
 
 
@@ -108,12 +100,10 @@ def read_training_data(
 
 def _check_run_folder(args: argparse.Namespace) -> None:
     """InputError for a --checkpoint_path that the next reading of the images would find."""
-    if args.dataset in archives.NAMES:
-        return
     folder = Path(os.path.realpath(args.checkpoint_path))
-    for split in ("train", "val"):
-        images = args.data / split
-        if folder.is_relative_to(os.path.realpath(images)):
+    for images in (args.data / "train", args.data / "val"):
+        inside = folder.is_relative_to(os.path.realpath(images))
+        if inside and args.dataset not in archives.NAMES:
             raise InputError(
                 f"--checkpoint_path {args.checkpoint_path}: lies in {images}, whose folders are "
                 "classes of images"
@@ -126,9 +116,16 @@ def build_loader(
     """The two-view loader of the training images, which are cached first if flags say so.
 
     single: "strong" or "weak" for one view of each image only. InputError for images that cannot be
-    cached.
+    cached. Warns of a bank that is larger than what an epoch brings into it.
     """
-    _warn_of_bank(args, len(images))
+    twice = getattr(args, "symmetric", False)
+    if getattr(args, "mem_bank_size", 0) > len(images) * (1 + twice):
+        print(
+            f"WARNING --mem_bank_size {args.mem_bank_size}: above {'twice ' * twice}the "
+            f"{len(images)} training images, so that images have several rows in the bank, the "
+            "older ones of an earlier encoder",
+            flush=True,
+        )
     bad_images = build_bad_images(args)
     batch = min(args.batch_size, len(images)) // distributed.world_size()
     check_view_memory(args, batch, views=1 if single else 2)
@@ -143,6 +140,7 @@ def build_loader(
         )
     elif args.cache_size:
         raise InputError(f"--cache_size {args.cache_size}: only with --cache_images ram or device")
+    groups = getattr(args, "multi_crop", None)
     return TwoViewLoader(
         images,
         batch_size=args.batch_size,
@@ -155,28 +153,9 @@ def build_loader(
         bad_images=bad_images,
         cut_on_device=args.cache_images == "device",
         single=single,
-        **_crops(args),
+        symmetric=twice,
+        **({"scale": groups[0].scale, "small": groups[1:]} if groups else {}),
     )
-
-
-def _warn_of_bank(args: argparse.Namespace, num_images: int) -> None:
-    """Say so if the bank is larger than what an epoch brings into it."""
-    twice = getattr(args, "symmetric", False)
-    if getattr(args, "mem_bank_size", 0) > num_images * (1 + twice):
-        print(
-            f"WARNING --mem_bank_size {args.mem_bank_size}: above {'twice ' * twice}the "
-            f"{num_images} training images, so that images have several rows in the bank, the "
-            "older ones of an earlier encoder",
-            flush=True,
-        )
-
-
-def _crops(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags of a script with more crops say, for the loader."""
-    crops: dict[str, Any] = {"symmetric": getattr(args, "symmetric", False)}
-    if groups := getattr(args, "multi_crop", None):
-        crops |= {"scale": groups[0].scale, "small": groups[1:]}
-    return crops
 
 
 def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
@@ -197,36 +176,11 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
         autocast=options.PRECISIONS[args.precision],
         channels_last=args.channels_last,
     )
-    if args.bn == "sync":
-        encoders = batch_norm.synchronized(encoders, args.device)
-    if _are_needed(args):
-        what = f"--weights {args.weights} (--arch {args.arch})"
-        state = checkpoint.load(args.weights, flag="--weights")
-        loaded = checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
-        print(f"{args.weights}: {loaded}", flush=True)
-    if args.compile:
-        encoders.compile(cuda_graphs=args.cuda_graphs)
-    return encoders
 
+    def fill(encoders: nn.Module, state: dict, what: str) -> str:
+        return checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
 
-def _check_encoder_memory(args: argparse.Namespace, feature_dim: int) -> None:
-    """InputError for a projector and predictor, or a bank, that do not fit into the memory."""
-    dim = args.proj_dim or feature_dim // 4
-    hidden = args.hidden_dim or 2 * feature_dim
-    projector, predictor = hidden * (feature_dim + dim), 2 * hidden * dim
-    check_memory(4 * (2 * projector + predictor), flags=f"--hidden_dim {hidden}, --proj_dim {dim}")
-    banks = ["mem_bank_size"] + ["sup_mem_bank_size"] * getattr(args, "cache_sup", False)
-    for flag in banks:
-        rows = getattr(args, flag)
-        check_memory(4 * rows * dim, flags=f"--{flag} {rows} (rows of {dim} numbers)")
-
-
-def place(args: argparse.Namespace, model: nn.Module) -> nn.Module:
-    """The method on the device of the flags, its bank in the precision that they ask for."""
-    for module in model.modules():
-        if isinstance(module, MemoryBank):
-            module.store_as(options.BANK_PRECISIONS[args.bank_precision])
-    return model.to(args.device)
+    return _finished(args, encoders, fill)
 
 
 def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
@@ -240,27 +194,12 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
         autocast=options.PRECISIONS[args.precision],
         channels_last=args.channels_last,
     )
-    if args.bn == "sync":
-        sole = batch_norm.synchronized(sole, args.device)
-    if _are_needed(args):
-        what = f"--weights {args.weights} (--arch {args.arch})"
-        state = checkpoint.load(args.weights, flag="--weights")
+
+    def fill(sole: nn.Module, state: dict, what: str) -> str:
         checkpoint.load_backbone(backbone, state, what=what)
-        print(f"{args.weights}: backbone only; the classifier starts at random", flush=True)
-    if args.compile:
-        sole.compile(cuda_graphs=args.cuda_graphs)
-    return sole, backbone.feature_dim
+        return "backbone only; the classifier starts at random"
 
-
-def _are_needed(args: argparse.Namespace) -> bool:
-    """Whether to start from --weights: not for a run that goes on from a checkpoint of its own."""
-    if not (args.weights and args.resume):
-        return bool(args.weights)
-    folder = Path(args.checkpoint_path)
-    if args.resume == "auto" and not (folder.is_dir() and run_folder.checkpoints_in(folder)):
-        return True
-    print(f"--weights {args.weights}: not read, as --resume {args.resume} goes on", flush=True)
-    return False
+    return _finished(args, sole, fill), backbone.feature_dim
 
 
 def _seeded_backbone(args: argparse.Namespace) -> Backbone:
@@ -277,6 +216,66 @@ def _seeded_backbone(args: argparse.Namespace) -> Backbone:
         check_image_size(backbone, args.arch, group.size, flag="--multi_crop: crops of side")
     check_image_size(backbone, args.arch, args.image_size)
     return backbone
+
+
+def _check_speed(args: argparse.Namespace) -> None:
+    """InputError for speed flags that do not go together or that this machine cannot serve."""
+    can_bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not can_bf16:
+        raise InputError("--precision bf16: this GPU has no instructions for bfloat16")
+    if args.cuda_graphs and not (args.compile and args.device.type == "cuda"):
+        missing = f"on a GPU, not on {args.device}" if args.compile else "with --compile"
+        raise InputError(f"--cuda_graphs: only {missing}")
+    if not args.compile:
+        return
+    try:
+        torch.compile(torch.cos)(torch.zeros(2, device=args.device))
+    except Exception as error:  # a compiler can fail in about any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--compile: does not work here ({reason})") from error
+
+
+def _check_encoder_memory(args: argparse.Namespace, feature_dim: int) -> None:
+    """InputError for a projector and predictor, or a bank, that do not fit into the memory."""
+    dim = args.proj_dim or feature_dim // 4
+    hidden = args.hidden_dim or 2 * feature_dim
+    projector, predictor = hidden * (feature_dim + dim), 2 * hidden * dim
+    check_memory(4 * (2 * projector + predictor), flags=f"--hidden_dim {hidden}, --proj_dim {dim}")
+    for flag in ["mem_bank_size"] + ["sup_mem_bank_size"] * getattr(args, "cache_sup", False):
+        rows = getattr(args, flag)
+        check_memory(4 * rows * dim, flags=f"--{flag} {rows} (rows of {dim} numbers)")
+
+
+def _finished(
+    args: argparse.Namespace, network: nn.Module, fill: Callable[[nn.Module, dict, str], str]
+) -> nn.Module:
+    """The network with its batch norm, its weights by `fill`, which says what it took; compiled.
+
+    A run that goes on from a checkpoint of its own needs no --weights.
+    """
+    if args.bn == "sync":
+        network = batch_norm.synchronized(network, args.device)
+    goes_on = args.resume
+    if goes_on == "auto":
+        folder = args.checkpoint_path
+        goes_on = folder.is_dir() and run_folder.checkpoints_in(folder)
+    if args.weights and goes_on:
+        print(f"--weights {args.weights}: not read, as --resume {args.resume} goes on", flush=True)
+    elif args.weights:
+        what = f"--weights {args.weights} (--arch {args.arch})"
+        loaded = fill(network, checkpoint.load(args.weights, flag="--weights"), what)
+        print(f"{args.weights}: {loaded}", flush=True)
+    if args.compile:
+        network.compile(cuda_graphs=args.cuda_graphs)
+    return network
+
+
+def place(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The method on the device of the flags, its bank in the precision that they ask for."""
+    for module in model.modules():
+        if isinstance(module, MemoryBank):
+            module.store_as(options.BANK_PRECISIONS[args.bank_precision])
+    return model.to(args.device)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.SGD:
@@ -370,60 +369,6 @@ def _build_evaluation(
         untrained = {"raw pixels": knn(nn.Flatten()), "random network": knn(backbone)}
     found = {name: figures for name, figures in untrained.items() if figures}  # the main process'
     return partial(knn, backbone), found
-
-
-def labeled_index(
-    args: argparse.Namespace, images: ImageSet, *, file: Path | None, flag: str
-) -> np.ndarray:
-    """Numbers of the labeled images by a split file or --label_fraction; all without either.
-
-    InputError if there is none of a class.
-    """
-    if not images.classes:
-        raise InputError(f"data {args.data}: labels need class folders in train/")
-    check_every_class(images.labels, images.classes, what=f"data {args.data}")
-    if args.label_fraction is not None:
-        return class_balanced_split(images, args.label_fraction, seed=args.split_seed)
-    if file is None:
-        return np.arange(len(images))
-    index = read_split_file(file, images, flag=flag)
-    check_every_class(images.labels[index], images.classes, what=f"{flag} {file}")
-    return index
-
-
-def given_labels(args: argparse.Namespace, images: ImageSet) -> np.ndarray | None:
-    """Labels (N,) to train with by --label_file or --label_noise; None: those of the images.
-
-    A class that no image has then is named in a warning.
-    """
-    if args.label_file is not None:
-        what = f"--label_file {args.label_file}"
-        given = read_label_file(args.label_file, images, flag="--label_file")
-    elif args.label_noise is not None:
-        what = f"--label_noise {args.label_noise}"
-        given = noisy_labels(images, args.label_noise, seed=args.noise_seed)
-    else:
-        return None
-    if absent := absent_classes(given, images.classes):
-        print(printable(f"WARNING {what}: no image has the label of {absent}"), flush=True)
-    return given
-
-
-def _check_speed(args: argparse.Namespace) -> None:
-    """InputError for speed flags that do not go together or that this machine cannot serve."""
-    can_bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.precision == "bf16" and not can_bf16:
-        raise InputError("--precision bf16: this GPU has no instructions for bfloat16")
-    if args.cuda_graphs and not (args.compile and args.device.type == "cuda"):
-        missing = f"on a GPU, not on {args.device}" if args.compile else "with --compile"
-        raise InputError(f"--cuda_graphs: only {missing}")
-    if not args.compile:
-        return
-    try:
-        torch.compile(torch.cos)(torch.zeros(2, device=args.device))
-    except Exception as error:  # a compiler can fail in about any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--compile: does not work here ({reason})") from error
 
 
 def _digests(images: ImageSet, **chosen: np.ndarray | None) -> dict[str, str]:

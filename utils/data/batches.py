@@ -18,7 +18,7 @@ from utils.data.bad_images import BadImages, read_images
 from utils.data.datasets import ImageSet
 from utils.runtime import distributed
 from utils.runtime.errors import RunError
-from utils.runtime.workers import check_room, ignore_signals, share, start_failure, worker_failure
+from utils.runtime.workers import check_room, ignore_signals, share, worker_failure
 
 
 class Batch(NamedTuple):
@@ -157,7 +157,9 @@ def read_batches(
     or die. (A worker returns what it has to say of an image: raised there, it would arrive as a
     traceback.)
     """
-    num_workers, workers = getattr(loader, "num_workers", 0), []
+    num_workers = getattr(loader, "num_workers", 0)
+    earlier = getattr(loader, "_iterator", None)  # its workers persist
+    workers = getattr(earlier, "_workers", [] if num_workers else None)
     try:
         if num_workers:
             check_room(num_workers)
@@ -169,9 +171,6 @@ def read_batches(
             index, label = map(torch.as_tensor, (batch.index, batch.label))
             yield batch._replace(index=index, label=label)
     except (RuntimeError, OSError, MemoryError, ImportError, EOFError) as error:
-        reason = worker_failure(error, workers)
-        if not reason and isinstance(error, OSError) and num_workers:
-            reason = start_failure(error)
-        if reason:
+        if reason := worker_failure(error, workers):
             raise RunError(reason) from error
         raise

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from utils.data.batches import Batch
 from utils.data.datasets import ImageSet
-from utils.data.splits import ImageNames, quoted, read_lines, refuse, unquoted
-from utils.runtime.errors import InputError
+from utils.data.splits import (
+    ImageNames,
+    absent_classes,
+    quoted,
+    read_lines,
+    refuse,
+    unquoted,
+)
+from utils.runtime.errors import InputError, printable
 from utils.runtime.files import replace_text
 from utils.runtime.streams import upload
 
@@ -107,3 +114,21 @@ def labels_to_use(batch: Batch, given: Tensor | None) -> Tensor:
 def as_tensor(given: np.ndarray | None) -> Tensor | None:
     """Labels as `labels_to_use` takes them."""
     return None if given is None else torch.from_numpy(given)
+
+
+def given_labels(
+    images: ImageSet, *, file: Path | None, noise: float | None, seed: int
+) -> np.ndarray | None:
+    """Labels (N,) to train with by --label_file or --label_noise; None: those of the images.
+
+    A class that no image has then is named in a warning.
+    """
+    if file is not None:
+        what, given = f"--label_file {file}", read_label_file(file, images, flag="--label_file")
+    elif noise is not None:
+        what, given = f"--label_noise {noise}", noisy_labels(images, noise, seed=seed)
+    else:
+        return None
+    if absent := absent_classes(given, images.classes):
+        print(printable(f"WARNING {what}: no image has the label of {absent}"), flush=True)
+    return given

@@ -220,3 +220,23 @@ def draw_per_class(
         assert count <= len(members), f"{count} of {len(members)} images of class {label}"
         chosen.append(np.random.default_rng([*seeds, label]).permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
+
+
+def labeled_index(
+    images: ImageSet, *, file: Path | None, flag: str, fraction: float | None, seed: int
+) -> np.ndarray:
+    """Numbers (n,) int64 of the labeled images by a split file or a drawn share; all without both.
+
+    flag: the flag that named the file. InputError if there is none of a class.
+    """
+    data = f"data {images.root}"
+    if not images.classes:
+        raise InputError(f"{data}: labels need class folders in train/")
+    check_every_class(images.labels, images.classes, what=data)
+    if fraction is not None:
+        return class_balanced_split(images, fraction, seed=seed)
+    if file is None:
+        return np.arange(len(images))
+    index = read_split_file(file, images, flag=flag)
+    check_every_class(images.labels[index], images.classes, what=f"{flag} {file}")
+    return index

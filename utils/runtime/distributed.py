@@ -30,42 +30,34 @@ _CHECKED_AT_ONCE = 2**22  # numbers
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
+
+
 def start(device: torch.device) -> torch.device:
     """Join the others if torchrun started this process; returns the device of this one.
 
     GPUs speak nccl and everything on the host gloo. Only the main process prints from then on.
     InputError for a process without a GPU of its own.
     """
-    if not is_launched():
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # what is said of no GPU, random states too, is of this
-        return device
-    if device.type == "cuda":
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= count:
+    on_gpu, launched = device.type == "cuda", is_launched()
+    if on_gpu and launched:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (count := torch.cuda.device_count()):
             raise InputError(f"--nproc_per_node: more processes than the {count} GPUs here")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
-    if not is_main():
-        # For the life of the process; names of files may be no text.
+    if on_gpu and device.index is not None:
+        torch.cuda.set_device(device)  # what is said of no GPU, random states too, is of this
+    if launched:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    if not is_main():  # for the life of the process; names of files may be no text
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     return device
 
 
-def is_launched() -> bool:
-    """Whether torchrun started this process."""
-    return os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
-
-
-def stop(*, together: bool = False) -> None:
-    """Leave the others; together: when all have come here, so that none leaves with words unread.
-
-    Without an error it must be together: connections that close under another process end it.
-    """
-    if together:
-        wait_for_all()
+def stop() -> None:
+    """Leave the others when all have come here: connections that close under one end it."""
+    wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -85,41 +77,22 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The rows of all processes, (n, ...) each -> (W n, ...), in the order of the ranks.
-
-    Every process has the same number of rows. No gradient.
-    """
-    if world_size() == 1:
-        return tensors
-    return tuple(_gather(tensor.detach()) for tensor in tensors)
+def shows_bars() -> bool:
+    """Whether this process draws progress bars: the main one, on a terminal."""
+    return is_main() and sys.stderr.isatty()
 
 
-def _gather(tensor: Tensor) -> Tensor:
-    sent = _as_bytes(tensor.contiguous())
-    parts = [torch.empty_like(sent) for _ in range(world_size())]
-    dist.all_gather(parts, sent)
-    return torch.cat(parts).view(tensor.dtype)
+def prefix() -> str:
+    """What messages of one of several processes begin with."""
+    return f"process {rank()} of {world_size()}: " if world_size() > 1 else ""
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """A view of a bool tensor that can be sent; others as they are."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-
-
-def own_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """This process' rows of tensors that are the same everywhere: (W n, ...) -> (n, ...)."""
-    if world_size() == 1:
-        return tensors
-    count = len(tensors[0]) // world_size()
-    return tuple(tensor[rank() * count : (rank() + 1) * count] for tensor in tensors)
-
-
-def add_up(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place; no gradient."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def failure(error: BaseException) -> str | None:
+    """One line for an error of the connection to other processes; None for any other error."""
+    if not isinstance(error, RuntimeError) or not re.search(_CONNECTION, str(error)):
+        return None
+    reason = str(error).splitlines()[0].split(". ")[0].split("] ")[-1][:100]
+    return f"another process of the run has ended, or cannot be reached ({reason})"
 
 
 def own_share(count: int) -> range:
@@ -127,39 +100,31 @@ def own_share(count: int) -> range:
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def rows_on_main(rows: Tensor, count: int, *, everywhere: bool = False) -> Tensor:
-    """On the main process all `count` rows, of which each has its `own_share`; on others its own.
-
-    rows: (own, ...), on the host. everywhere: all rows on every process.
-    """
+def own_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """This process' rows of tensors that are the same everywhere: (W n, ...) -> (n, ...)."""
     if world_size() == 1:
-        return rows
-    if not is_main():
-        dist.send(_as_bytes(rows.contiguous()), dst=0)
-        return from_main(rows.new_empty(count, *rows.shape[1:])) if everywhere else rows
-    whole = rows.new_empty(count, *rows.shape[1:])
-    whole[: len(rows)] = rows
-    for other in range(1, world_size()):
-        part = whole[count * other // world_size() : count * (other + 1) // world_size()]
-        dist.recv(_as_bytes(part), src=other)
-    return from_main(whole) if everywhere else whole
+        return tensors
+    own = own_share(len(tensors[0]))
+    return tuple(tensor[own.start : own.stop] for tensor in tensors)
 
 
-def interleaved(rows: Tensor, count: int) -> Tensor:
-    """On the main process `count` rows, of which rank r holds r, r + W, ...; on others no memory.
+def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all processes, (n, ...) each -> (W n, ...), in the order of the ranks.
 
-    rows: (held, ...), on the host.
+    Every process has the same number of rows. No gradient.
     """
-    if not is_main():
-        dist.send(_as_bytes(rows), dst=0)
-        return rows.new_empty(count, *rows.shape[1:], device="meta")
-    whole = rows.new_empty(count, *rows.shape[1:])
-    whole[:: world_size()] = rows
-    for other in range(1, world_size()):
-        held = torch.empty_like(whole[other :: world_size()])
-        dist.recv(_as_bytes(held), src=other)
-        whole[other :: world_size()] = held
-    return whole
+    return tuple(map(_gather, tensors)) if world_size() > 1 else tensors
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    sent = _as_bytes(tensor.detach().contiguous())
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts).view(tensor.dtype)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor  # bool is not sent
 
 
 def gather_uneven(rows: Tensor) -> Tensor:
@@ -174,21 +139,79 @@ def gather_uneven(rows: Tensor) -> Tensor:
 class _GatherUneven(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
-        """All rows, those of the first process first."""
         shapes = gather_objects(tuple(rows.shape))
-        counts = [shape[0] for shape in shapes]
+        counts = [count for count, *_ in shapes]
         if not any(counts):
             return rows.clone()
         ctx.own = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
-        rest = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
-        padded = rows.new_zeros(max(counts), *rest)
-        padded[: len(rows)] = rows.reshape(len(rows), *rest)
+        padded = rows.new_zeros(max(shapes))
+        padded[: len(rows)] = rows.reshape(len(rows), *padded.shape[1:])
         parts = gather(padded)[0].split(max(counts))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient[ctx.own]
+
+
+def gather_objects(value: object) -> list:
+    """Every process' value (anything that can be pickled), in the order of the ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def rows_on_main(rows: Tensor, count: int, *, everywhere: bool = False) -> Tensor:
+    """On the main process all `count` rows, of which each has its `own_share`; on others its own.
+
+    rows: (own, ...), on the host. everywhere: all rows on every process.
+    """
+    if world_size() == 1:
+        return rows
+    ends = [count * rank // world_size() for rank in range(world_size() + 1)]
+    whole = _on_main(rows, count, list(map(slice, ends, ends[1:])))
+    if everywhere:
+        return from_main(rows.new_empty(count, *rows.shape[1:]) if whole is None else whole)
+    return rows if whole is None else whole
+
+
+def interleaved(rows: Tensor, count: int) -> Tensor:
+    """On the main process `count` rows, of which rank r holds r, r + W, ...; on others no memory.
+
+    rows: (held, ...), on the host.
+    """
+    places = [slice(rank, None, world_size()) for rank in range(world_size())]
+    whole = _on_main(rows, count, places)
+    return rows.new_empty(count, *rows.shape[1:], device="meta") if whole is None else whole
+
+
+def _on_main(rows: Tensor, count: int, places: list[slice]) -> Tensor | None:
+    """On the main process all rows, those of each rank in their places; None on others."""
+    if not is_main():
+        dist.send(_as_bytes(rows.contiguous()), dst=0)
+        return None
+    whole = rows.new_empty(count, *rows.shape[1:])
+    whole[places[0]] = rows
+    for other, place in enumerate(places[1:], 1):
+        held = whole[place].contiguous()  # no copy of a place that is one piece
+        dist.recv(_as_bytes(held), src=other)
+        whole[place] = held
+    return whole
+
+
+def from_main(tensor: Tensor) -> Tensor:
+    """The main process' values, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -199,15 +222,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parts = total.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def gather_objects(value: object) -> list:
-    """Every process' value (anything that can be pickled), in the order of the ranks."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def highest(values: Tensor, *, of_main: list[int]) -> Tensor:
@@ -222,16 +236,6 @@ def highest(values: Tensor, *, of_main: list[int]) -> Tensor:
     return values
 
 
-def shows_bars() -> bool:
-    """Whether this process draws progress bars: the main one, on a terminal."""
-    return is_main() and sys.stderr.isatty()
-
-
-def prefix() -> str:
-    """What messages of one of several processes begin with."""
-    return f"process {rank()} of {world_size()}: " if world_size() > 1 else ""
-
-
 def all_true(flag: Tensor) -> Tensor:
     """Whether it is true in all processes, which all must ask: () bool, nobody waits for a GPU."""
     return flag if world_size() == 1 else add_up((~flag).int()) == 0
@@ -239,16 +243,7 @@ def all_true(flag: Tensor) -> Tensor:
 
 def any_true(flag: bool) -> bool:
     """Whether any process has it true; all must ask."""
-    if world_size() == 1:
-        return flag
     return bool(add_up(torch.tensor(int(flag))))
-
-
-def from_main(tensor: Tensor) -> Tensor:
-    """The main process' values, in place."""
-    if world_size() > 1:
-        dist.broadcast(tensor, src=0)
-    return tensor
 
 
 def wait_for_all() -> None:
@@ -271,16 +266,12 @@ def same_everywhere(tensors: list[Tensor]) -> bool:
     if world_size() == 1:
         return True
     sums = torch.stack([_checksum(tensor) for tensor in tensors]).cpu()
-    highest, lowest = sums.clone(), sums.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    return torch.equal(highest, lowest)
+    return all(torch.equal(sums, others) for others in gather(sums)[0].chunk(world_size()))
 
 
 def _checksum(tensor: Tensor) -> Tensor:
     """A sum of the bits, weighted by their place, in wrapping int64: any single change shows."""
-    data = tensor.detach().contiguous().flatten()
-    data = data.view(_INTEGERS[data.itemsize])
+    data = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for number, part in enumerate(data.split(_CHECKED_AT_ONCE)):
         place = torch.arange(len(part), device=data.device) + number * _CHECKED_AT_ONCE
@@ -294,17 +285,19 @@ def shuffled(batch: Tensor) -> tuple[Tensor, Tensor]:
     As in MoCo: batch norm over the rows that a process then has tells it nothing about its own. The
     order is drawn by the main process' random numbers.
     """
-    (whole,) = gather(batch)
-    order = from_main(torch.randperm(len(whole)))
-    (own,) = own_rows(order)
-    return whole[upload(own, whole.device)], order
+    order = from_main(torch.randperm(len(batch) * world_size()))
+    return _dealt(batch, order), order
 
 
 def unshuffled(batch: Tensor, order: Tensor) -> Tensor:
     """The rows of this process again, from what came of those that `shuffled` dealt out."""
+    return _dealt(batch, order.argsort())
+
+
+def _dealt(batch: Tensor, order: Tensor) -> Tensor:
+    """This process' part of all rows in this order."""
     (whole,) = gather(batch)
-    (own,) = own_rows(order.argsort())
-    return whole[upload(own, whole.device)]
+    return whole[upload(own_rows(order)[0], whole.device)]
 
 
 def parallel(model: nn.Module) -> nn.Module:
@@ -318,12 +311,3 @@ def parallel(model: nn.Module) -> nn.Module:
     arguments = inspect.signature(DistributedDataParallel.__init__).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
     return DistributedDataParallel(model, init_sync=False, **{flag: False})
-
-
-def failure(error: BaseException) -> str | None:
-    """One line for an error of the connection to other processes; None for any other error."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not re.search(_CONNECTION, text):
-        return None
-    reason = text.splitlines()[0].split(". ")[0].split("] ")[-1][:100]
-    return f"another process of the run has ended, or cannot be reached ({reason})"

@@ -1,4 +1,4 @@
-"""Errors that end a script with one line and no traceback; `running.run_script` prints them."""
+"""Errors that end a script with one line and no traceback; `script.run_script` prints them."""
 
 
 def printable(text: str) -> str:

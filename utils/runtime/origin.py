@@ -38,12 +38,10 @@ def of_start(device: torch.device) -> dict:
     started: UTC, ISO 8601. script: path below the repository's root, if it is there. device: the
     GPU's name or the device's kind.
     """
-    script = Path(sys.argv[0]).resolve()
-    inside = script.is_relative_to(ROOT)
-    on_gpu = device.type == "cuda"
+    script, on_gpu = Path(sys.argv[0]).resolve(), device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "script": str(script.relative_to(ROOT) if inside else script),
+        "script": str(script).removeprefix(f"{ROOT}/"),
         "command": command(),
         "versions": versions(),
         "processes": distributed.world_size(),

@@ -1,21 +1,27 @@
-"""The frame around a script's main(): signals, errors in one line, exit codes."""
+"""How a script starts and ends: signals, errors in one line, exit codes, torchrun."""
 
 import atexit
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from utils.runtime import distributed, launcher
+from utils.runtime import distributed
 from utils.runtime.errors import InputError, Interrupted, RunError, printable
 from utils.runtime.stop_signals import StopSignals, ignore
 from utils.runtime.workers import check_is_main, end_all, forget_workers, worker_failure
 
-_MAIN_SPEAKS_FIRST = 15  # seconds
+# Seconds.
+_MAIN_SPEAKS_FIRST = 15
+_LOOKS_EVERY = 1  # for torchrun
+_TIME_TO_SAVE = 20  # that a process has to stop in order, when torchrun is gone
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -24,11 +30,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
     check_is_main()
-    launcher.follow()
+    follow_torchrun()
     atexit.register(_remove_cache_folder)
     code, name = 0, printable(os.path.basename(sys.argv[0]))
-    _let_streams_take_any_text()
-    signals = StopSignals(lambda number: Interrupted(f"stopped by {number.name}"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stand-in for a stream may have none
+            stream.reconfigure(errors="backslashreplace")  # what it cannot hold ends no run
+    signals = StopSignals()
     signals.install()
     try:
         with signals.heeded_at_once():  # outside of training nothing is to be saved
@@ -52,55 +60,33 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         _say_error(name, reason, signals)
         code = 2 if isinstance(error, InputError) else 1
     if distributed.is_launched():
-        _leave(code)
+        # At once: an orderly end would close connections, which with nccl waits for the others, and
+        # with gloo now and then aborts (torch 2.14) when threads are left.
+        end_all()
+        _remove_cache_folder()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
-
-
-def _let_streams_take_any_text() -> None:
-    """A character that the terminal or the log cannot hold is escaped instead of ending a run."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a stand-in for a stream may have none
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _reason(error: Exception) -> str | None:
     """What to say of an error that is the input's, the run's or the machine's; None for others."""
+    text = str(error)
     if isinstance(error, (InputError, RunError)):
-        return printable(str(error))
+        return printable(text)
     if isinstance(error, OSError):  # a full or failing disk, a closed pipe
         return printable(f"{error.filename or 'output'}: {error.strerror or error}")
     if not isinstance(error, (MemoryError, RuntimeError)):
         return None
     if reason := worker_failure(error) or distributed.failure(error):
         return reason
-    text = str(error)
     if "does not have a deterministic implementation" in text:
         return f"--deterministic: {text.split(',')[0]}; only without it, or with another --arch"
     if not isinstance(error, MemoryError) and not re.search("alloc|memory", text, re.IGNORECASE):
         return None
     first_line = text.splitlines()[0] if text else "no memory left"
     return f"{first_line}; try a smaller --batch_size, --mem_bank_size or --arch"
-
-
-def _remove_cache_folder() -> None:
-    """Remove the folder that torch makes for what --compile compiles, where it is empty."""
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if os.path.basename(folder).startswith("torchinductor_"):
-        with suppress(OSError):
-            os.rmdir(folder)
-
-
-def _leave(code: int) -> NoReturn:
-    """End one of several processes at once.
-
-    An orderly end would close connections, which with nccl waits for the others, and with gloo now
-    and then aborts (torch 2.14) when threads are left.
-    """
-    end_all()
-    _remove_cache_folder()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _say_error(name: str, error: str, signals: StopSignals) -> None:
@@ -117,3 +103,44 @@ def _say_error(name: str, error: str, signals: StopSignals) -> None:
             time.sleep(0.1)
         error = prefix + error
     print(f"{name}: error: {error}", file=sys.stderr)
+
+
+def _remove_cache_folder() -> None:
+    """Remove the folder that torch makes for what --compile compiles, where it is empty."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if os.path.basename(folder).startswith("torchinductor_"):
+        with suppress(OSError):
+            os.rmdir(folder)
+
+
+def follow_torchrun() -> None:
+    """Call at the start of a process that torchrun may have started: tidy up, and end with it.
+
+    If torchrun is killed the process stops too, as by SIGTERM, within half a minute at most.
+    torchrun's folders for logs, <temporary>/torchelastic_*/<run>/<attempt>/<rank>, are removed as
+    far as empty (it makes them anew if it needs them); one that it got by --log_dir stays.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    folders = list(Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents)[:4]
+    if len(folders) == 4 and folders[-1].name.startswith("torchelastic_"):
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(torchrun: int) -> None:
+    """Wait until this process has another parent; then ask it to stop, and see that it does."""
+    while os.getppid() == torchrun:
+        time.sleep(_LOOKS_EVERY)
+    if os.environ.get("LOCAL_RANK") == "0":
+        with suppress(OSError):
+            name = os.path.basename(sys.argv[0])
+            print(f"{name}: torchrun has ended or was killed, the run stops", file=sys.stderr)
+    else:
+        time.sleep(2 * _LOOKS_EVERY)  # the first one says why before all stop together
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_TIME_TO_SAVE)
+    end_all()
+    os._exit(1)

@@ -5,17 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from utils.runtime.errors import Interrupted
+
 # What clusters and launchers send ahead of stopping a process.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
 # Python drops what a handler raises while it forks a process or deletes an object: raised again
 # after so many seconds.
 _AGAIN = 0.2
-
-
-class Stopped(Exception):
-    """A signal came within `StopSignals.heeded_at_once`."""
 
 
 def ignore() -> None:
@@ -27,16 +23,10 @@ def ignore() -> None:
 class StopSignals:
     """Between `install` and `restore` a signal only sets `received`. A second Ctrl-C interrupts.
 
-    stopped: what is raised where signals are heeded at once. noted: called when one comes.
+    noted: called when one comes.
     """
 
-    def __init__(
-        self,
-        stopped: Callable[[signal.Signals], Exception] | None = None,
-        *,
-        noted: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._stopped = stopped or (lambda received: Stopped())
+    def __init__(self, noted: Callable[[], None] = lambda: None) -> None:
         self._noted = noted
         self.received: signal.Signals | None = None
         self._at_once = False
@@ -54,11 +44,10 @@ class StopSignals:
 
     @contextmanager
     def heeded_at_once(self) -> Iterator[None]:
-        """Raise `Stopped` when a signal comes within, and at the start if one has come before."""
+        """Raise `Interrupted` when a signal comes within, and at the start if one came before."""
         self._at_once = True
         try:
-            if self.received:
-                raise self._stopped(self.received)
+            self._remind()
             yield
         finally:
             self._at_once = False
@@ -71,8 +60,9 @@ class StopSignals:
         self._noted()
         if self._at_once:
             signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
-            raise self._stopped(self.received)
+        self._remind()
 
-    def _remind(self, number: int, frame: FrameType | None) -> None:
+    def _remind(self, *_: object) -> None:
         if self._at_once and self.received:
-            raise self._stopped(self.received)
+            code = 130 if self.received == signal.SIGINT else 75
+            raise Interrupted(f"stopped by {self.received.name}", exit_code=code)

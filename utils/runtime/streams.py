@@ -25,10 +25,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A tensor on its way to the host: the copy is made as the GPU comes to it.
-
-    On the CPU it is the tensor itself, not a copy.
-    """
+    """A tensor on its way to the host, copied as the GPU comes to it; on a CPU itself."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._there, self._event = tensor, None
@@ -51,65 +48,48 @@ def _side_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-class SideStream:
-    """A stream of a GPU beside the current one, which makes things that the current one uses."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = _side_stream(device)
-        # What has been put on the GPU before is there for the side stream too.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-
-    def make(self, items: Iterator[Item]) -> tuple[Item, Any] | None:
-        """The next item, its work queued on the side stream, and the event of its end."""
-        with torch.cuda.stream(self._stream):
-            item = next(items, None)
-            return None if item is None else (item, self._stream.record_event())
-
-    def hand_over(self, item: Item, done: Any) -> None:
-        """Let the current stream go on when the item is done, and keep its memory till then.
-
-        The memory belongs to the side stream, which would fill it anew as soon as the host lets go
-        of it, though the current stream may still have to read it.
-        """
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(done)
-        for tensor in _tensors(item):
-            if tensor.is_cuda:
-                tensor.record_stream(current)
-
-
-def _tensors(item: tuple) -> Iterator[Tensor]:
-    """The tensors of a tuple, those of tuples in it too."""
-    for part in item:
-        if isinstance(part, Tensor):
-            yield part
-        else:
-            yield from _tensors(part)
-
-
-def ahead(
-    items: Iterator[Item], device: torch.device, *, side: SideStream | None = None
-) -> Iterator[Item]:
+def ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
     """Yield items, tuples of tensors; on a GPU each is made before the one before it is handed out.
 
-    So a GPU makes the next item on a stream of its own (`side`) while it works on the present one.
-    The host waits for neither. An error in making an item is raised in its place, after the items
-    before it. On other devices the items come as they are, each made when it is asked for.
+    So a GPU makes the next item on a stream of its own while it works on the present one. The host
+    waits for neither. An error in making an item is raised in its place, after the items before it.
+    On other devices the items come as they are, each made when it is asked for.
     """
-    if side is None:
-        if device.type != "cuda":
-            yield from items
-            return
-        side = SideStream(device)
-    upcoming = side.make(items)
-    while upcoming is not None:
-        (item, done), upcoming, failure = upcoming, None, None
+    if device.type != "cuda":
+        yield from items
+        return
+    side = _side_stream(device)
+    # What has been put on the GPU before is there for the side stream too.
+    side.wait_stream(torch.cuda.current_stream(device))
+
+    def make() -> tuple[Item | None, Any]:
+        """The next item, its work queued on the side stream, and the event of its end."""
+        with torch.cuda.stream(side):
+            return next(items, None), side.record_event()
+
+    item, done = make()
+    while item is not None:
+        following, failure = (None, None), None
         try:
-            upcoming = side.make(items)
+            following = make()
         except Exception as error:
             failure = error
-        side.hand_over(item, done)
+        _hand_over(item, done, torch.cuda.current_stream(device))
         yield item
         if failure is not None:
             raise failure
+        item, done = following
+
+
+def _hand_over(item: tuple, done: Any, current: Any) -> None:
+    """Let the current stream go on when the item is done, and keep its memory till then.
+
+    The memory belongs to the side stream, which would fill it anew as soon as the host lets go of
+    it, though the current stream may still have to read it.
+    """
+    current.wait_event(done)
+    for part in item:
+        if isinstance(part, tuple):
+            _hand_over(part, done, current)
+        elif part.is_cuda:
+            part.record_stream(current)

@@ -1,6 +1,5 @@
 """Worker processes of the data loaders: the signals they heed, and what is said when one fails."""
 
-import errno
 import multiprocessing
 import multiprocessing.util
 import os
@@ -9,55 +8,23 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-_LESS_MEMORY = "try fewer --num_workers or a smaller --batch_size"
-_NO_MEMORY = f"probably the memory is full; {_LESS_MEMORY}"
-_NO_SHARED_MEMORY = (
-    "probably the shared memory is full, through which workers send images; "
-    f"{_LESS_MEMORY}, or a larger /dev/shm (docker run --shm-size 8g)"
+_ADVICE = (
+    "try fewer --num_workers (0: none) or a smaller --batch_size if the memory may be full, more "
+    "shared memory (/dev/shm; docker run --shm-size 8g), or more open files (ulimit -n)"
 )
-_NO_FILES = "try fewer --num_workers, or a higher limit (ulimit -n)"
-_DECODER = "probably an image file is damaged so that its decoder crashes; --num_workers 0 may tell"
-_BY_SIGNAL = {"Bus error": _NO_SHARED_MEMORY, "Segmentation fault": _DECODER}
-# What torch says of workers that failed, what to say instead, and the cause.
-_FAILURES = (
-    (
-        r"Too many open files|received 0 items of ancdata",
-        "worker processes have too many files open",
-        _NO_FILES,
-    ),
-    (
-        r"unable to open shared memory[^:]*: ([^\n]+)",
-        "a worker process cannot use the shared memory, through which it sends images ({})",
-        "see that /dev/shm is there and can be written to, or try --num_workers 0",
-    ),
-    (r"unable to .*shared memory", "a worker process could not send its images", _NO_SHARED_MEMORY),
-    (r"Pin memory thread exited", "the thread that receives images ended", _NO_MEMORY),
-    (
-        r"Caught MemoryError in .*worker|(?s:worker.*not enough memory|worker.*can't allocate)",
-        "a worker process had no memory left",
-        _LESS_MEMORY,
-    ),
+# In errors that torch raises for workers in the main thread, wherever it is.
+_OF_WORKERS = re.compile(
+    r"DataLoader worker|Pin memory thread|unable to .*shared memory|ancdata|Too many open files"
 )
-# What may help where the system refuses to start a worker, by the number of its error.
-_BY_ERROR = {
-    errno.ENOSPC: _NO_SHARED_MEMORY,
-    errno.ENOMEM: _NO_MEMORY,
-    errno.EMFILE: _NO_FILES,
-    errno.ENFILE: _NO_FILES,
-    errno.EAGAIN: "try fewer --num_workers, or a higher limit of processes (ulimit -u)",
-}
 _NO_GUARD = 78  # the exit code of a worker that was about to run the script once more
-_SAYS = re.compile(
-    r"worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\. |exited unexpectedly"
-    r"(?: with exit code (\d+))?)"
-)
 
 
 def cores() -> int:
@@ -77,58 +44,40 @@ def too_many(num_workers: int) -> str | None:
 
 
 def worker_failure(
-    error: BaseException, workers: Iterable[multiprocessing.Process] = ()
+    error: BaseException, workers: Sequence[multiprocessing.Process] | None = None
 ) -> str | None:
-    """One line on what happened to a worker, why and what to try; None for any other error.
+    """One line on what happened to a worker and what to try; None for any other error.
 
-    torch raises a RuntimeError in the main thread, wherever it is, when a worker process has died.
-    workers: those of the loader; their exit codes tell more than the error does.
+    workers: those of the loader that the error came from, whose exit codes tell more than it does;
+    None: it came from elsewhere.
     """
     text = str(error)
-    died = _SAYS.search(text)
-    if died or isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
-        for worker in workers:
-            worker.join(0.1)  # its end may be a moment away
-            if worker.exitcode:
-                return _end_of(str(worker.pid), worker.exitcode)
-    if died:
-        numbers, name, code = died.groups()
-        return _end_of(numbers, int(code) if code else None, signal_name=name)
-    for pattern, what, cause in _FAILURES:
-        if found := re.search(pattern, text):
-            return f"{what.format(*found.groups())}: {cause}"
-    if isinstance(error, (OSError, ImportError)) and "in DataLoader worker process" in text:
-        return f"a worker process failed: {text.strip().splitlines()[-1]}"
+    if workers:
+        time.sleep(0.1)  # the end of one may be a moment away
+    if ended := next((worker for worker in workers or () if worker.exitcode), None):
+        return _end_of(ended)
+    if "in DataLoader worker process" in text:  # raised there; a mistake of ours is no failure
+        if not isinstance(error, (OSError, ImportError, MemoryError)) and "memory" not in text:
+            return None
+        return f"a worker process failed: {text.strip().splitlines()[-1]}; {_ADVICE}"
+    if isinstance(error, OSError) and workers is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"worker processes cannot run ({place}{error.strerror or error}): {_ADVICE}"
+    if isinstance(error, RuntimeError) and _OF_WORKERS.search(text):
+        return f"{text.splitlines()[0].split('. ')[0]}: {_ADVICE}"
     return None
 
 
-def _end_of(numbers: str, code: int | None, *, signal_name: str | None = None) -> str:
-    """What is to be said of workers (their process numbers) that ended."""
-    if code == _NO_GUARD:
-        return (
-            "worker processes cannot start: the script has no "
-            '`if __name__ == "__main__":` guard, '
-            f"which start method {multiprocessing.get_start_method()} needs (forkserver is the "
-            "default since Python 3.14)"
-        )
-    if code is not None and code < 0:
-        signal_name = signal.strsignal(-code) or str(-code)
-    if signal_name:
-        cause = _BY_SIGNAL.get(signal_name, _NO_MEMORY)
-        return f"worker process {numbers} was killed by signal {signal_name}: {cause}"
-    if code:
-        return f"worker process {numbers} ended with exit code {code}: what it printed says why"
-    return (
-        f"worker process {numbers} ended unexpectedly: what it printed says why, if it did; "
-        f"otherwise {_NO_MEMORY}"
-    )
-
-
-def start_failure(error: OSError) -> str:
-    """One line on an error of the system while workers were started or spoken to."""
-    cause = _BY_ERROR.get(error.errno, "--num_workers 0 does without them")
-    place = f"{error.filename}: " if error.filename else ""
-    return f"worker processes cannot run ({place}{error.strerror or error}): {cause}"
+def _end_of(worker: multiprocessing.Process) -> str:
+    if worker.exitcode == _NO_GUARD:
+        method = multiprocessing.get_start_method()
+        guard = '`if __name__ == "__main__":` guard'
+        return f"worker processes cannot start: start method {method} needs a script with a {guard}"
+    if worker.exitcode > 0:
+        how = f"ended with exit code {worker.exitcode}, what it printed says why"
+    else:
+        how = f"was killed by signal {signal.strsignal(-worker.exitcode)}"
+    return f"DataLoader worker (pid {worker.pid}) {how}: {_ADVICE}"
 
 
 def check_is_main() -> None:
@@ -141,6 +90,18 @@ def check_is_main() -> None:
         os._exit(_NO_GUARD)
 
 
+def check_room(num_workers: int) -> None:
+    """Make and drop what torch needs to start workers; OSError where there is no room for it.
+
+    That is shared memory and open files. torch itself would print a traceback beside the error. The
+    folder of the workers' sockets is made here too, and stays: so they share that of the main
+    process, which goes when it ends; one of a worker's own would stay where a signal ends it.
+    """
+    multiprocessing.util.get_temp_dir()
+    each = range(num_workers + 1)
+    _ = [multiprocessing.Queue() for _ in each], [multiprocessing.Pipe() for _ in each]
+
+
 def end_all() -> None:
     """End the workers and remove their folder, for a process that is about to end at once."""
     workers = multiprocessing.active_children()
@@ -148,11 +109,10 @@ def end_all() -> None:
         worker.terminate()
     for worker in workers:
         worker.join(1)
-    remove_folder()
+    _remove_folder()
 
 
-def remove_folder() -> None:
-    """Remove the folder of the workers' sockets; made for that if it was not there."""
+def _remove_folder() -> None:
     with suppress(OSError):
         shutil.rmtree(multiprocessing.util.get_temp_dir())
 
@@ -162,22 +122,7 @@ def forget_workers() -> None:
 
     torch would raise once more, at any place, when another worker ends after one was killed.
     """
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def check_room(num_workers: int) -> None:
-    """Make and drop what torch needs to start workers; OSError where there is no room for it.
-
-    That is shared memory and open files. torch itself would print a traceback beside the error. The
-    folder of the workers' sockets is made here too, and stays: so they share that of the main
-    process, which goes when it ends; one of a worker's own would stay where a signal ends it.
-    """
-    check_is_main()
-    multiprocessing.util.get_temp_dir()
-    each = range(num_workers + 1)
-    _ = [multiprocessing.Queue() for _ in each], [multiprocessing.Pipe() for _ in each]
-    multiprocessing.Event()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def share(*tensors: Tensor) -> None:
@@ -216,7 +161,7 @@ def _be_quiet_at_the_end(kind: type, error: BaseException, traceback: TracebackT
 def _tidy_up_after(parent: int) -> None:
     """Before anything else at the end of a worker: if the main process was killed, remove all."""
     if os.getppid() != parent:
-        remove_folder()
+        _remove_folder()
         os._exit(0)
 
 

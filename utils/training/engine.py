@@ -30,7 +30,7 @@ from utils.method.memory_bank import MemoryBank
 from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.runtime import checked, distributed
 from utils.runtime.errors import InputError, Interrupted, RunError
-from utils.runtime.stop_signals import Stopped, StopSignals, ignore
+from utils.runtime.stop_signals import StopSignals, ignore
 from utils.runtime.torch_file import is_finite
 from utils.runtime.workers import worker_failure
 from utils.training import resume_check
@@ -310,7 +310,7 @@ class Run:
         try:
             with self._signals.heeded_at_once() if alone else nullcontext():
                 self.knn = self._evaluate()
-        except Stopped:
+        except Interrupted:
             self._save_and_stop(self._signals.received)
         if self.knn:
             self.log.write({"epoch": self.epoch, "step": self.epoch_steps, "knn": self.knn})

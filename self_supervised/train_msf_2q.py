@@ -81,7 +81,7 @@ class CMSF2Q(nn.Module):
             # The targets of all processes enter the bank before the search: each is its own
             # nearest neighbor.
             all_t, index, label = gather(t, batch.index, batch.label)
-            all_u, all_visited = self.previous.swap(index, all_t, only_if=finite)  # u: (B, D)
+            all_u, all_visited = self.previous.swap(index, all_t)  # u: (B, D)
             self.bank.enqueue(
                 all_t,
                 previous=all_u,

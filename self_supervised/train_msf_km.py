@@ -88,7 +88,7 @@ class CMSFKM(nn.Module):
         # The targets of all processes enter the bank before the search: each is its own nearest
         # neighbor.
         all_t, index, label = gather(t, batch.index, batch.label)
-        self.previous.remember(index, all_t, only_if=finite)
+        self.previous.remember(index, all_t)
         self.bank.enqueue(all_t, index=index, label=label, only_if=finite)
         rows, row_index, row_labels = self.bank.in_use("features", "index", "label")
         # Clusters as they are now, of rows too that were written before the last refit.

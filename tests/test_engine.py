@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -55,15 +56,18 @@ class Loader:
             yield OneBatch(self.values.get((epoch, step), 1.0), [epoch, step])
 
 
+RATES = {"learning_rate": 0.1, "lr_decay_epochs": [1, 2], "lr_decay_rate": 0.5}
+NOT_FLAGS = ("about", "evaluate", "compare_with", "num_images", "num_classes", "digests")
+
+
 def make_run(folder, *, model=None, **options):
+    """options: flags, and other arguments of `Run`; `digests` for its data."""
     model = model or Method()
-    settings = {
-        "epochs": 3,
-        "learning_rate": lambda epoch: 0.1 / epoch,
-        "settings": {"seed": 0},
-        **options,
-    }
-    return Run(model, torch.optim.SGD(model.parameters(), lr=1.0), folder=folder, **settings)
+    others = {name: options.pop(name) for name in NOT_FLAGS if name in options}
+    if "digests" in others:
+        others["data"] = others.pop("digests")
+    args = tiny.run_args(folder, **{"epochs": 3, **RATES, **options})
+    return Run(args, model, torch.optim.SGD(model.parameters(), lr=1.0), **others)
 
 
 def train(run, loader=None):
@@ -90,10 +94,10 @@ def test_learning_rate_steps_and_places(tmp_path):
         run.step(*run.model(batch))
     assert places == [(e, s, 4, 4 * (e - 1) + s) for e in (1, 2, 3) for s in (1, 2, 3, 4)]
     # d loss / d weight is 1: the weight has moved by the learning rates.
-    assert run.model.weight.item() == pytest.approx(1 - 4 * (0.1 + 0.05 + 0.1 / 3))
+    assert run.model.weight.item() == pytest.approx(1 - 4 * (0.1 + 0.05 + 0.025))
     lines = log(tmp_path)
     assert [(x["epoch"], x["step"]) for x in lines] == [(e, s) for e in (1, 2, 3) for s in (3, 4)]
-    assert [x["lr"] for x in lines[::2]] == pytest.approx([0.1, 0.05, 0.1 / 3])
+    assert [x["lr"] for x in lines[::2]] == pytest.approx([0.1, 0.05, 0.025])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -233,10 +237,10 @@ def starts(folder):
 
 def test_run_json_tells_of_each_start(tmp_path):
     about = {"command": "python a.py", "counts": {"train": 8}}
-    train(make_run(tmp_path, epochs=1, data={"images": "abc"}, about=about))
+    run = train(make_run(tmp_path, epochs=1, digests={"images": "abc"}, about=about))
     first = {
         "method": "Method",
-        "settings": {"seed": 0},
+        "settings": json.loads(json.dumps(run.settings)),
         "data": {"images": "abc"},
         "epochs": 1,
         "steps": 4,
@@ -244,15 +248,18 @@ def test_run_json_tells_of_each_start(tmp_path):
         **about,
     }
     assert starts(tmp_path) == [first]
-    options = {"epochs": 2, "data": {"images": "abc"}, "about": about | {"command": "again"}}
-    train(make_run(tmp_path, resume="auto", **options))
+    assert first["settings"]["checkpoint_path"] == str(tmp_path)
+    options = {"epochs": 2, "digests": {"images": "abc"}, "about": about | {"command": "again"}}
+    run = train(make_run(tmp_path, resume="auto", **options))
     newest = tmp_path / "ckpt_epoch_1.pth"
     origin = {"checkpoint": str(newest), "epoch": 1, "step": 4}
-    second = first | {"epochs": 2, "command": "again", "resumed_from": origin}
+    changed = {"epochs": 2, "command": "again", "resumed_from": origin}
+    second = first | changed | {"settings": json.loads(json.dumps(run.settings))}
     assert starts(tmp_path) == [first, second]
     other = make_run(tmp_path / "b", resume=str(newest), **options)  # a run of its own from here
     train(other)
-    assert starts(tmp_path / "b") == [second] and len(starts(tmp_path)) == 2
+    (start,) = starts(tmp_path / "b")
+    assert start["resumed_from"] == origin and len(starts(tmp_path)) == 2
 
 
 def test_a_new_run_begins_run_json_anew(tmp_path):
@@ -306,7 +313,7 @@ def test_resuming_into_another_folder_does_not_touch_the_run_there(tmp_path):
         ({"seconds": float("nan")}, "seconds is nan, not a finite number of 0 or more"),
         ({"bad_images": {"a": 1}}, "bad_images is a dict, not a list of text"),
         ({"data": ["a"]}, "data is a list, not a table of text"),
-        ({"parts": {"previous": [1]}}, "parts is a dict, not a table of file numbers"),
+        ({"parts": {"previous": [1]}}, "parts is a dict, not a table of a table"),
         ({"args": {"seed": torch.zeros(2)}}, "args is a dict, not a table of plain values"),
         (
             {"rng_states": [{"cpu": torch.zeros(5, dtype=torch.uint8)}]},
@@ -335,18 +342,19 @@ def test_what_cannot_be_resumed(tmp_path, change, words):
         ("seed", 0, 1, True),
         ("topk", 5, "all", True),
         ("lr_decay_epochs", [90, 120], [90], True),
-        ("epochs", 2, 1, True),
+        ("epochs", 3, 2, True),
         ("epochs", 2, 3, False),
         ("num_workers", 0, 4, False),
-        ("save_freq", 10, 1, False),
+        ("print_freq", 10, 1, False),
         ("data", "/here", "/there", False),
     ],
 )
 def test_flags_that_make_another_experiment_are_refused(
     tmp_path, capsys, flag, before, now, refused
 ):
-    train(make_run(tmp_path, epochs=2, save_freq=1, settings={"cos": True, flag: before}))
-    again = {"settings": {"cos": True, flag: now}, "resume": str(tmp_path / "ckpt_epoch_1.pth")}
+    train(make_run(tmp_path, **{"epochs": 2, "save_freq": 1, "cos": True, flag: before}))
+    again = {"epochs": 2, "cos": True, flag: now, "resume": str(tmp_path / "ckpt_epoch_1.pth")}
+    there = names(tmp_path)
     if not refused:
         make_run(tmp_path, **again)
         return
@@ -355,15 +363,15 @@ def test_flags_that_make_another_experiment_are_refused(
     assert f"--{flag} {before}, not {now} (to go on all the same: --resume_anyway)" in str(
         error.value
     )
-    assert names(tmp_path) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
+    assert names(tmp_path) == there
     make_run(tmp_path, **again, resume_anyway=True)
     assert f"--{flag} {before}, not {now}" in capsys.readouterr().out
 
 
 def test_to_go_on_all_the_same_is_advised_only_where_it_works(tmp_path):
     """Not to a run whose weights, bank or previous embeddings are none of this one's."""
-    train(make_run(tmp_path, epochs=1, data={"images": "abc"}))
-    again = {"data": {"images": "abd"}, "resume": str(tmp_path / "ckpt_epoch_1.pth")}
+    train(make_run(tmp_path, epochs=1, digests={"images": "abc"}))
+    again = {"digests": {"images": "abd"}, "resume": str(tmp_path / "ckpt_epoch_1.pth")}
     with pytest.raises(
         InputError, match=r"a run with other images \(to go on .*: --resume_anyway\)"
     ):
@@ -417,11 +425,11 @@ def test_a_step_beyond_the_epoch_is_refused(tmp_path):
 
 
 def test_other_images_are_refused(tmp_path):
-    train(make_run(tmp_path, epochs=1, data={"images": "abc", "labels": "d"}))
+    train(make_run(tmp_path, epochs=1, digests={"images": "abc", "labels": "d"}))
     path = str(tmp_path / "ckpt_epoch_1.pth")
-    make_run(tmp_path, data={"images": "abc", "labels": "d"}, resume=path)
+    make_run(tmp_path, digests={"images": "abc", "labels": "d"}, resume=path)
     with pytest.raises(InputError, match="a run with other labels "):
-        make_run(tmp_path, data={"images": "abc", "labels": "e"}, resume=path)
+        make_run(tmp_path, digests={"images": "abc", "labels": "e"}, resume=path)
 
 
 def test_auto_starts_goes_on_and_ends(tmp_path, capsys):
@@ -518,14 +526,18 @@ def test_saves_within_an_epoch_by_time(tmp_path, monkeypatch):
     saved = []
     run = make_run(tmp_path, save_minutes=3, save_freq=2)
     path = tmp_path / "x"
-    monkeypatch.setattr(run._files, "save_step", lambda *state: saved.append(state) or path)
+    save = run._files.save
+    monkeypatch.setattr(
+        *(run._files, "save"),
+        lambda state: save(state) if state["step"] is None else saved.append(state) or path,
+    )
     train(run, Loader(after=minute))
     # Minutes 3 and 6; at 8 the epoch's own; 11, and at 12 the last epoch's.
-    assert [(state["epoch"], state["step"]) for state, _ in saved] == [(1, 3), (2, 2), (3, 3)]
+    assert [(state["epoch"], state["step"]) for state in saved] == [(1, 3), (2, 2), (3, 3)]
     assert names(tmp_path) == ["ckpt_epoch_2.pth", "ckpt_epoch_3.pth"]
     never = make_run(tmp_path / "never", save_minutes=0)
     train(never, Loader(after=minute))
-    assert names(never.folder) == ["ckpt_epoch_3.pth"]
+    assert names(tmp_path / "never") == ["ckpt_epoch_3.pth"]
 
 
 def test_errors_name_the_last_checkpoint(tmp_path):

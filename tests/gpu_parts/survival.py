@@ -152,7 +152,7 @@ def kept(folder: Path) -> tuple[int, list[str]]:
     paths = [*checkpoints_in(folder), *(folder / PARTS).glob("*.pth")]
     bad = []
     for path in paths:
-        state = reliability.tensors(torch_file.read(path))
+        state = reliability.tensors(torch_file.read(path, what=str(path)))
         bad += [f"{path.name}: {n}" for n, v in state.items() if not torch_file.is_finite(v)]
     return len(paths), bad
 

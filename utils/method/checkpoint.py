@@ -1,15 +1,11 @@
-"""Checkpoints: atomic, sealed save; safe, strict load; encoder weights out of any known layout.
+"""Checkpoints: safe, strict load; encoder weights out of any known layout.
 
 A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of the method's module,
-`optimizer`, `epoch`, `args` (the run's settings), `format`, and what `engine` needs to go on. The
-encoders' names inside are those of `encoders.QueryTargetEncoders` behind "encoders.". Also read:
-checkpoints of the published CMSF and MSF code, plain torchvision state dicts, and backbones that
-eval/export_backbone.py wrote. Nothing in a file is ever executed, and what stands in it is of the
-types and ranges said here, or refused.
-
-Every file written here is sealed: its zip archive ends in a comment with the SHA-256 of all that
-stands before it. torch.load alone lets a flipped bit through: it does not check the archive's
-checksums. For other readers the file is what torch.save writes.
+`optimizer`, `epoch`, `step` within it, `args` (the run's settings), `format`, and what else a run
+needs to go on (`RUN`). The encoders' names inside are those of `encoders.QueryTargetEncoders`
+behind "encoders.". Also read: checkpoints of the published CMSF and MSF code, plain torchvision
+state dicts, and backbones that eval/export_backbone.py wrote. Nothing in a file is ever executed,
+and what stands in it is of the types and ranges said here, or refused.
 """
 
 import argparse
@@ -21,11 +17,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.method import checkpoint_fields
-from utils.method.checkpoint_fields import EXPORTED, FORMAT  # noqa: F401 (a name of this module too)
 from utils.method.encoders import Backbone, QueryTargetEncoders, mlp
-from utils.runtime import checked, files, safetensors_file, torch_file
+from utils.runtime import checked, safetensors_file, torch_file
+from utils.runtime.checked import Kind
 from utils.runtime.errors import DamagedError, InputError
+
+FORMAT = "cmsf-2"
+EXPORTED = "cmsf-backbone-1"  # a backbone by itself: "state_dict" and "metadata"
+
+# What a checkpoint says of its network; the size has a limit, as an image of it is made.
+NETWORK = {
+    "arch": Kind("a name", lambda v: isinstance(v, str) and v.isprintable() and len(v) < 100),
+    "image_size": checked.whole(1, 4096),
+    "small_stem": checked.FLAG,
+}
+_BYTES = torch_file.tensor("(n,)", lambda value: True, dims=1, dtype=torch.uint8)
+_SUMS = checked.table_of(torch_file.tensor("(2,)", lambda value: len(value) == 2, dims=1))
+_PLAIN = checked.table_of(checked.PLAIN)
+_COUNT = checked.whole(0)
+
+
+def _are_means(value: Any) -> bool:
+    return checked.TABLE.holds(value) and (
+        _SUMS.holds(value.get("sums")) and _COUNT.holds(value.get("count"))
+    )
+
+
+def _is_metadata(value: Any) -> bool:
+    return _PLAIN.holds(value) and value.get("encoder", "query") in ("query", "target")
+
+
+# The fields of files of ours, by format.
+_FIELDS = {
+    FORMAT: {
+        "method": checked.TEXT,
+        "epoch": checked.whole(1),
+        "step": checked.or_none(_COUNT),
+        "state_dict": checked.TABLE,
+        "optimizer": checked.TABLE,
+        "rng_states": checked.list_of(checked.table_of(_BYTES)),
+        "means": Kind("sums and their count", _are_means),
+        "bad_images": checked.list_of(checked.TEXT),
+        "seconds": checked.real(0),
+        "data": checked.table_of(checked.TEXT),
+        "args": _PLAIN,
+        "parts": checked.table_of(checked.TABLE),
+    },
+    EXPORTED: {
+        "state_dict": checked.TABLE,
+        "metadata": Kind("a table of plain values (encoder: query or target)", _is_metadata),
+    },
+}
+RUN = tuple(name for name in _FIELDS[FORMAT] if name != "parts")  # what a run needs to go on
+_KERNELS = {"foreach", "fused"}  # settings of an optimizer that say by which kernels it computes
 
 # torchvision's networks in its own older names -> today's (densenet.py, vision_transformer.py).
 _OLDER = (
@@ -40,41 +84,61 @@ _PUBLISHED = {"encoder_q.": "query_encoder.", "encoder_t.": "target_encoder."}
 def load(path: str | Path, *, flag: str) -> dict:
     """Read a checkpoint on the CPU without running any code that may be in it.
 
-    flag: the user's flag that named the file, for the message. A file of ours must have its seal
-    intact, any other zip archive its checksums. A file that ends in .safetensors comes in the
-    layout of an exported backbone, if it is one, or else as {"state_dict": ...}. Raises InputError
-    for a missing or damaged file, for one that holds no dict of tensors and builtins (see
-    `torch_file.read`), and for a field of another type or range than it must have; DamagedError,
-    one of them, where the file is at fault.
+    flag: the user's flag that named the file, for the message. A file that ends in .safetensors
+    comes in the layout of an exported backbone, if it is one, or else as {"state_dict": ...}.
+    Raises InputError for a missing or damaged file, for one that holds no dict of tensors and
+    builtins (see `torch_file.read`), and for a field of another type or range than it must have;
+    DamagedError, one of them, where the file is at fault.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
         reason = "a folder" if Path(path).is_dir() else "no such file"
         raise DamagedError(f"{what}: {reason}")
-    is_safetensors = safetensors_file.has_ending(path)
-    if is_safetensors:
-        safetensors_file.check_library(what)
-    try:
-        sealed = is_safetensors or files.is_intact(path)
-        state = _from_safetensors(path) if is_safetensors else torch_file.read(path)
-    except torch_file.NotAllowedError as error:
-        raise InputError(f"{what}: {error}") from error
-    except Exception as error:  # a damaged file can raise about anything
-        reason = torch_file.reason(error)
-        raise DamagedError(f"{what}: not a readable checkpoint ({reason})") from error
+    if safetensors_file.has_ending(path):
+        state = _from_safetensors(path, what=what)
+    else:
+        state = torch_file.read(path, what=what)
     if not isinstance(state, dict):
         raise InputError(f"{what}: not a checkpoint (holds a {type(state).__name__})")
-    if "format" in state and not sealed:
-        raise DamagedError(f"{what}: not a readable checkpoint (its seal is missing)")
-    return checkpoint_fields.check(state, what=what)
+    return _checked(state, what=what)
 
 
-def _from_safetensors(path: str | Path) -> dict:
+def _from_safetensors(path: str | Path, *, what: str) -> dict:
     """A safetensors file in the layout of the .pth that would hold the same."""
-    weights, about, format = safetensors_file.decode(path)
-    if format is None:
-        return {"state_dict": weights}
-    return exported(weights, about, format=format)
+    safetensors_file.check_library(what)
+    try:
+        weights, about, format = safetensors_file.decode(path)
+    except Exception as error:  # a damaged file can raise about anything
+        raise DamagedError(torch_file.unreadable(what)) from error
+    return {"state_dict": weights} if format is None else exported(weights, about, format=format)
+
+
+def _checked(state: dict, *, what: str) -> dict:
+    """A file's content, if its fields are as they must be; InputError, begun by `what`, if not.
+
+    An epoch that others have saved as a tensor or float becomes an int; of another kind it is left
+    out of their files, and that is said.
+    """
+    for name in state:
+        if not isinstance(name, str):
+            raise InputError(f"{what}: its key {checked.shown(name)} is not text")
+    epoch_kind = checked.or_none(_COUNT)
+    if "epoch" in state:
+        epoch = state["epoch"]
+        if isinstance(epoch, Tensor) and not torch_file.unfit(epoch) and epoch.ndim == 0:
+            epoch = epoch.item()
+        if isinstance(epoch, float) and epoch.is_integer():
+            epoch = int(epoch)
+        state["epoch"] = epoch
+        if "format" not in state and not epoch_kind.holds(epoch):
+            print(f"{what}: its epoch is {checked.shown(epoch)}, which is not noted", flush=True)
+            del state["epoch"]
+    checked.take(state, "epoch", epoch_kind, what=what, default=None)
+    fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
+    for name, kind in fields.items():
+        if name in state or name == "metadata":  # of a run a reader asks for what it needs
+            checked.take(state, name, kind, what=what)
+    return state
 
 
 def exported(weights: dict[str, Tensor], about: dict[str, Any], *, format: str = EXPORTED) -> dict:
@@ -103,7 +167,7 @@ def said(checkpoint: dict, name: str, *, what: str) -> Any:
 
     InputError that begins with `what` for a value that is none.
     """
-    kind = checked.or_none(checkpoint_fields.NETWORK[name])
+    kind = checked.or_none(NETWORK[name])
     return checked.take(settings(checkpoint), name, kind, what=what, default=None)
 
 
@@ -257,3 +321,58 @@ def load_initial_weights(
         return "backbone only; projector and predictor start at random"
     load_strictly(encoders, weights, what=what)
     return "query encoder, predictor and target encoder"
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict, *, what: str, finite: bool = True
+) -> None:
+    """Load the state of an SGD that has the groups, the settings and the shapes of this one.
+
+    InputError that begins with `what` otherwise. finite: also for what is infinite or not a number.
+    By which kernels it computes, and how momentum lies in memory, stays as it is here: a fused
+    kernel takes no momentum that lies otherwise than its parameter.
+    """
+    what = f"{what}: optimizer"
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    own = optimizer.state_dict()["param_groups"]
+    groups = checked.take(state, "param_groups", checked.list_of(checked.TABLE), what=what)
+    if len(groups) != len(own):
+        raise InputError(f"{what}: param_groups has {len(groups)} entries, not {len(own)}")
+    for group, mine in zip(groups, own, strict=True):
+        for name, value in mine.items():
+            checked.take(group, name, _setting_like(value), what=what, default=value)
+    # A setting that this torch has and that one had not is as it is now.
+    groups = [
+        mine | group | {name: mine[name] for name in _KERNELS & mine.keys()}
+        for group, mine in zip(groups, own, strict=True)
+    ]
+    for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
+        if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
+            raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
+        shape = parameters[number].shape
+        for name in slots:
+            checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value is not None and value.stride() != parameter.stride():
+                slots[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _setting_like(value: Any) -> Kind:
+    """What a setting of an optimizer's group may be, by what it is now."""
+    if isinstance(value, list):  # the numbers of the group's parameters
+        numbers = checked.list_of(checked.whole())
+        same = f"the numbers of {len(value)} parameters"
+        return Kind(same, lambda other: numbers.holds(other) and list(other) == value)
+    if value is None or isinstance(value, bool):
+        return checked.or_none(checked.FLAG)
+    return checked.real()
+
+
+def _slot_of(shape: torch.Size, finite: bool) -> Kind:
+    """What SGD may keep of a parameter."""
+    words = f"{tuple(shape)}{', finite,' * finite} or nothing"
+    holds = torch_file.is_finite if finite else lambda value: True
+    kind = torch_file.tensor(words, holds, dims=len(shape))
+    return Kind(kind.words, lambda v: v is None or (kind.holds(v) and v.shape == shape))

@@ -16,7 +16,7 @@ from semi_supervised.train_pseudo_cmsf import PseudoCMSF
 from supervised.train_sup_msf import SupervisedCMSF
 from supervised.train_sup_xent import CrossEntropy
 from utils.data.batches import Batch
-from utils.method import memory_bank
+from utils.method import previous_embeddings
 from utils.method.encoders import QueryTargetEncoders, SoleBackbone, build_backbone
 from utils.training import loss_watch
 
@@ -163,7 +163,7 @@ def device_of_shapes() -> Iterator[torch.device]:
     So whatever needs to know one of their values fails. Host tensors beside it are real.
     """
     with contextlib.ExitStack() as stack:
-        for module in (memory_bank, loss_watch):
+        for module in (previous_embeddings, loss_watch):
             stack.enter_context(mock.patch.object(module, "HostCopy", NeverThere))
         without = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
         stack.enter_context(without)

@@ -33,7 +33,7 @@ from utils.cli import build_training
 from utils.data.batches import TwoViewLoader
 from utils.data.cropping import CropGroup
 from utils.data.datasets import PixelSet
-from utils.method import memory_bank
+from utils.method import previous_embeddings
 from utils.method.encoders import QueryTargetEncoders
 from utils.runtime import workers
 from utils.runtime.streams import HostCopy
@@ -149,7 +149,7 @@ class Watch:
 
         with contextlib.ExitStack() as stack:
             if self.device.type != "meta":
-                for module in (memory_bank, loss_watch):
+                for module in (previous_embeddings, loss_watch):
                     stack.enter_context(mock.patch.object(module, "HostCopy", Aging))
             if self.device.type == "cuda":
                 stack.callback(torch.cuda.set_sync_debug_mode, "default")

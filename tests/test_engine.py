@@ -319,7 +319,7 @@ def test_resuming_into_another_folder_does_not_touch_the_run_there(tmp_path):
             {"rng_states": [{"cpu": torch.zeros(5, dtype=torch.uint8)}]},
             "rng_states is none of this",
         ),
-        ({"means": {"sums": {}, "count": "x"}}, "means is a dict, not sums and their count"),
+        ({"means": {"sums": {"a": 1}}}, "means is a dict, not sums of figures"),
         ({"optimizer": {"state": {}, "param_groups": []}}, "optimizer: param_groups has 0 entries"),
         ({7: 1}, "its key 7 is not text"),
     ],

@@ -38,9 +38,7 @@ _COUNT = checked.whole(0)
 
 
 def _are_means(value: Any) -> bool:
-    return checked.TABLE.holds(value) and (
-        _SUMS.holds(value.get("sums")) and _COUNT.holds(value.get("count"))
-    )
+    return checked.TABLE.holds(value) and _SUMS.holds(value.get("sums"))
 
 
 def _is_metadata(value: Any) -> bool:
@@ -56,7 +54,7 @@ _FIELDS = {
         "state_dict": checked.TABLE,
         "optimizer": checked.TABLE,
         "rng_states": checked.list_of(checked.table_of(_BYTES)),
-        "means": Kind("sums and their count", _are_means),
+        "means": Kind("sums of figures", _are_means),
         "bad_images": checked.list_of(checked.TEXT),
         "seconds": checked.real(0),
         "data": checked.table_of(checked.TEXT),
@@ -78,7 +76,8 @@ _OLDER = (
     (re.compile(r"(.*\.mlp)\.linear_2\.(weight|bias)"), r"\1.3.\2"),
 )
 # Published names (after "module." of DataParallel is taken out) -> ours.
-_PUBLISHED = {"encoder_q.": "query_encoder.", "encoder_t.": "target_encoder."}
+_PUBLISHED = {"encoder_q": "query_encoder", "encoder_t": "target_encoder"}
+_QUERY = "query_encoder.backbone."
 
 
 def load(path: str | Path, *, flag: str) -> dict:
@@ -180,40 +179,35 @@ def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str
     """
     state = checkpoint
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
+        state = state[key] if isinstance(state.get(key), dict) else state
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     torch_file.check_weights(state, what=what)
-    ours = {name: value for name, value in state.items() if name.startswith("encoders.")}
-    if ours:
-        return {name.removeprefix("encoders."): value for name, value in ours.items()}
-
+    if ours := _below("encoders.", state):
+        return ours
     state = {_without_module(name): value for name, value in state.items()}
+    layer = classifier + "."
+    if not any(name.partition(".")[0] in _PUBLISHED for name in state):
+        return {f"{_QUERY}{n}": v for n, v in state.items() if not n.startswith(layer)}
     weights = {}
-    if any(name.startswith(tuple(_PUBLISHED)) for name in state):
-        for name, value in state.items():
-            if name.startswith("predict_q."):
-                weights["predictor." + name.removeprefix("predict_q.")] = value
-            for theirs, mine in _PUBLISHED.items():
-                if name.startswith(theirs):
-                    weights[mine + _part(name.removeprefix(theirs), classifier)] = value
-    else:
-        for name, value in state.items():
-            if not name.startswith(classifier + "."):
-                weights["query_encoder.backbone." + name] = value
+    for name, value in state.items():
+        encoder, _, rest = name.partition(".")
+        if encoder == "predict_q":
+            weights[f"predictor.{rest}"] = value
+        elif encoder in _PUBLISHED and rest.startswith(layer):
+            weights[f"{_PUBLISHED[encoder]}.projector.{rest.removeprefix(layer)}"] = value
+        elif encoder in _PUBLISHED:
+            weights[f"{_PUBLISHED[encoder]}.backbone.{rest}"] = value
     return weights
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
 
 
 def _without_module(name: str) -> str:
     """A parameter's name without what (Distributed)DataParallel and torch.compile add to it."""
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def _part(name: str, classifier: str) -> str:
-    """Published encoders hold the projector in the classifier's place."""
-    if name.startswith(classifier + "."):
-        return "projector." + name.removeprefix(classifier + ".")
-    return "backbone." + name
 
 
 def load_strictly(
@@ -228,19 +222,15 @@ def load_strictly(
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
     weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
-    for name in own:
-        if name.endswith("num_batches_tracked"):
-            weights.setdefault(name, own[name])
+    counters = [name for name in own if name.endswith("num_batches_tracked")]
+    weights = OrderedDict({name: own[name] for name in counters} | weights)
     both = [(name, own[name], weights[name]) for name in own if name in weights]
+    types = [name for name, one, value in both if _type(one) != _type(value)]
     problems = {
         "missing": [name for name in own if name not in weights],
         "unknown": [name for name in weights if name not in own],
         "of another shape": [name for name, one, value in both if one.shape != value.shape],
-        "of another type": [
-            name
-            for name, one, value in both
-            if not (_is_like(one, value) or name.endswith("num_batches_tracked"))
-        ],
+        "of another type": [name for name in types if name not in counters],
     }
     if texts := [
         f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
@@ -265,20 +255,19 @@ def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> 
     return name
 
 
-def _is_like(own: Tensor, value: Tensor) -> bool:
-    """Whether a value can stand for the module's own: floating for floating, int for int."""
-    if own.is_floating_point() or value.is_floating_point():
-        return own.is_floating_point() == value.is_floating_point()
-    return (own.dtype == torch.bool) == (value.dtype == torch.bool)
+def _type(value: Tensor) -> str:
+    """What a weight must be to stand for another: of one floating type for any other."""
+    if value.is_floating_point():
+        return "floating"
+    return "bool" if value.dtype == torch.bool else "whole"
 
 
 def load_backbone(
     backbone: Backbone, checkpoint: dict, *, encoder: str = "query", what: str
 ) -> None:
     """Load one encoder's backbone (encoder: "query" or "target") strictly; see `load_strictly`."""
-    prefix = f"{encoder}_encoder.backbone."
     weights = encoder_weights(checkpoint, backbone.classifier, what=what)
-    chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    chosen = _below(f"{encoder}_encoder.backbone.", weights)
     if not chosen:
         raise InputError(f"{what}: no {encoder} encoder in it")
     load_strictly(backbone.module, chosen, what=what)
@@ -291,9 +280,8 @@ def load_projector(
 
     InputError that begins with `what` where the checkpoint has none, or one of another build.
     """
-    prefix = f"{encoder}_encoder.projector."
     weights = encoder_weights(checkpoint, backbone.classifier, what=what)
-    chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    chosen = _below(f"{encoder}_encoder.projector.", weights)
     layers = [v for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
     if not layers:
         raise InputError(f"{what}: no projector of the {encoder} encoder in it")
@@ -313,14 +301,12 @@ def load_initial_weights(
     both backbones and leaves projector and predictor as they are.
     """
     weights = encoder_weights(checkpoint, classifier, what=what)
-    prefix = "query_encoder.backbone."
-    if all(name.startswith(prefix) for name in weights):
-        plain = {name.removeprefix(prefix): value for name, value in weights.items()}
-        load_strictly(encoders.query_encoder.backbone, plain, what=what)
-        load_strictly(encoders.target_encoder.backbone, plain, what=what)
-        return "backbone only; projector and predictor start at random"
-    load_strictly(encoders, weights, what=what)
-    return "query encoder, predictor and target encoder"
+    if not all(name.startswith(_QUERY) for name in weights):
+        load_strictly(encoders, weights, what=what)
+        return "query encoder, predictor and target encoder"
+    for encoder in (encoders.query_encoder, encoders.target_encoder):
+        load_strictly(encoder.backbone, _below(_QUERY, weights), what=what)
+    return "backbone only; projector and predictor start at random"
 
 
 def load_optimizer(
@@ -349,9 +335,9 @@ def load_optimizer(
     for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
         if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
-        shape = parameters[number].shape
         for name in slots:
-            checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
+            kind = _slot_of(parameters[number].shape, finite)
+            checked.take(slots, name, kind, what=f"{what}: state {number}")
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():
@@ -372,7 +358,9 @@ def _setting_like(value: Any) -> Kind:
 
 def _slot_of(shape: torch.Size, finite: bool) -> Kind:
     """What SGD may keep of a parameter."""
-    words = f"{tuple(shape)}{', finite,' * finite} or nothing"
-    holds = torch_file.is_finite if finite else lambda value: True
-    kind = torch_file.tensor(words, holds, dims=len(shape))
-    return Kind(kind.words, lambda v: v is None or (kind.holds(v) and v.shape == shape))
+
+    def holds(value: Tensor) -> bool:
+        return value.shape == shape and not (finite and not torch_file.is_finite(value))
+
+    words = f"{tuple(shape)}{', finite,' * finite}"
+    return checked.or_none(torch_file.tensor(words, holds, dims=len(shape)))

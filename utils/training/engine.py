@@ -119,7 +119,10 @@ class Run:
             reason = worker_failure(error) or distributed.failure(error)
             error = RunError(reason) if reason else error
         if isinstance(error, (RunError, InputError)):
-            text = f"{distributed.prefix()}{error}; last checkpoint: {self._where_to_resume()}"
+            last = self._last_saved or "none yet"
+            if self._last_saved:
+                last = f"{last} (--resume {'auto' if self._files.holds(last) else last})"
+            text = f"{distributed.prefix()}{error}; last checkpoint: {last}"
             raise type(error)(text) from None
 
     def batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
@@ -172,14 +175,9 @@ class Run:
     def _epoch_batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
         """The batches of an epoch that are left."""
         start = self.epoch_step
-        bar = tqdm(
-            desc=f"epoch {self.epoch}/{self.epochs}",
-            total=self.epoch_steps,
-            initial=start,
-            disable=not distributed.shows_bars(),
-            postfix=self._shown,
-        )
-        with bar:
+        bar = {"desc": f"epoch {self.epoch}/{self.epochs}", "postfix": self._shown}
+        bar |= {"total": self.epoch_steps, "initial": start}
+        with tqdm(disable=not distributed.shows_bars(), **bar) as bar:
             for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
                 self.epoch_step, self._batch = step, batch
                 self.total_steps = (self.epoch - 1) * self.epoch_steps + step
@@ -197,9 +195,8 @@ class Run:
 
         On a GPU it is seen a little later, see `LossWatch`, but before anything is kept.
         """
-        place = {"epoch": self.epoch, "step": self.epoch_step}
         rate = self.optimizer.param_groups[0]["lr"]
-        self._losses.watch(loss, place, rate=rate, index=self._batch.index)
+        self._losses.watch(loss, self._place(), rate=rate, index=self._batch.index)
         loss.backward()
         self.optimizer.step()
         # Now, not before the next backward pass: their memory can serve the forward pass, and that
@@ -211,8 +208,11 @@ class Run:
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
         self._losses.check()
-        self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
+        self.log.write(self._place() | figures)
         self._say_figures(figures)
+
+    def _place(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "step": self.epoch_step}
 
     def _say_figures(self, figures: dict[str, float]) -> None:
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -230,7 +230,8 @@ class Run:
         """One line in the log and on the console for the steps since the last one."""
         self._losses.check()
         self._check_same_everywhere()
-        self._share_bad_images()
+        for names in distributed.gather_objects(self._loader.bad_images.names):
+            self._loader.bad_images.merge(names)  # all processes know of, and count, them
         figures = self._means.read()
         seconds = time.monotonic() - self._interval_start
         figures |= {name: value.tolist() for name, value in self.model.diagnostics().items()}
@@ -238,18 +239,12 @@ class Run:
         figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
         can_collapse = getattr(self.model, "can_collapse", True)
         warning = collapse.warning(figures) if can_collapse else None
-        record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
-        self.log.write(record | ({"warning": warning} if warning else {}))
+        self.log.write(self._place() | figures | ({"warning": warning} if warning else {}))
         self._say_figures({name: v for name, v in figures.items() if not isinstance(v, list)})
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
         self._interval_start, self._interval_steps = time.monotonic(), 0
-
-    def _share_bad_images(self) -> None:
-        """All processes know of the broken images that each has found, and count them."""
-        for names in distributed.gather_objects(self._loader.bad_images.names):
-            self._loader.bad_images.merge(names)
 
     def _check_same_everywhere(self) -> None:
         """RunError if weights, bank or clusters, which all processes have, differ between them."""
@@ -313,13 +308,6 @@ class Run:
             self.log.write({"epoch": self.epoch, "step": self.epoch_steps, "knn": self.knn})
             parts = (f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
             self.log.say(f"epoch {self.epoch}/{self.epochs}  {'  '.join(parts)}")
-
-    def _where_to_resume(self) -> str:
-        """The last checkpoint, and the flag that goes on from it."""
-        if self._last_saved is None:
-            return "none yet"
-        own = self._files.holds(self._last_saved)
-        return f"{self._last_saved} (--resume {'auto' if own else self._last_saved})"
 
     def _advice(self) -> str:
         """What may help against a loss that is not finite."""
@@ -388,7 +376,7 @@ class Run:
         if state:
             self._last_saved = path
             self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
-            place = f", step {self.epoch_step}" if not self._epoch_ended else ""
+            place = f", step {self.epoch_step}" * (not self._epoch_ended)
             Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
 
     def _found(self, resume: str | None) -> tuple[Path, dict] | tuple[None, None]:
@@ -430,23 +418,18 @@ class Run:
             if fault := bank.fault(**self._num):
                 raise InputError(f"{what}: memory bank {name}: {fault}")
         checkpoint.load_optimizer(self.optimizer, state["optimizer"], what=what)
-        if distributed.rank() < len(state["rng_states"]):  # else as seeded at the start
-            _restore_rng(state["rng_states"][distributed.rank()], what=what)
+        try:
+            for rng_state in state["rng_states"][distributed.rank() :][:1]:  # else as seeded
+                torch.set_rng_state(rng_state["cpu"])
+                if "cuda" in rng_state and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(rng_state["cuda"])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{what}: rng_states is none of this torch's") from error
         if distributed.is_main():
             self._means.restore(state["means"])
         self._bad_images = state["bad_images"]
         self.epoch, step = state["epoch"], state["step"]
         self._epoch_ended, self.epoch_step = step is None, step or 0
-
-
-def _restore_rng(states: dict[str, Tensor], *, what: str) -> None:
-    """Go on with torch's random numbers where they were."""
-    try:
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-    except (KeyError, RuntimeError) as error:
-        raise InputError(f"{what}: rng_states is none of this torch's") from error
 
 
 def _builtin(value: Any) -> Any:

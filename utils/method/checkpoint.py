@@ -67,7 +67,6 @@ _FIELDS = {
     },
 }
 RUN = tuple(name for name in _FIELDS[FORMAT] if name != "parts")  # what a run needs to go on
-_KERNELS = {"foreach", "fused"}  # settings of an optimizer that say by which kernels it computes
 
 # torchvision's networks in its own older names -> today's (densenet.py, vision_transformer.py).
 _OLDER = (
@@ -312,48 +311,31 @@ def load_initial_weights(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, state: dict, *, what: str, finite: bool = True
 ) -> None:
-    """Load the state of an SGD that has the groups, the settings and the shapes of this one.
+    """Load what an SGD has kept of the parameters, whose groups and shapes are those of this one.
 
     InputError that begins with `what` otherwise. finite: also for what is infinite or not a number.
-    By which kernels it computes, and how momentum lies in memory, stays as it is here: a fused
-    kernel takes no momentum that lies otherwise than its parameter.
+    Its settings stay as they are here, the kernels by which it computes among them, and so does how
+    momentum lies in memory: a fused kernel takes none that lies otherwise than its parameter.
     """
     what = f"{what}: optimizer"
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     own = optimizer.state_dict()["param_groups"]
     groups = checked.take(state, "param_groups", checked.list_of(checked.TABLE), what=what)
-    if len(groups) != len(own):
-        raise InputError(f"{what}: param_groups has {len(groups)} entries, not {len(own)}")
-    for group, mine in zip(groups, own, strict=True):
-        for name, value in mine.items():
-            checked.take(group, name, _setting_like(value), what=what, default=value)
-    # A setting that this torch has and that one had not is as it is now.
-    groups = [
-        mine | group | {name: mine[name] for name in _KERNELS & mine.keys()}
-        for group, mine in zip(groups, own, strict=True)
-    ]
+    numbers = checked.list_of(_COUNT)
+    found = [list(checked.take(group, "params", numbers, what=what)) for group in groups]
+    if found != [group["params"] for group in own]:
+        raise InputError(f"{what}: param_groups has other parameters than this run")
     for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
         if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
+        shape = parameters[number].shape
         for name in slots:
-            kind = _slot_of(parameters[number].shape, finite)
-            checked.take(slots, name, kind, what=f"{what}: state {number}")
-    optimizer.load_state_dict({**state, "param_groups": groups})
+            checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():
             if value is not None and value.stride() != parameter.stride():
                 slots[name] = torch.empty_like(parameter).copy_(value)
-
-
-def _setting_like(value: Any) -> Kind:
-    """What a setting of an optimizer's group may be, by what it is now."""
-    if isinstance(value, list):  # the numbers of the group's parameters
-        numbers = checked.list_of(checked.whole())
-        same = f"the numbers of {len(value)} parameters"
-        return Kind(same, lambda other: numbers.holds(other) and list(other) == value)
-    if value is None or isinstance(value, bool):
-        return checked.or_none(checked.FLAG)
-    return checked.real()
 
 
 def _slot_of(shape: torch.Size, finite: bool) -> Kind:

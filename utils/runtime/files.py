@@ -92,11 +92,9 @@ def _open_held(path: Path) -> BinaryIO:
 def _flush_folder(path: Path) -> None:
     """Have the names in a folder reach the disk."""
     folder = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        os.fsync(folder)
+    os.close(folder)
 
 
 def _reason(error: BaseException | None) -> str:

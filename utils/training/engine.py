@@ -74,7 +74,7 @@ class Run:
         self.args, self.model, self.optimizer = args, model, optimizer
         self.settings = {name: _builtin(value) for name, value in vars(args).items()}
         self.epochs = min(args.epochs, 2) if args.debug else args.epochs
-        self.epoch, self.epoch_step, self.epoch_steps, self.total_steps = 1, 0, 0, 0
+        self.epoch, self.epoch_step, self.epoch_steps = 1, 0, 0
         self.knn: dict | None = None
         self._data, self._about = data or {}, about or {}
         self._evaluate, self._compare_with = evaluate, compare_with or {}
@@ -148,6 +148,12 @@ class Run:
             self._end_epoch()
             self.epoch, self.epoch_step, self._epoch_ended = self.epoch + 1, 0, False
 
+    @property
+    def total_steps(self) -> int:
+        """Steps that have been begun in the whole run."""
+        done = self.epoch_steps if self._epoch_ended else self.epoch_step
+        return (self.epoch - 1) * self.epoch_steps + done
+
     def _learning_rate(self) -> float:
         """Of this epoch."""
         return learning_rate(
@@ -161,11 +167,10 @@ class Run:
 
     def _say_what_it_is(self) -> None:
         """Write `run.json`, open the board; how long an epoch is, is known now."""
-        done = self.epoch_steps if self._epoch_ended else self.epoch_step
-        self.total_steps = (self.epoch - 1) * self.epoch_steps + done
         start = {"method": type(self.model).__name__, "settings": self.settings, "data": self._data}
         start |= {"epochs": self.epochs, "steps": self.epoch_steps, **self._about}
-        place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": done}
+        step = self.epoch_steps if self._epoch_ended else self.epoch_step
+        place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": step}
         self._files.describe(start | {"resumed_from": place if self._last_saved else None})
         if self.args.tensorboard and distributed.is_main():
             folder, after = self._files.path / BOARD, self.total_steps
@@ -180,7 +185,6 @@ class Run:
         with tqdm(disable=not distributed.shows_bars(), **bar) as bar:
             for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
                 self.epoch_step, self._batch = step, batch
-                self.total_steps = (self.epoch - 1) * self.epoch_steps + step
                 yield batch
                 bar.update()
                 if step % self.args.print_freq == 0 or step == self.epoch_steps:

@@ -75,7 +75,7 @@ class RunFolder:
         if distributed.is_main():
             files.save(path, state)
             for old in self.checkpoints()[KEPT:]:
-                if _progress(old)[1] < float("inf"):
+                if "_step_" in old.stem:
                     old.unlink(missing_ok=True)
             self._saves += 1
             if self._saves >= KEPT:  # no checkpoint within an epoch is older than this version
@@ -166,14 +166,13 @@ class RunFolder:
         """
         if not distributed.is_main():
             return
-        path = self.path / ABOUT
+        path, starts = self.path / ABOUT, []
         try:
-            starts = plain_json.loads(plain_json.read_text(path))["starts"] if path.exists() else []
-            if not _STARTS.holds(starts):
-                raise TypeError
-        except (InputError, ValueError, KeyError, TypeError):
+            if path.exists():
+                about = plain_json.loads(plain_json.read_text(path))
+                starts = checked.take(about, "starts", _STARTS, what=str(path))
+        except (InputError, ValueError, TypeError, AttributeError):
             self._say(f"WARNING {path} is damaged: it is begun anew")
-            starts = []
         about = {"format": ABOUT_FORMAT, "starts": [*starts, start]}
         files.replace_text(path, plain_json.dumps(about, indent=2) + "\n")
 
@@ -183,10 +182,9 @@ class RunFolder:
         torchrun ends with code 1 whatever the code of its processes is, and kills what has not
         ended half a minute after SIGTERM.
         """
-        if distributed.is_main() and wanted:
-            (self.path / REQUEUE).touch()
-        elif distributed.is_main():
-            (self.path / REQUEUE).unlink(missing_ok=True)
+        if distributed.is_main():
+            path = self.path / REQUEUE
+            path.touch() if wanted else path.unlink(missing_ok=True)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -11,10 +11,9 @@ class PreviousEmbeddings(nn.Module):
     """Each image's last embedding, kept in host memory (CMSF sec. 3.1, the source of M').
 
     embeddings: (N, D), unit norm. seen: (N,) bool, whether the image was visited at all. On
-    ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to; one
-    batch of it at a time is copied. (The published code held two such stores on the GPU, started as
-    noise.) What comes from a GPU is put into its place when the store is next asked for something
-    or saved: by then it has arrived, so a step does not wait for it.
+    ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to.
+    (The published code held two such stores on the GPU, started as noise.) What comes from a GPU is
+    put into its place when the store is next asked or saved, so that no step waits for it.
 
     Of W processes the one of rank r holds the rows of images r, r + W, r + 2 W, ... only. Its state
     has all of them: to get it, or to swap, is something that all processes do together.
@@ -88,12 +87,10 @@ class PreviousEmbeddings(nn.Module):
         Only on the main process: on others tensors of that shape without memory.
         """
         self.settle()
+        stores = self.embeddings, self.seen
         if distributed.world_size() == 1:
-            return self.embeddings, self.seen
-        embeddings, seen = (
-            distributed.interleaved(held, self.num_images) for held in (self.embeddings, self.seen)
-        )
-        return embeddings, seen
+            return stores
+        return tuple(distributed.interleaved(held, self.num_images) for held in stores)
 
     def _held(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the images (B,) bool this process holds, and in which rows (n,)."""

@@ -76,7 +76,7 @@ class Run:
         self.epochs = min(args.epochs, 2) if args.debug else args.epochs
         self.epoch, self.epoch_step, self.epoch_steps = 1, 0, 0
         self.knn: dict | None = None
-        self._data, self._about = data or {}, about or {}
+        self._method, self._data, self._about = type(model).__name__, data or {}, about or {}
         self._evaluate, self._compare_with = evaluate, compare_with or {}
         self._num = {"num_images": num_images, "num_classes": num_classes}
         self._start = self._saved_at = self._interval_start = time.monotonic()
@@ -167,7 +167,7 @@ class Run:
 
     def _say_what_it_is(self) -> None:
         """Write `run.json`, open the board; how long an epoch is, is known now."""
-        start = {"method": type(self.model).__name__, "settings": self.settings, "data": self._data}
+        start = {"method": self._method, "settings": self.settings, "data": self._data}
         start |= {"epochs": self.epochs, "steps": self.epoch_steps, **self._about}
         step = self.epoch_steps if self._epoch_ended else self.epoch_step
         place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": step}
@@ -218,9 +218,9 @@ class Run:
     def _place(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.epoch_step}
 
-    def _say_figures(self, figures: dict[str, float]) -> None:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
+    def _say_figures(self, figures: dict) -> None:
+        texts = (f"{n} {value:.4g}" for n, value in figures.items() if not isinstance(value, list))
+        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(texts)}")
 
     def finish(self, name: str) -> None:
         """Say what came out: the k-NN table, the last checkpoint, the time."""
@@ -244,7 +244,7 @@ class Run:
         can_collapse = getattr(self.model, "can_collapse", True)
         warning = collapse.warning(figures) if can_collapse else None
         self.log.write(self._place() | figures | ({"warning": warning} if warning else {}))
-        self._say_figures({name: v for name, v in figures.items() if not isinstance(v, list)})
+        self._say_figures(figures)
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
@@ -252,9 +252,9 @@ class Run:
 
     def _check_same_everywhere(self) -> None:
         """RunError if weights, bank or clusters, which all processes have, differ between them."""
-        shared = [*self.model.buffers(recurse=False)]
-        shared += [column for bank in self._banks.values() for column in bank.buffers()]
-        shared += [p for p in self.model.parameters() if p.requires_grad]
+        shared = [p for p in self.model.parameters() if p.requires_grad]
+        for module in (self.model, *self._banks.values()):
+            shared += module.buffers(recurse=False)
         if not distributed.same_everywhere(shared):
             raise RunError(
                 f"weights or bank differ between the processes at epoch {self.epoch}, step "
@@ -345,7 +345,7 @@ class Run:
                 raise RunError(f"not saved: {name} is not finite; {self._advice()}")
         return {
             "format": checkpoint.FORMAT,
-            "method": type(self.model).__name__,
+            "method": self._method,
             "epoch": self.epoch,
             "step": None if self._epoch_ended else self.epoch_step,
             "state_dict": weights,
@@ -396,8 +396,7 @@ class Run:
 
     def _check_same(self, state: dict, *, what: str) -> None:
         """InputError for a run of another method, or without --resume_anyway of other settings."""
-        method = type(self.model).__name__
-        if state.get("method") != method:
+        if state.get("method") != self._method:
             found = one_line(str(state.get("method")))
             raise InputError(f"{what}: a run of {found}, not of this script")
         differing = resume_check.differences(state, self.settings, self._data)

@@ -34,10 +34,8 @@ class RunFolder:
     """Names, order and lifetime of the files in `path`; say: prints a line for the user."""
 
     def __init__(self, path: Path, *, say: Callable[[str], None] = print) -> None:
-        self.path = Path(path)
+        self.path, self._say, self._saves = Path(path), say, 0
         self.log = self.path / "log.jsonl"
-        self._say = say
-        self._saves = 0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.log.exists() and not self.log.is_file():  # opening a pipe would never end
@@ -154,8 +152,7 @@ class RunFolder:
 
         For the main process only.
         """
-        here = _place(epoch, step)
-        if later := [path for path in self.checkpoints() if _progress(path) > here]:
+        if later := [p for p in self.checkpoints() if _progress(p) > _place(epoch, step)]:
             self.move_aside(later)
 
     def describe(self, start: dict) -> None:

@@ -65,7 +65,7 @@ def test_published_arithmetic_trains_as_ours_does():
     model, optimizer = step.build(args)
     other = copy.deepcopy(model)
     published = step.Published2Q(other)
-    other_optimizer = step.setup.build_optimizer(args, other)
+    other_optimizer = step.build_training.build_optimizer(args, other)
     few = [step.make_batch(args, args.batch_size) for _ in range(5)]
     for number in range(15):  # round the bank, and each image comes again
         batch = few[number % 5]

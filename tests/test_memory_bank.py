@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.method import memory_bank
+from utils.method import previous_embeddings
 from utils.method.memory_bank import MemoryBank
 from utils.method.previous_embeddings import PreviousEmbeddings
 
@@ -131,7 +131,7 @@ class LateCopy:
 @pytest.fixture
 def coming(monkeypatch):
     """A store of 5 images of which 2 are on their way from a GPU."""
-    monkeypatch.setattr(memory_bank, "HostCopy", LateCopy)
+    monkeypatch.setattr(previous_embeddings, "HostCopy", LateCopy)
     store = PreviousEmbeddings(5, 2)
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     store.remember(torch.tensor([3, 1]), rows.as_subclass(SaysItIsOnAGpu))

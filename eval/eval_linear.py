@@ -31,7 +31,7 @@ from utils.data.eval_loader import EvalLoader, LabeledLoader
 from utils.data.splits import check_every_class, labeled_index, unreadable_classes
 from utils.evaluation import feature_cache, linear_probe, result_files
 from utils.evaluation.labeled_features import FromFeatures, FromImages
-from utils.method import batch_norm, checkpoint, checkpoint_fields
+from utils.method import batch_norm, checkpoint
 from utils.method.encoders import Backbone
 from utils.runtime import checked, distributed, files, script, torch_file
 from utils.runtime.errors import InputError, RunError, printable
@@ -484,7 +484,7 @@ def build_probe(
         what = f"--resume {args.resume}"
         # Of several learning rates one may have diverged; the others' classifiers go on.
         checkpoint.load_strictly(probe, saved["probe"], what=what, finite=False)
-        checkpoint_fields.load_optimizer(optimizer, saved["optimizer"], what=what, finite=False)
+        checkpoint.load_optimizer(optimizer, saved["optimizer"], what=what, finite=False)
     else:
         probe.standardize.measure(data.for_statistics())
         what = f"data {args.data}, as far as it can be read"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tiny
+
 from self_supervised.train_msf import MSF
 from self_supervised.train_msf_2q import CMSF2Q
 from self_supervised.train_msf_km import CMSFKM
@@ -115,17 +117,13 @@ def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list
     )
     model = build_model(regime, images, bn)
     trained = [p for p in model.parameters() if p.requires_grad]
-    run = Run(
-        model,
-        torch.optim.SGD(trained, lr=0.1, momentum=0.9),
-        folder=folder,
-        epochs=STEPS // len(loader),
-        learning_rate=lambda epoch: 0.1 / epoch,
-        settings={},
-        save_minutes=1e-6,
-        resume="auto" if "--resume" in flags else None,
+    args = tiny.run_args(
+        folder,
+        **{"epochs": STEPS // len(loader), "learning_rate": 0.1, "lr_decay_epochs": [1, 2, 3]},
+        **{"save_minutes": 1e-6, "resume": "auto" if "--resume" in flags else None},
         print_freq=2,
     )
+    run = Run(args, model, torch.optim.SGD(trained, lr=0.1, momentum=0.9))
     record = {"losses": [], "order": []}
     with run:
         train(run, loader, record=record, corrupt="--corrupt" in flags)

@@ -69,7 +69,7 @@ def test_scalars_of_each_record_and_views_of_each_saved_epoch(tmp_path):
     scalars, pictures = events(tmp_path)
     assert [step for step, _ in scalars["loss"]] == [2, 4, 6, 8, 10, 12]
     rates = [value for _, value in scalars["lr"]]
-    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.1 / 3, 0.1 / 3])
+    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
     assert scalars["knn/1/accuracy"] == [(12, 40.0)] and "knn/1/top5" not in scalars
     assert not {"epoch", "step"} & set(scalars)
     assert pictures == {"views/query above target": [8, 12]}

@@ -237,12 +237,11 @@ def test_runs_are_compared_by_all_tensors_and_figures(tmp_path):
     assert survival.differing(whole, other) == "1 of 2 tensors, /state_dict/b the first"
 
 
-def test_what_is_not_finite_is_found_in_checkpoints_and_their_parts(tmp_path):
+def test_what_is_not_finite_is_found_in_checkpoints(tmp_path):
     folder = finished_run(tmp_path / "a", a=torch.ones(2))
     assert survival.kept(folder) == (1, [])
-    (folder / "previous_embeddings").mkdir()
-    torch.save({"rows": torch.tensor([1.0, torch.inf])}, folder / "previous_embeddings" / "1.pth")
-    assert survival.kept(folder) == (2, ["1.pth: /rows"])
+    torch.save({"rows": torch.tensor([1.0, torch.inf])}, folder / "ckpt_epoch_9.pth")
+    assert survival.kept(folder) == (2, ["ckpt_epoch_9.pth: /rows"])
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,6 @@ def test_what_is_on_its_way_is_saved(coming):
     assert state["seen"].tolist() == [False, True, False, True, False]
 
 
-def test_what_is_on_its_way_is_there_for_files_of_its_own(coming):
-    """`run_folder` reads the rows themselves once the state has been made without them."""
-    coming.saved_apart = True
-    assert not coming.state_dict()
-    assert torch.equal(coming.embeddings, ARRIVED) and int(coming.seen.sum()) == 2
-
-
 def test_what_is_on_its_way_is_the_next_previous_embedding(coming):
     previous, seen = coming.swap(torch.tensor([1, 2]), torch.ones(2, 2))
     assert torch.equal(previous, ARRIVED[1:3]) and seen.tolist() == [True, False]

@@ -34,7 +34,7 @@ from utils.data.train_loader import TwoViewLoader
 from utils.evaluation import linear_probe
 from utils.evaluation.features import extract_features
 from utils.evaluation.logistic import Problem
-from utils.method import checkpoint_fields
+from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.method.neighbors import nearest
 
@@ -87,7 +87,7 @@ def test_the_optimizer_takes_weights_and_momentum_in_any_layout():
             assert optimizer.param_groups[0]["fused"]
             if states:
                 model.load_state_dict(states[0])
-                checkpoint_fields.load_optimizer(optimizer, states[1], what="x")
+                checkpoint.load_optimizer(optimizer, states[1], what="x")
             for step, (images, _) in enumerate(two_views(4), 1):
                 optimizer.param_groups[0]["lr"] = 1e-3 / step
                 loss = model.query(images.double().cuda()).sum(dim=1).square().mean()

@@ -46,23 +46,17 @@ def methods(encoders):
 
 @pytest.mark.parametrize("regime", ["2Q", "KM", "supervised", "semi-supervised"])
 @pytest.mark.parametrize("place", ["query", "target"])
-def test_what_is_not_finite_is_not_remembered(regime, place):
-    """Neither bank, cache nor previous embeddings change in the step that ends the run."""
+def test_what_is_not_finite_ends_the_run(regime, place):
+    """A view that is broken, of query or target, makes the loss nan."""
     model = methods(tiny.encoders())[regime].double()
     *batches, last = tiny.random_batches(5)
     for batch in batches:
         model(batch)
-    remembered = {n: v.clone() for n, v in model.state_dict().items() if "encoder" not in n}
     view = f"{place}_view"
     broken = getattr(last, view).clone()
     broken[1, 0, 0, 0] = torch.nan
     loss, _ = model(last._replace(**{view: broken}))
     assert loss.isnan()
-    after = model.state_dict()
-    names = ("bank", "previous", "cache")
-    compared = [name for name in remembered if name.startswith(names)]
-    assert len(compared) >= 3
-    assert all(torch.equal(remembered[name], after[name]) for name in compared)
 
 
 def assert_all_survived(*rows):

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import pickle
 import re
 
 import numpy as np
@@ -20,66 +19,35 @@ class Own:
 
 
 @pytest.mark.parametrize(
-    ("content", "name"),
+    "content",
     [
-        (torchvision.models.resnet18(), "torchvision.models.resnet.ResNet"),
-        ({"state_dict": {}, "best_acc1": np.float64(71.3)}, "numpy._core.multiarray.scalar"),
-        ({"opt": Own()}, f"{__name__}.Own"),
-        ({"opt": eval}, "eval"),
-        ({"opt": collections.defaultdict(int)}, "collections.defaultdict"),
-        ({"opt": os.getcwd}, "posix.getcwd"),
+        torchvision.models.resnet18(),
+        {"state_dict": {}, "best_acc1": np.float64(71.3)},
+        {"opt": Own()},
+        {"opt": eval},
+        {"opt": collections.defaultdict(int)},
+        {"opt": os.getcwd},
     ],
 )
-def test_what_is_not_let_in_is_named(tmp_path, content, name):
+def test_what_is_not_let_in(tmp_path, content):
     path = tmp_path / "whole.pth"
     torch.save(content, path)
     with pytest.raises(InputError) as error:
         checkpoint.load(path, flag="--weights")
-    assert str(error.value).replace("numpy.core", "numpy._core") == (
-        f"--weights {path}: holds {name}, a pickled object; only tensors and plain values are read "
-        "(save its state_dict())"
+    assert str(error.value) == (
+        f"--weights {path}: holds a pickled object; only tensors and plain values are read (save "
+        "its state_dict())"
     )
     assert not isinstance(error.value, DamagedError)  # no older file may silently take its place
 
 
-# What torch says, as 2.11 and 2.14 word it, behind its advice.
-ADVICE = "Weights only load failed. This file can still be loaded, \x1b[1mdo those steps\x1b[0m. "
-WORDS = [
-    ("GLOBAL a.B was not an allowed global by default. Please use", "a.B"),
-    ("Trying to load unsupported GLOBAL os.system whose module os is blocked.", "os.system"),
-    ("Unsupported class a.B", "a.B"),
-    (
-        "Can only create new object for nn.Parameter or classes allowlisted via "
-        "`add_safe_globals` but got <class 'a.B'>",
-        "a.B",
-    ),
-    (
-        "Can only build Tensor, Parameter, OrderedDict or types allowlisted via "
-        "`add_safe_globals`, but got <class 'a.B'>",
-        "a.B",
-    ),
-    ("Trying to call reduce for unrecognized function a.b", "a.b"),
-    ("``torch.distributed.tensor`` must be imported to load DTensors", "DTensors"),
-    ("Unsupported operand 149", None),
-]
-
-
-@pytest.mark.parametrize(("words", "name"), WORDS)
-def test_words_of_torch(tmp_path, monkeypatch, words, name):
-    path = tmp_path / "x.pth"
-    torch.save({}, path)
-
-    def fail(*_, **__):
-        raise pickle.UnpicklingError(
-            f"{ADVICE}\n\t(1) In PyTorch 2.6\n\tWeightsUnpickler error: {words}\n\nCheck the doc"
-        )
-
-    monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(InputError) as error:
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_is_refused(tmp_path):
+    path = tmp_path / "script.pth"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    with pytest.raises(InputError, match=f"--weights {path}: not a readable checkpoint") as error:
         checkpoint.load(path, flag="--weights")
-    expected = f"holds {name}, a pickled" if name else f"not a readable checkpoint ({words})"
-    assert str(error.value).startswith(f"--weights {path}: {expected}")
-    assert str(error.value).isprintable()
+    assert "\n" not in str(error.value)
 
 
 def test_a_name_out_of_a_file_is_one_short_line():

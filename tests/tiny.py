@@ -1,13 +1,16 @@
 """Small models, batches and runs that the tests of the training scripts share."""
 
+import argparse
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.cli import arguments, options
 from utils.data import cropping
 from utils.data.batches import Batch
 from utils.method.encoders import QueryTargetEncoders
@@ -17,6 +20,13 @@ FLAGS = (
     *("--arch", "conv4", "--image_size", 16, "--batch_size", 8, "--mem_bank_size", 20),
     *("--topk", 3, "--num_workers", 0, "--print_freq", 2),
 )
+
+
+def run_args(folder: Path, **changes: Any) -> argparse.Namespace:
+    """The flags of a run in a folder as all training scripts have them, some changed."""
+    options.add_training_options(parser := arguments.Parser())
+    args = vars(parser.parse_args(["data"])) | {"checkpoint_path": folder} | changes
+    return argparse.Namespace(**args)
 
 
 def encoders(*, momentum: float = 0.9) -> QueryTargetEncoders:

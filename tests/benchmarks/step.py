@@ -179,15 +179,11 @@ def training_batches(
 ) -> tuple[Run, Iterator[Batch]]:
     """A run that neither reports nor saves, and its batches."""
     (rate,) = {group["lr"] for group in optimizer.param_groups}
-    freqs = {"print_freq": _NEVER, "save_freq": _NEVER, "save_minutes": 0, "knn_freq": -1}
-    run = Run(
-        *(model, optimizer),
-        folder=folder,
-        epochs=_NEVER,
-        learning_rate=lambda epoch: rate,
-        settings={},
-        **freqs,
+    args = script_flags(
+        *("--epochs", _NEVER, "--learning_rate", rate, "--checkpoint_path", folder),
+        *("--print_freq", _NEVER, "--save_freq", _NEVER, "--save_minutes", 0, "--knn_freq", -1),
     )
+    run = Run(args, model, optimizer)
     return run, run.batches(loader)
 
 

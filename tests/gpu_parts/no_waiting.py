@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import spans
+import tiny
 import torch
 from every_method import METHODS, Method, Sizes, device_of_shapes, encoders
 from torch import nn
@@ -106,8 +107,8 @@ def train(
     flags = argparse.Namespace(learning_rate=0.05, sgd_momentum=0.9, weight_decay=1e-4)
     flags.device = loader.device
     optimizer = build_training.build_optimizer(flags, model)
-    rate = {"learning_rate": lambda _: flags.learning_rate, "epochs": 1, "knn_freq": -1}
-    with Run(model, optimizer, folder=folder, settings={}, **rate) as run:
+    args = tiny.run_args(folder, learning_rate=0.05, epochs=1, knn_freq=-1)
+    with Run(args, model, optimizer) as run:
         for batch in run.batches(loader):
             at_step(run.epoch_step)
             loss, stats = run.forward(batch, **arguments)

@@ -22,7 +22,7 @@ from utils.cli import options
 from utils.data import demo_data
 from utils.method import checkpoint
 from utils.runtime import torch_file, workers
-from utils.training.run_folder import PARTS, checkpoints_in
+from utils.training.run_folder import checkpoints_in
 
 _FLAGS = ("--deterministic", "--num_workers", 2)
 _PLACES = range(1, 11)  # lines of the log, of 15 in all, after which a run is killed or stopped
@@ -149,10 +149,10 @@ def differing(one: Path, other: Path) -> str:
 
 def kept(folder: Path) -> tuple[int, list[str]]:
     """How many files of tensors a run's folder holds, and what in them is not finite."""
-    paths = [*checkpoints_in(folder), *(folder / PARTS).glob("*.pth")]
+    paths = checkpoints_in(folder)
     bad = []
     for path in paths:
-        state = reliability.tensors(torch_file.read(path))
+        state = reliability.tensors(torch_file.read(path, what=str(path)))
         bad += [f"{path.name}: {n}" for n, v in state.items() if not torch_file.is_finite(v)]
     return len(paths), bad
 

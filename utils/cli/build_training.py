@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +34,8 @@ from utils.method.encoders import (
 from utils.method.memory_bank import MemoryBank
 from utils.runtime import distributed, faiss_library, origin
 from utils.runtime.errors import InputError
-from utils.training import run_folder, tensorboard
+from utils.training import run_folder
 from utils.training.engine import Run
-from utils.training.schedule import learning_rate
 
 
 def check_batch(args: argparse.Namespace) -> None:
@@ -308,39 +306,19 @@ def build_run(
     to train with, where they are not those of the images. For the demo data the untrained network
     and raw pixels are measured first, to compare with.
     """
-    if args.tensorboard:
-        tensorboard.check_installed()
     _set_randomness(args)
     evaluate, untrained = None, {}
     if val is not None:
         backbone = model.encoders.query_encoder.backbone
         evaluate, untrained = _build_evaluation(args, backbone, loader, val)
     return Run(
+        args,
         model,
         optimizer,
-        folder=args.checkpoint_path,
-        epochs=args.epochs,
-        learning_rate=partial(
-            learning_rate,
-            args.learning_rate,
-            epochs=args.epochs,
-            cosine=args.cos,
-            decay_epochs=args.lr_decay_epochs,
-            decay_rate=args.lr_decay_rate,
-        ),
-        settings={name: _builtin(value) for name, value in vars(args).items()},
         data=_digests(loader.images, labeled=labeled, given=given),
         about=origin.of_start(args.device) | _about_images(loader.images, val, labeled),
-        print_freq=args.print_freq,
-        save_freq=args.save_freq,
-        save_minutes=args.save_minutes,
-        knn_freq=args.knn_freq,
         evaluate=evaluate,
         compare_with=untrained,
-        resume=args.resume,
-        resume_anyway=args.resume_anyway,
-        tensorboard=args.tensorboard,
-        debug=args.debug,
         num_images=len(loader.images),
         num_classes=len(loader.images.classes),
     )
@@ -371,16 +349,14 @@ def _build_evaluation(
     return partial(knn, backbone), found
 
 
-def _digests(images: ImageSet, **chosen: np.ndarray | None) -> dict[str, str]:
-    """What tells one set of training data from another, by name.
-
-    chosen: by a word for them, the labels or images of the set that are used.
-    """
+def _digests(
+    images: ImageSet, *, labeled: np.ndarray | None, given: np.ndarray | None
+) -> dict[str, str]:
+    """What tells one set of training data from another, by name; arguments as of `build_run`."""
     digests = {"training images or classes": images.digest()}
-    names = {"labeled": "labeled images", "given": "given labels"}
-    for word, values in chosen.items():
+    for name, values in (("labeled images", labeled), ("given labels", given)):
         if values is not None:
-            digests[names[word]] = hashlib.sha256(values.tobytes()).hexdigest()
+            digests[name] = hashlib.sha256(values.tobytes()).hexdigest()
     return digests
 
 
@@ -394,15 +370,6 @@ def _about_images(train: ImageSet, val: ImageSet | None, labeled: np.ndarray | N
     if labeled is not None:
         counts["labeled"] = len(labeled)
     return {"counts": counts, "left_out": left_out}
-
-
-def _builtin(value: Any) -> Any:
-    """Checkpoints hold builtins only."""
-    if isinstance(value, list):
-        return [_builtin(part) for part in value]
-    if isinstance(value, tuple):
-        return tuple(_builtin(part) for part in value)
-    return str(value) if isinstance(value, (Path, torch.device)) else value
 
 
 def start_run(

@@ -1,15 +1,11 @@
-"""Checkpoints: atomic, sealed save; safe, strict load; encoder weights out of any known layout.
+"""Checkpoints: safe, strict load; encoder weights out of any known layout.
 
 A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of the method's module,
-`optimizer`, `epoch`, `args` (the run's settings), `format`, and what `engine` needs to go on. The
-encoders' names inside are those of `encoders.QueryTargetEncoders` behind "encoders.". Also read:
-checkpoints of the published CMSF and MSF code, plain torchvision state dicts, and backbones that
-eval/export_backbone.py wrote. Nothing in a file is ever executed, and what stands in it is of the
-types and ranges said here, or refused.
-
-Every file written here is sealed: its zip archive ends in a comment with the SHA-256 of all that
-stands before it. torch.load alone lets a flipped bit through: it does not check the archive's
-checksums. For other readers the file is what torch.save writes.
+`optimizer`, `epoch`, `step` within it, `args` (the run's settings), `format`, and what else a run
+needs to go on (`RUN`). The encoders' names inside are those of `encoders.QueryTargetEncoders`
+behind "encoders.". Also read: checkpoints of the published CMSF and MSF code, plain torchvision
+state dicts, and backbones that eval/export_backbone.py wrote. Nothing in a file is ever executed,
+and what stands in it is of the types and ranges said here, or refused.
 """
 
 import argparse
@@ -21,11 +17,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.method import checkpoint_fields
-from utils.method.checkpoint_fields import EXPORTED, FORMAT  # noqa: F401 (a name of this module too)
 from utils.method.encoders import Backbone, QueryTargetEncoders, mlp
-from utils.runtime import checked, files, safetensors_file, torch_file
+from utils.runtime import checked, safetensors_file, torch_file
+from utils.runtime.checked import Kind
 from utils.runtime.errors import DamagedError, InputError
+
+FORMAT = "cmsf-2"
+EXPORTED = "cmsf-backbone-1"  # a backbone by itself: "state_dict" and "metadata"
+
+# What a checkpoint says of its network; the size has a limit, as an image of it is made.
+NETWORK = {
+    "arch": Kind("a name", lambda v: isinstance(v, str) and v.isprintable() and len(v) < 100),
+    "image_size": checked.whole(1, 4096),
+    "small_stem": checked.FLAG,
+}
+_BYTES = torch_file.tensor("(n,)", lambda value: True, dims=1, dtype=torch.uint8)
+_SUMS = checked.table_of(torch_file.tensor("(2,)", lambda value: len(value) == 2, dims=1))
+_PLAIN = checked.table_of(checked.PLAIN)
+_COUNT = checked.whole(0)
+
+
+def _are_means(value: Any) -> bool:
+    return checked.TABLE.holds(value) and _SUMS.holds(value.get("sums"))
+
+
+def _is_metadata(value: Any) -> bool:
+    return _PLAIN.holds(value) and value.get("encoder", "query") in ("query", "target")
+
+
+# The fields of files of ours, by format.
+_FIELDS = {
+    FORMAT: {
+        "method": checked.TEXT,
+        "epoch": checked.whole(1),
+        "step": checked.or_none(_COUNT),
+        "state_dict": checked.TABLE,
+        "optimizer": checked.TABLE,
+        "rng_states": checked.list_of(checked.table_of(_BYTES)),
+        "means": Kind("sums of figures", _are_means),
+        "bad_images": checked.list_of(checked.TEXT),
+        "seconds": checked.real(0),
+        "data": checked.table_of(checked.TEXT),
+        "args": _PLAIN,
+        "parts": checked.table_of(checked.TABLE),
+    },
+    EXPORTED: {
+        "state_dict": checked.TABLE,
+        "metadata": Kind("a table of plain values (encoder: query or target)", _is_metadata),
+    },
+}
+RUN = tuple(name for name in _FIELDS[FORMAT] if name != "parts")  # what a run needs to go on
 
 # torchvision's networks in its own older names -> today's (densenet.py, vision_transformer.py).
 _OLDER = (
@@ -34,47 +75,68 @@ _OLDER = (
     (re.compile(r"(.*\.mlp)\.linear_2\.(weight|bias)"), r"\1.3.\2"),
 )
 # Published names (after "module." of DataParallel is taken out) -> ours.
-_PUBLISHED = {"encoder_q.": "query_encoder.", "encoder_t.": "target_encoder."}
+_PUBLISHED = {"encoder_q": "query_encoder", "encoder_t": "target_encoder"}
+_QUERY = "query_encoder.backbone."
 
 
 def load(path: str | Path, *, flag: str) -> dict:
     """Read a checkpoint on the CPU without running any code that may be in it.
 
-    flag: the user's flag that named the file, for the message. A file of ours must have its seal
-    intact, any other zip archive its checksums. A file that ends in .safetensors comes in the
-    layout of an exported backbone, if it is one, or else as {"state_dict": ...}. Raises InputError
-    for a missing or damaged file, for one that holds no dict of tensors and builtins (see
-    `torch_file.read`), and for a field of another type or range than it must have; DamagedError,
-    one of them, where the file is at fault.
+    flag: the user's flag that named the file, for the message. A file that ends in .safetensors
+    comes in the layout of an exported backbone, if it is one, or else as {"state_dict": ...}.
+    Raises InputError for a missing or damaged file, for one that holds no dict of tensors and
+    builtins (see `torch_file.read`), and for a field of another type or range than it must have;
+    DamagedError, one of them, where the file is at fault.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
         reason = "a folder" if Path(path).is_dir() else "no such file"
         raise DamagedError(f"{what}: {reason}")
-    is_safetensors = safetensors_file.has_ending(path)
-    if is_safetensors:
-        safetensors_file.check_library(what)
-    try:
-        sealed = is_safetensors or files.is_intact(path)
-        state = _from_safetensors(path) if is_safetensors else torch_file.read(path)
-    except torch_file.NotAllowedError as error:
-        raise InputError(f"{what}: {error}") from error
-    except Exception as error:  # a damaged file can raise about anything
-        reason = torch_file.reason(error)
-        raise DamagedError(f"{what}: not a readable checkpoint ({reason})") from error
+    if safetensors_file.has_ending(path):
+        state = _from_safetensors(path, what=what)
+    else:
+        state = torch_file.read(path, what=what)
     if not isinstance(state, dict):
         raise InputError(f"{what}: not a checkpoint (holds a {type(state).__name__})")
-    if "format" in state and not sealed:
-        raise DamagedError(f"{what}: not a readable checkpoint (its seal is missing)")
-    return checkpoint_fields.check(state, what=what)
+    return _checked(state, what=what)
 
 
-def _from_safetensors(path: str | Path) -> dict:
+def _from_safetensors(path: str | Path, *, what: str) -> dict:
     """A safetensors file in the layout of the .pth that would hold the same."""
-    weights, about, format = safetensors_file.decode(path)
-    if format is None:
-        return {"state_dict": weights}
-    return exported(weights, about, format=format)
+    safetensors_file.check_library(what)
+    try:
+        weights, about, format = safetensors_file.decode(path)
+    except Exception as error:  # a damaged file can raise about anything
+        raise DamagedError(torch_file.unreadable(what)) from error
+    return {"state_dict": weights} if format is None else exported(weights, about, format=format)
+
+
+def _checked(state: dict, *, what: str) -> dict:
+    """A file's content, if its fields are as they must be; InputError, begun by `what`, if not.
+
+    An epoch that others have saved as a tensor or float becomes an int; of another kind it is left
+    out of their files, and that is said.
+    """
+    for name in state:
+        if not isinstance(name, str):
+            raise InputError(f"{what}: its key {checked.shown(name)} is not text")
+    epoch_kind = checked.or_none(_COUNT)
+    if "epoch" in state:
+        epoch = state["epoch"]
+        if isinstance(epoch, Tensor) and not torch_file.unfit(epoch) and epoch.ndim == 0:
+            epoch = epoch.item()
+        if isinstance(epoch, float) and epoch.is_integer():
+            epoch = int(epoch)
+        state["epoch"] = epoch
+        if "format" not in state and not epoch_kind.holds(epoch):
+            print(f"{what}: its epoch is {checked.shown(epoch)}, which is not noted", flush=True)
+            del state["epoch"]
+    checked.take(state, "epoch", epoch_kind, what=what, default=None)
+    fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
+    for name, kind in fields.items():
+        if name in state or name == "metadata":  # of a run a reader asks for what it needs
+            checked.take(state, name, kind, what=what)
+    return state
 
 
 def exported(weights: dict[str, Tensor], about: dict[str, Any], *, format: str = EXPORTED) -> dict:
@@ -103,7 +165,7 @@ def said(checkpoint: dict, name: str, *, what: str) -> Any:
 
     InputError that begins with `what` for a value that is none.
     """
-    kind = checked.or_none(checkpoint_fields.NETWORK[name])
+    kind = checked.or_none(NETWORK[name])
     return checked.take(settings(checkpoint), name, kind, what=what, default=None)
 
 
@@ -116,40 +178,35 @@ def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str
     """
     state = checkpoint
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
+        state = state[key] if isinstance(state.get(key), dict) else state
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     torch_file.check_weights(state, what=what)
-    ours = {name: value for name, value in state.items() if name.startswith("encoders.")}
-    if ours:
-        return {name.removeprefix("encoders."): value for name, value in ours.items()}
-
+    if ours := _below("encoders.", state):
+        return ours
     state = {_without_module(name): value for name, value in state.items()}
+    layer = classifier + "."
+    if not any(name.partition(".")[0] in _PUBLISHED for name in state):
+        return {f"{_QUERY}{n}": v for n, v in state.items() if not n.startswith(layer)}
     weights = {}
-    if any(name.startswith(tuple(_PUBLISHED)) for name in state):
-        for name, value in state.items():
-            if name.startswith("predict_q."):
-                weights["predictor." + name.removeprefix("predict_q.")] = value
-            for theirs, mine in _PUBLISHED.items():
-                if name.startswith(theirs):
-                    weights[mine + _part(name.removeprefix(theirs), classifier)] = value
-    else:
-        for name, value in state.items():
-            if not name.startswith(classifier + "."):
-                weights["query_encoder.backbone." + name] = value
+    for name, value in state.items():
+        encoder, _, rest = name.partition(".")
+        if encoder == "predict_q":
+            weights[f"predictor.{rest}"] = value
+        elif encoder in _PUBLISHED and rest.startswith(layer):
+            weights[f"{_PUBLISHED[encoder]}.projector.{rest.removeprefix(layer)}"] = value
+        elif encoder in _PUBLISHED:
+            weights[f"{_PUBLISHED[encoder]}.backbone.{rest}"] = value
     return weights
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
 
 
 def _without_module(name: str) -> str:
     """A parameter's name without what (Distributed)DataParallel and torch.compile add to it."""
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def _part(name: str, classifier: str) -> str:
-    """Published encoders hold the projector in the classifier's place."""
-    if name.startswith(classifier + "."):
-        return "projector." + name.removeprefix(classifier + ".")
-    return "backbone." + name
 
 
 def load_strictly(
@@ -164,19 +221,15 @@ def load_strictly(
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
     weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
-    for name in own:
-        if name.endswith("num_batches_tracked"):
-            weights.setdefault(name, own[name])
+    counters = [name for name in own if name.endswith("num_batches_tracked")]
+    weights = OrderedDict({name: own[name] for name in counters} | weights)
     both = [(name, own[name], weights[name]) for name in own if name in weights]
+    types = [name for name, one, value in both if _type(one) != _type(value)]
     problems = {
         "missing": [name for name in own if name not in weights],
         "unknown": [name for name in weights if name not in own],
         "of another shape": [name for name, one, value in both if one.shape != value.shape],
-        "of another type": [
-            name
-            for name, one, value in both
-            if not (_is_like(one, value) or name.endswith("num_batches_tracked"))
-        ],
+        "of another type": [name for name in types if name not in counters],
     }
     if texts := [
         f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
@@ -201,20 +254,19 @@ def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> 
     return name
 
 
-def _is_like(own: Tensor, value: Tensor) -> bool:
-    """Whether a value can stand for the module's own: floating for floating, int for int."""
-    if own.is_floating_point() or value.is_floating_point():
-        return own.is_floating_point() == value.is_floating_point()
-    return (own.dtype == torch.bool) == (value.dtype == torch.bool)
+def _type(value: Tensor) -> str:
+    """What a weight must be to stand for another: of one floating type for any other."""
+    if value.is_floating_point():
+        return "floating"
+    return "bool" if value.dtype == torch.bool else "whole"
 
 
 def load_backbone(
     backbone: Backbone, checkpoint: dict, *, encoder: str = "query", what: str
 ) -> None:
     """Load one encoder's backbone (encoder: "query" or "target") strictly; see `load_strictly`."""
-    prefix = f"{encoder}_encoder.backbone."
     weights = encoder_weights(checkpoint, backbone.classifier, what=what)
-    chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    chosen = _below(f"{encoder}_encoder.backbone.", weights)
     if not chosen:
         raise InputError(f"{what}: no {encoder} encoder in it")
     load_strictly(backbone.module, chosen, what=what)
@@ -227,9 +279,8 @@ def load_projector(
 
     InputError that begins with `what` where the checkpoint has none, or one of another build.
     """
-    prefix = f"{encoder}_encoder.projector."
     weights = encoder_weights(checkpoint, backbone.classifier, what=what)
-    chosen = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    chosen = _below(f"{encoder}_encoder.projector.", weights)
     layers = [v for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
     if not layers:
         raise InputError(f"{what}: no projector of the {encoder} encoder in it")
@@ -249,11 +300,49 @@ def load_initial_weights(
     both backbones and leaves projector and predictor as they are.
     """
     weights = encoder_weights(checkpoint, classifier, what=what)
-    prefix = "query_encoder.backbone."
-    if all(name.startswith(prefix) for name in weights):
-        plain = {name.removeprefix(prefix): value for name, value in weights.items()}
-        load_strictly(encoders.query_encoder.backbone, plain, what=what)
-        load_strictly(encoders.target_encoder.backbone, plain, what=what)
-        return "backbone only; projector and predictor start at random"
-    load_strictly(encoders, weights, what=what)
-    return "query encoder, predictor and target encoder"
+    if not all(name.startswith(_QUERY) for name in weights):
+        load_strictly(encoders, weights, what=what)
+        return "query encoder, predictor and target encoder"
+    for encoder in (encoders.query_encoder, encoders.target_encoder):
+        load_strictly(encoder.backbone, _below(_QUERY, weights), what=what)
+    return "backbone only; projector and predictor start at random"
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict, *, what: str, finite: bool = True
+) -> None:
+    """Load what an SGD has kept of the parameters, whose groups and shapes are those of this one.
+
+    InputError that begins with `what` otherwise. finite: also for what is infinite or not a number.
+    Its settings stay as they are here, the kernels by which it computes among them, and so does how
+    momentum lies in memory: a fused kernel takes none that lies otherwise than its parameter.
+    """
+    what = f"{what}: optimizer"
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    own = optimizer.state_dict()["param_groups"]
+    groups = checked.take(state, "param_groups", checked.list_of(checked.TABLE), what=what)
+    numbers = checked.list_of(_COUNT)
+    found = [list(checked.take(group, "params", numbers, what=what)) for group in groups]
+    if found != [group["params"] for group in own]:
+        raise InputError(f"{what}: param_groups has other parameters than this run")
+    for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
+        if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
+            raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
+        shape = parameters[number].shape
+        for name in slots:
+            checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+    for parameter, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if value is not None and value.stride() != parameter.stride():
+                slots[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _slot_of(shape: torch.Size, finite: bool) -> Kind:
+    """What SGD may keep of a parameter."""
+
+    def holds(value: Tensor) -> bool:
+        return value.shape == shape and not (finite and not torch_file.is_finite(value))
+
+    words = f"{tuple(shape)}{', finite,' * finite}"
+    return checked.or_none(torch_file.tensor(words, holds, dims=len(shape)))

@@ -11,20 +11,13 @@ class PreviousEmbeddings(nn.Module):
     """Each image's last embedding, kept in host memory (CMSF sec. 3.1, the source of M').
 
     embeddings: (N, D), unit norm. seen: (N,) bool, whether the image was visited at all. On
-    ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to; one
-    batch of it at a time is copied. (The published code held two such stores on the GPU, started as
-    noise.) What comes from a GPU is put into its place when the store is next asked for something
-    or saved: by then it has arrived, so a step does not wait for it.
+    ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to.
+    (The published code held two such stores on the GPU, started as noise.) What comes from a GPU is
+    put into its place when the store is next asked or saved, so that no step waits for it.
 
     Of W processes the one of rank r holds the rows of images r, r + W, r + 2 W, ... only. Its state
     has all of them: to get it, or to swap, is something that all processes do together.
-
-    saved_in: for each row held, int32, the number of the file that holds it as it is, 0 where none
-    does (`run_folder` writes only those); no part of the state. saved_apart: True where files of
-    their own hold the rows: then the state has nothing of them, and loading it leaves them alone.
     """
-
-    saved_apart = False
 
     def __init__(self, num_images: int, dim: int) -> None:
         super().__init__()
@@ -32,20 +25,16 @@ class PreviousEmbeddings(nn.Module):
         held = len(range(distributed.rank(), num_images, distributed.world_size()))
         self.register_buffer("embeddings", torch.zeros(held, dim))
         self.register_buffer("seen", torch.zeros(held, dtype=torch.bool))
-        self.saved_in = torch.zeros(held, dtype=torch.int32)
         self._coming: tuple[Tensor, HostCopy] | None = None  # the batch that `settle` puts in place
 
     @torch.no_grad()
-    def swap(
-        self, index: Tensor, embeddings: Tensor, *, only_if: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return the previous embeddings of a batch and put its present ones in their place.
 
         index: (B,) int64, 0 to N - 1. embeddings: (B, D), unit norm, any device; both of the whole
-        batch, the same in every process. Of an image that comes twice the last row stays. only_if:
-        see `remember`. Returns previous (B, D) (zeros for an image not seen before) and seen (B,)
-        bool, on the device of `embeddings`. Raises IndexError for an index out of range: -1 must
-        not alias the last image.
+        batch, the same in every process. Of an image that comes twice the last row stays. Returns
+        previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the device of
+        `embeddings`. Raises IndexError for an index out of range: -1 must not alias the last image.
         """
         index = index.cpu()
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
@@ -61,34 +50,29 @@ class PreviousEmbeddings(nn.Module):
         # All but one of the terms are zero.
         previous = distributed.add_up(upload(previous, device))
         seen = distributed.add_up(upload(seen, device)).bool()
-        self.remember(index, embeddings, only_if=only_if)
+        self.remember(index, embeddings)
         return previous, seen
 
     @torch.no_grad()
-    def remember(self, index: Tensor, embeddings: Tensor, *, only_if: Tensor | None = None) -> None:
+    def remember(self, index: Tensor, embeddings: Tensor) -> None:
         """Keep the present embeddings of a batch; arguments as those of `swap`.
 
-        A batch that is not finite, at which the run stops, is not kept. only_if: () bool where the
-        embeddings are; nor is one for which it is False.
+        A batch that is not finite, at which the run stops, is not kept.
         """
         self.settle()
-        if only_if is not None:
-            embeddings = embeddings.where(only_if, torch.nan)
         self._coming = index, HostCopy(embeddings.detach())
         if embeddings.device.type != "cuda":
             self.settle()
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Put the batch that came last in its place; waits for it."""
-        if self._coming is not None:
-            (index, copy), self._coming = self._coming, None
-            embeddings = copy.get()
-            if embeddings.isfinite().all():
-                self.put(index, embeddings)
-
-    @torch.no_grad()
-    def put(self, index: Tensor, embeddings: Tensor) -> None:
-        """Write rows (B, D) of images `index` (B,) int64, both on the host; the last of each."""
+        if self._coming is None:
+            return
+        (index, copy), self._coming = self._coming, None
+        embeddings = copy.get()
+        if not embeddings.isfinite().all():
+            return
         last = {image: place for place, image in enumerate(index.tolist())}
         if len(last) < len(index):  # a replaced image; the order of such writes is not defined
             places = torch.tensor(list(last.values()))
@@ -96,7 +80,6 @@ class PreviousEmbeddings(nn.Module):
         own, rows = self._held(index)
         self.embeddings[rows] = embeddings[own].to(self.embeddings)
         self.seen[rows] = True
-        self.saved_in[rows] = 0
 
     def on_main(self) -> tuple[Tensor, Tensor]:
         """Embeddings (N, D) and seen (N,) of all images, on the host; all processes ask together.
@@ -104,20 +87,10 @@ class PreviousEmbeddings(nn.Module):
         Only on the main process: on others tensors of that shape without memory.
         """
         self.settle()
+        stores = self.embeddings, self.seen
         if distributed.world_size() == 1:
-            return self.embeddings, self.seen
-        embeddings, seen = (
-            distributed.interleaved(held, self.num_images) for held in (self.embeddings, self.seen)
-        )
-        return embeddings, seen
-
-    def images(self, rows: Tensor) -> Tensor:
-        """Numbers of the images that rows (n,) of this process belong to."""
-        return rows * distributed.world_size() + distributed.rank()
-
-    def mark_saved(self, index: Tensor, number: int) -> None:
-        """Note that the file `number` holds the present rows of images `index` (n,)."""
-        self.saved_in[self._held(index)[1]] = number
+            return stores
+        return tuple(distributed.interleaved(held, self.num_images) for held in stores)
 
     def _held(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the images (B,) bool this process holds, and in which rows (n,)."""
@@ -126,9 +99,6 @@ class PreviousEmbeddings(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """All processes' rows on the main one; elsewhere tensors of that shape without memory."""
-        self.settle()
-        if self.saved_apart:
-            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         whole = zip(("embeddings", "seen"), self.on_main(), strict=True)
         destination.update({prefix + name: rows.detach() for name, rows in whole})
@@ -136,8 +106,6 @@ class PreviousEmbeddings(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
         """Take the rows that this process holds."""
         self._coming = None
-        if self.saved_apart:
-            return
         own = slice(distributed.rank(), None, distributed.world_size())
         taken = {n: v[own] for n, v in state_dict.items() if n.startswith(prefix)}
         super()._load_from_state_dict(state_dict | taken, prefix, *others)

@@ -4,6 +4,7 @@ A file that looks right can hold a list where a number is expected, or a number 
 room for. Without a check it fails far from where it was read, in words that name no file.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,18 +28,19 @@ def whole(low: int = -MOST, high: int = MOST) -> Kind:
     return Kind(words, lambda value: type(value) is int and low <= value <= high)
 
 
-def real(low: float = -float("inf"), high: float = float("inf")) -> Kind:
+def real(low: float = -math.inf, high: float = math.inf) -> Kind:
     """A finite int or float from low to high."""
-
-    def holds(value: Any) -> bool:
-        finite = type(value) in (int, float) and abs(value) <= sys.float_info.max
-        return finite and low <= value <= high
-
-    return Kind(_limited("a finite number", low, high), holds)
+    return Kind(
+        _limited("a finite number", low, high),
+        lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max and low <= v <= high,
+    )
 
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+ANY = Kind("anything", lambda value: True)
+TABLE = Kind("a table", lambda value: isinstance(value, dict))
+PLAIN = Kind("plain values", lambda value: _is_plain(value, deep=4))
 
 
 def list_of(kind: Kind) -> Kind:
@@ -65,11 +67,6 @@ def or_none(kind: Kind) -> Kind:
     return Kind(f"{kind.words} or nothing", lambda value: value is None or kind.holds(value))
 
 
-ANY = Kind("anything", lambda value: True)
-TABLE = Kind("a table", lambda value: isinstance(value, dict))
-PLAIN = Kind("plain values", lambda value: _is_plain(value, deep=4))
-
-
 def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -> Any:
     """record[name], which must be of this kind; InputError that begins with `what` otherwise.
 
@@ -85,23 +82,21 @@ def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -
     return value
 
 
-def _is_plain(value: Any, *, deep: int) -> bool:
-    """Whether JSON can say a value: None, text, flag, finite number, or few levels of those."""
-    if isinstance(value, dict):
-        parts = [*value.values()] if all(isinstance(key, str) for key in value) else [object()]
-    elif isinstance(value, (list, tuple)):
-        parts = value
-    else:
-        return value is None or isinstance(value, (str, bool)) or real().holds(value)
-    return deep > 0 and all(_is_plain(part, deep=deep - 1) for part in parts)
-
-
 def shown(value: Any) -> str:
     """A wrong value, or what it is, in few characters of one line."""
     if type(value) is int and abs(value) > MOST:
         return "a very large number"
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else ""
     return text if 0 < len(text) <= _SHOWN else f"a {type(value).__name__}"
+
+
+def _is_plain(value: Any, *, deep: int) -> bool:
+    """Whether JSON can say a value: None, text, flag, finite number, or few levels of those."""
+    if isinstance(value, dict):
+        return deep > 0 and table_of(Kind("", lambda v: _is_plain(v, deep=deep - 1))).holds(value)
+    if isinstance(value, (list, tuple)):
+        return deep > 0 and all(_is_plain(part, deep=deep - 1) for part in value)
+    return value is None or isinstance(value, (str, bool)) or real().holds(value)
 
 
 def _limited(words: str, low: float, high: float) -> str:

@@ -5,8 +5,9 @@ is said what a tensor out of a file must be, as `checked` says it of other value
 """
 
 import argparse
-import re
+import pickle
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,62 +17,51 @@ from torch import Tensor, nn
 
 from utils.runtime import checked
 from utils.runtime.checked import Kind
-from utils.runtime.errors import InputError, printable
+from utils.runtime.errors import DamagedError, InputError, printable
 
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
-# How torch names what it refuses to make, behind advice to load the file all the same.
-_REFUSED = (
-    r"GLOBAL (\S+) was not an allowed",
-    r"unsupported GLOBAL (\S+) whose module",
-    r"Unsupported class (\S+)",
-    r"add_safe_globals`,? but got <class '([^']+)'>",
-    r"unrecognized function (.+)",
-    r"be imported to load (nested jagged tensors|DTensors)",
-    r"with (TorchScript) archives",
-)
-_REASON = 120  # characters of torch's own words
 _NAME = 80  # characters of a name out of a file
 
 
-class NotAllowedError(ValueError):
-    """A whole file that holds more than tensors and plain values; says what, in one line."""
-
-
-def read(path: str | Path) -> Any:
-    """What torch.save has put into a file, on the CPU.
+def read(path: str | Path, *, what: str) -> Any:
+    """What torch.save has put into a file, on the CPU; no code in it is run.
 
     argparse.Namespace, of published checkpoints, is the one class let in beside tensors and
-    builtins. NotAllowedError for a file with another; about any error for one that is damaged.
+    builtins. Raises, begun by `what`, InputError for a whole file with another, DamagedError for
+    one that is damaged or of another kind. torch.load does not look at the checksums of the zip
+    archive that torch.save writes, so they are looked at here.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    whole = False
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                whole = archive.testzip() is None
+            if not whole:
+                raise DamagedError(unreadable(what))
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            found = [match for p in _REFUSED if (match := re.search(p, str(error)))]
-            if not found:
-                raise
-            raise NotAllowedError(
-                f"holds {one_line(found[0][1].rstrip('.'))}, a pickled object; only tensors and "
-                "plain values are read (save its state_dict())"
-            ) from error
+    except Exception as error:  # a damaged file can raise about anything
+        if not (whole and isinstance(error, pickle.UnpicklingError)):
+            raise DamagedError(unreadable(what)) from error
+        raise InputError(
+            f"{what}: holds a pickled object; only tensors and plain values are read (save its "
+            "state_dict())"
+        ) from error
 
 
-def reason(error: Exception) -> str:
-    """An error of torch's in few words of one line, without its advice and escape codes."""
-    if isinstance(error, LookupError):  # its text is a number
-        return "no file of torch.save"
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
-    return one_line(next(iter(text.strip().splitlines()), type(error).__name__), most=_REASON)
+def unreadable(what: str) -> str:
+    """What is said of a file that is damaged, or none."""
+    return f"{what}: not a readable checkpoint (damaged, or a file of another kind)"
 
 
-def one_line(text: str, *, most: int = _NAME) -> str:
-    """A text out of a file as an error can show it: printable, no longer than `most`."""
+def one_line(text: str) -> str:
+    """A text out of a file as an error can show it: printable and short."""
     text = printable(text)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= _NAME else f"{text[: _NAME - 3]}..."
 
 
 def unfit(tensor: Tensor) -> str | None:

@@ -3,20 +3,20 @@
 It owns epochs, learning rate, stopping, logging, evaluation, saving and resuming, and knows nothing
 of the method. A script iterates over it:
 
-    with Run(model, optimizer, ...) as run:
+    with Run(args, model, optimizer, ...) as run:
         for batch in run.batches(loader):
             loss, stats = run.forward(batch)
             run.step(loss, stats)
 """
 
+import argparse
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,95 +25,77 @@ from tqdm import tqdm
 from utils.data.batches import Batch
 from utils.data.train_loader import TwoViewLoader
 from utils.evaluation.knn import LOGGED, format_comparison
-from utils.method import checkpoint, checkpoint_fields, collapse
+from utils.method import checkpoint, collapse
 from utils.method.memory_bank import MemoryBank
 from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.runtime import checked, distributed
 from utils.runtime.errors import InputError, Interrupted, RunError
 from utils.runtime.stop_signals import StopSignals, ignore
-from utils.runtime.torch_file import is_finite
+from utils.runtime.torch_file import is_finite, one_line
 from utils.runtime.workers import worker_failure
-from utils.training import resume_check
+from utils.training import resume_check, tensorboard
 from utils.training.log import Log, Means
 from utils.training.loss_watch import LossWatch
-from utils.training.run_folder import BOARD, RunFolder, apart
-from utils.training.tensorboard import Board
+from utils.training.run_folder import BOARD, RunFolder
+from utils.training.schedule import learning_rate
 
 
 class Run:
-    """A training run in a folder: `log.jsonl` and the checkpoints of `run_folder`.
+    """A training run in a folder: `log.jsonl`, `run.json`, and the checkpoints of `run_folder`.
 
-    model: the method's module; `forward(batch)` returns a loss and a dict of scalar tensors,
-    `diagnostics()` the figures that tell its health, `spread` and `effective_rank` among them; low
-    ones are warned of, unless the model has `can_collapse = False`.
-    learning_rate: epoch (from 1) -> rate. evaluate: returns k-NN figures, called every `knn_freq`
-    epochs (0: only after the last; -1: never). settings: the flags, kept in every checkpoint.
-    data: digests by name of what is trained on, compared when resuming. save_freq: epochs between
-    checkpoints for good; save_minutes: minutes after which the next step saves (0: none within an
-    epoch). about: what else `run.json` is to say of this start, of builtins. tensorboard: write for
-    it too. resume: a checkpoint to continue after, or "auto": the newest whole one of the folder,
-    if there is one. Otherwise the files of an earlier run in the folder are moved aside, never
-    overwritten. resume_anyway: also with flags or data that make it another experiment. debug: two
-    epochs of five steps. num_images, num_classes: of the data; the banks of a run that is resumed
-    may hold no others.
+    args: the flags that all training scripts have (`options.add_training_options`); they and the
+    script's own are kept in every checkpoint. model: the method's module; `forward(batch)` returns
+    a loss and a dict of scalar tensors, `diagnostics()` the figures that tell its health, `spread`
+    and `effective_rank` among them; low ones are warned of, unless the model has `can_collapse =
+    False`. data: digests by name of what is trained on, compared when resuming. about: what else
+    `run.json` is to say of this start, of builtins. evaluate: returns k-NN figures. compare_with:
+    others by name, for `finish`. num_images, num_classes: of the data; the banks of a run that is
+    resumed may hold no others.
 
+    Without `--resume` the files of an earlier run in the folder are moved aside, never overwritten.
     Of several processes each makes the same run; `forward` is the model's, with gradients that are
     the mean over all of them, and the main one writes the files.
     """
 
     def __init__(
         self,
+        args: argparse.Namespace,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        folder: Path,
-        epochs: int,
-        learning_rate: Callable[[int], float],
-        settings: dict,
         data: dict[str, str] | None = None,
         about: dict | None = None,
-        print_freq: int = 100,
-        save_freq: int = 10,
-        save_minutes: float = 10,
-        knn_freq: int = 0,
         evaluate: Callable[[], dict] | None = None,
         compare_with: dict[str, dict] | None = None,
-        resume: str | None = None,
-        resume_anyway: bool = False,
-        tensorboard: bool = False,
-        debug: bool = False,
         num_images: int = checked.MOST,
         num_classes: int = checked.MOST,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.folder = Path(folder)
-        self.epochs = min(epochs, 2) if debug else epochs
-        self.max_steps = 5 if debug else sys.maxsize
-        self.settings, self.data, self._about = settings, data or {}, about or {}
-        self.print_freq, self.save_freq, self.knn_freq = print_freq, save_freq, knn_freq
-        self.save_minutes = save_minutes
+        if args.tensorboard:
+            tensorboard.check_installed()
+        self.args, self.model, self.optimizer = args, model, optimizer
+        self.settings = {name: _builtin(value) for name, value in vars(args).items()}
+        self.epochs = min(args.epochs, 2) if args.debug else args.epochs
+        self.epoch, self.epoch_step, self.epoch_steps = 1, 0, 0
         self.knn: dict | None = None
-        self.epoch, self.epoch_step, self.epoch_steps, self.total_steps = 1, 0, 0, 0
-        self._learning_rate, self._evaluate = learning_rate, evaluate
-        self._compare_with = compare_with or {}
-        self._start = self._saved_at = time.monotonic()
-        self._interval_start, self._interval_steps = self._start, 0
+        self._method, self._data, self._about = type(model).__name__, data or {}, about or {}
+        self._evaluate, self._compare_with = evaluate, compare_with or {}
+        self._num = {"num_images": num_images, "num_classes": num_classes}
+        self._start = self._saved_at = self._interval_start = time.monotonic()
+        self._interval_steps = 0
         self._means = Means()
         self._shown = ""  # beside the progress bar
-        self._board = Board(self.folder / BOARD, wanted=tensorboard)
+        self._board: tensorboard.Board | None = None
         self._batch: Batch | None = None
         self._loader: TwoViewLoader | None = None
         self._bad_images: list[str] = []  # of a run that is resumed
-        self._signals = StopSignals(noted=lambda: self._files.ask_for_requeue())
-        self._stores = {n: m for n, m in model.named_modules() if isinstance(m, PreviousEmbeddings)}
-        self._files = RunFolder(self.folder, say=Log.say)
-        self.log = Log(self._files.log, silent=not distributed.is_main())
-        self._losses = LossWatch(self.log, advice=self._advice)
         self._last_saved: Path | None = None
         self._epoch_ended = False  # all that is left of `epoch` is to evaluate
-        self._num = {"num_images": num_images, "num_classes": num_classes}
-        self._anyway = resume_anyway
-        self._begin(resume)
+        self._files = RunFolder(args.checkpoint_path, say=Log.say)
+        self._signals = StopSignals(noted=self._files.ask_for_requeue)
+        self.log = Log(self._files.log, silent=not distributed.is_main())
+        self._losses = LossWatch(self.log, advice=self._advice)
+        self._banks = {n: m for n, m in model.named_modules() if isinstance(m, MemoryBank)}
+        self._begin(args.resume)
         self.forward = distributed.parallel(model)
 
     def __enter__(self) -> "Run":
@@ -126,7 +108,8 @@ class Run:
     ) -> None:
         """Add to an error that ends the run where the last checkpoint is."""
         self._signals.restore()
-        self._board.close()
+        if self._board:
+            self._board.close()
         if error is None:
             self._files.ask_for_requeue(False)  # a signal came too late to matter
         if isinstance(error, Interrupted):
@@ -137,7 +120,10 @@ class Run:
             reason = worker_failure(error) or distributed.failure(error)
             error = RunError(reason) if reason else error
         if isinstance(error, (RunError, InputError)):
-            text = f"{distributed.prefix()}{error}; last checkpoint: {self._where_to_resume()}"
+            last = self._last_saved or "none yet"
+            if self._last_saved:
+                last = f"{last} (--resume {'auto' if self._files.holds(last) else last})"
+            text = f"{distributed.prefix()}{error}; last checkpoint: {last}"
             raise type(error)(text) from None
 
     def batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
@@ -149,47 +135,60 @@ class Run:
         self._loader = loader
         loader.bad_images.restore(self._bad_images)
         self._check_same_everywhere()
-        if self.epoch_step > len(loader) and not self._anyway:
+        if self.epoch_step > len(loader) and not self.args.resume_anyway:
             reason = f"holds step {self.epoch_step} of an epoch of {len(loader)}"
             raise InputError(f"--resume {self._last_saved}: {reason}")
-        self.epoch_steps = min(len(loader), self.max_steps)
+        self.epoch_steps = min(len(loader), 5) if self.args.debug else len(loader)
         self._say_what_it_is()
         while self.epoch <= self.epochs:
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(self.epoch)
+                group["lr"] = self._learning_rate()
             self._interval_start = time.monotonic()
             if self.epoch_step < self.epoch_steps and not self._epoch_ended:
                 yield from self._epoch_batches(loader)
             self._end_epoch()
             self.epoch, self.epoch_step, self._epoch_ended = self.epoch + 1, 0, False
 
+    @property
+    def total_steps(self) -> int:
+        """Steps that have been begun in the whole run."""
+        done = self.epoch_steps if self._epoch_ended else self.epoch_step
+        return (self.epoch - 1) * self.epoch_steps + done
+
+    def _learning_rate(self) -> float:
+        """Of this epoch."""
+        return learning_rate(
+            self.args.learning_rate,
+            self.epoch,
+            epochs=self.args.epochs,
+            cosine=self.args.cos,
+            decay_epochs=self.args.lr_decay_epochs,
+            decay_rate=self.args.lr_decay_rate,
+        )
+
     def _say_what_it_is(self) -> None:
         """Write `run.json`, open the board; how long an epoch is, is known now."""
-        done = self.epoch_steps if self._epoch_ended else self.epoch_step
-        self.total_steps = (self.epoch - 1) * self.epoch_steps + done
-        start = {"method": type(self.model).__name__, "settings": self.settings, "data": self.data}
+        start = {"method": self._method, "settings": self.settings, "data": self._data}
         start |= {"epochs": self.epochs, "steps": self.epoch_steps, **self._about}
-        place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": done}
+        step = self.epoch_steps if self._epoch_ended else self.epoch_step
+        place = {"checkpoint": str(self._last_saved), "epoch": self.epoch, "step": step}
         self._files.describe(start | {"resumed_from": place if self._last_saved else None})
-        self._board.open(self.log, steps=self.epoch_steps, after=self.total_steps)
+        if self.args.tensorboard and distributed.is_main():
+            folder, after = self._files.path / BOARD, self.total_steps
+            self._board = tensorboard.Board(folder, steps=self.epoch_steps, after=after)
+            self.log.also = self._board.scalars
 
     def _epoch_batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
         """The batches of an epoch that are left."""
         start = self.epoch_step
-        bar = tqdm(
-            desc=f"epoch {self.epoch}/{self.epochs}",
-            total=self.epoch_steps,
-            initial=start,
-            disable=not distributed.shows_bars(),
-            postfix=self._shown,
-        )
-        with bar:
+        bar = {"desc": f"epoch {self.epoch}/{self.epochs}", "postfix": self._shown}
+        bar |= {"total": self.epoch_steps, "initial": start}
+        with tqdm(disable=not distributed.shows_bars(), **bar) as bar:
             for step, batch in enumerate(loader.epoch(self.epoch, start=start), start + 1):
                 self.epoch_step, self._batch = step, batch
-                self.total_steps = (self.epoch - 1) * self.epoch_steps + step
                 yield batch
                 bar.update()
-                if step % self.print_freq == 0 or step == self.epoch_steps:
+                if step % self.args.print_freq == 0 or step == self.epoch_steps:
                     self._report(loader.batch_size)
                     bar.set_postfix_str(self._shown)
                 self._save_if_due()
@@ -201,9 +200,8 @@ class Run:
 
         On a GPU it is seen a little later, see `LossWatch`, but before anything is kept.
         """
-        place = {"epoch": self.epoch, "step": self.epoch_step}
         rate = self.optimizer.param_groups[0]["lr"]
-        self._losses.watch(loss, place, rate=rate, index=self._batch.index)
+        self._losses.watch(loss, self._place(), rate=rate, index=self._batch.index)
         loss.backward()
         self.optimizer.step()
         # Now, not before the next backward pass: their memory can serve the forward pass, and that
@@ -215,12 +213,15 @@ class Run:
     def note(self, figures: dict[str, float]) -> None:
         """Log figures of something that happened within an epoch."""
         self._losses.check()
-        self.log.write({"epoch": self.epoch, "step": self.epoch_step, **figures})
+        self.log.write(self._place() | figures)
         self._say_figures(figures)
 
-    def _say_figures(self, figures: dict[str, float]) -> None:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {text}")
+    def _place(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "step": self.epoch_step}
+
+    def _say_figures(self, figures: dict) -> None:
+        texts = (f"{n} {value:.4g}" for n, value in figures.items() if not isinstance(value, list))
+        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(texts)}")
 
     def finish(self, name: str) -> None:
         """Say what came out: the k-NN table, the last checkpoint, the time."""
@@ -234,7 +235,8 @@ class Run:
         """One line in the log and on the console for the steps since the last one."""
         self._losses.check()
         self._check_same_everywhere()
-        self._share_bad_images()
+        for names in distributed.gather_objects(self._loader.bad_images.names):
+            self._loader.bad_images.merge(names)  # all processes know of, and count, them
         figures = self._means.read()
         seconds = time.monotonic() - self._interval_start
         figures |= {name: value.tolist() for name, value in self.model.diagnostics().items()}
@@ -242,24 +244,18 @@ class Run:
         figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
         can_collapse = getattr(self.model, "can_collapse", True)
         warning = collapse.warning(figures) if can_collapse else None
-        record = {"epoch": self.epoch, "step": self.epoch_step, **figures}
-        self.log.write(record | ({"warning": warning} if warning else {}))
-        self._say_figures({name: v for name, v in figures.items() if not isinstance(v, list)})
+        self.log.write(self._place() | figures | ({"warning": warning} if warning else {}))
+        self._say_figures(figures)
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
         self._interval_start, self._interval_steps = time.monotonic(), 0
 
-    def _share_bad_images(self) -> None:
-        """All processes know of the broken images that each has found, and count them."""
-        for names in distributed.gather_objects(self._loader.bad_images.names):
-            self._loader.bad_images.merge(names)
-
     def _check_same_everywhere(self) -> None:
         """RunError if weights, bank or clusters, which all processes have, differ between them."""
-        kept = ("bank.", "cache.", "clusters")
-        shared = [value for name, value in self.model.named_buffers() if name.startswith(kept)]
-        shared += [p for p in self.model.parameters() if p.requires_grad]
+        shared = [p for p in self.model.parameters() if p.requires_grad]
+        for module in (self.model, *self._banks.values()):
+            shared += module.buffers(recurse=False)
         if not distributed.same_everywhere(shared):
             raise RunError(
                 f"weights or bank differ between the processes at epoch {self.epoch}, step "
@@ -271,28 +267,29 @@ class Run:
 
         What one process was told, or the main one's clock, holds for all.
         """
-        due = 0 < self.save_minutes <= (time.monotonic() - self._saved_at) / 60
+        due = 0 < self.args.save_minutes <= (time.monotonic() - self._saved_at) / 60
         at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
         told = torch.tensor([self._signals.received or 0, due and not at_end])
         number, due = distributed.highest(told, of_main=[1]).tolist()
         if number:
             self._save_and_stop(signal.Signals(number))
         if due:
-            self._save_step()
+            self._save()
 
     def _epoch_is_saved(self) -> bool:
         """Whether this epoch's end has a checkpoint."""
-        return self.epoch == self.epochs or self.epoch % self.save_freq == 0
+        return self.epoch == self.epochs or self.epoch % self.args.save_freq == 0
 
     def _end_epoch(self) -> None:
         """Save and evaluate as far as due after an epoch; not again what was done before."""
         if self._epoch_is_saved() and not self._epoch_ended:
             self._epoch_ended = True
-            self._last_saved = self._files.save_epoch(self._state())
-            self._saved_at = time.monotonic()
-            self._board.views(self._batch, self.epoch)
-        due = self.knn_freq > 0 and self.epoch % self.knn_freq == 0
-        if self._evaluate and self.knn_freq >= 0 and (due or self.epoch == self.epochs):
+            self._save()
+            if self._board and self._batch:
+                self._board.views(self._batch, self.epoch)
+        every = self.args.knn_freq
+        due = self.epoch == self.epochs or (every > 0 and self.epoch % every == 0)
+        if self._evaluate and every >= 0 and due:
             self._measure_knn()
 
     def _measure_knn(self) -> None:
@@ -306,7 +303,7 @@ class Run:
             return
         alone = distributed.world_size() == 1
         if not (alone or self._epoch_ended):
-            self._save_step()
+            self._save()
         try:
             with self._signals.heeded_at_once() if alone else nullcontext():
                 self.knn = self._evaluate()
@@ -317,27 +314,19 @@ class Run:
             parts = (f"{k}-NN {figures['accuracy']:.1f}" for k, figures in self.knn.items())
             self.log.say(f"epoch {self.epoch}/{self.epochs}  {'  '.join(parts)}")
 
-    def _where_to_resume(self) -> str:
-        """The last checkpoint, and the flag that goes on from it."""
-        if self._last_saved is None:
-            return "none yet"
-        own = self._files.holds(self._last_saved)
-        return f"{self._last_saved} (--resume {'auto' if own else self._last_saved})"
-
     def _advice(self) -> str:
         """What may help against a loss that is not finite."""
         again = " (with --resume_anyway)" if self._last_saved else ""
         return f"try a lower --learning_rate (or --weight_decay){again}"
 
-    def _save_step(self) -> None:
-        self._last_saved = self._files.save_step(self._state(), self._stores)
+    def _save(self) -> None:
+        self._last_saved = self._files.save(self._state())
         self._saved_at = time.monotonic()
 
     def _save_and_stop(self, told: signal.Signals) -> NoReturn:
-        if not self._epoch_ended:
-            self._save_step()
-        elif not self._files.holds(self._last_saved):  # resumed from elsewhere, nothing done since
-            self._last_saved = self._files.save_epoch(self._state())
+        # After an epoch all is saved, but for a run resumed from elsewhere, of which nothing is.
+        if not self._epoch_ended or not self._files.holds(self._last_saved):
+            self._save()
         self._files.ask_for_requeue()
         raise Interrupted(
             f"{told.name} after epoch {self.epoch}, step {self.epoch_step}: saved "
@@ -351,14 +340,13 @@ class Run:
         rng_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             rng_state["cuda"] = torch.cuda.get_rng_state()
-        with apart(self._stores.values(), are_apart=not self._epoch_ended):
-            weights = self.model.state_dict()
+        weights = self.model.state_dict()
         for name, value in weights.items():
             if not value.is_meta and not is_finite(value):
                 raise RunError(f"not saved: {name} is not finite; {self._advice()}")
         return {
             "format": checkpoint.FORMAT,
-            "method": type(self.model).__name__,
+            "method": self._method,
             "epoch": self.epoch,
             "step": None if self._epoch_ended else self.epoch_step,
             "state_dict": weights,
@@ -367,43 +355,15 @@ class Run:
             "means": self._means.state(),
             "bad_images": self._loader.bad_images.names,
             "seconds": self.log.seconds,
-            "data": self.data,
+            "data": self._data,
             "args": self.settings,
         }
 
-    def _accept(self, state: dict, what: str, parts_fit: Callable[[], bool]) -> None:
-        """InputError for a state that is not to be gone on from; see `experiment.check_same`."""
-
-        def fits() -> bool:
-            try:
-                self._restore(state, what=what)  # that ends the run or is done again
-            except InputError:
-                return False
-            return parts_fit()
-
-        resume_check.check_same(
-            state,
-            what,
-            method=type(self.model).__name__,
-            settings=self.settings,
-            data=self.data,
-            anyway=self._anyway,
-            fits=fits,
-            say=Log.say,
-        )
-
     def _begin(self, resume: str | None) -> None:
         """Go on from the checkpoint that `resume` names or finds, or start anew."""
-        if resume == "auto":
-            path, state = self._files.newest_good(self._stores, accept=self._accept)
-            if path is None:
-                Log.say(f"--resume auto: no checkpoint in {self.folder} yet, a new run")
-        elif resume:
-            path = Path(resume)
-            state = self._files.load(path, self._stores, accept=self._accept)
-        else:
-            path, state = None, None
+        path, state = self._found(resume)
         if state:
+            self._check_same(state, what=f"--resume {path}")
             self._restore(state, what=f"--resume {path}")
             done = self.epoch - (not self._epoch_ended)
             if done >= self.epochs and resume != "auto":
@@ -413,43 +373,71 @@ class Run:
         places = distributed.gather_objects(state and (path.name, state["epoch"], state["step"]))
         if any(place != places[0] for place in places):
             raise RunError(f"--resume {resume}: the processes see different checkpoints: {places}")
-        if not distributed.is_main():
-            pass
-        elif path is None or not self._files.holds(path):
-            self._files.start_anew()
-        else:
+        if distributed.is_main() and path and self._files.holds(path):
             self._files.continue_from(state["epoch"], state["step"])
+        elif distributed.is_main():
+            self._files.start_anew()
         distributed.wait_for_all()
         if state:
             self._last_saved = path
             self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
-            place = f", step {self.epoch_step}" if not self._epoch_ended else ""
+            place = f", step {self.epoch_step}" * (not self._epoch_ended)
             Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
+
+    def _found(self, resume: str | None) -> tuple[Path, dict] | tuple[None, None]:
+        """The checkpoint to go on from and its state; neither for a new run."""
+        modules = self.model.named_modules()
+        stores = {name: m for name, m in modules if isinstance(m, PreviousEmbeddings)}
+        if resume and resume != "auto":
+            return Path(resume), self._files.load(Path(resume), stores)
+        path, state = self._files.newest_good(stores) if resume else (None, None)
+        if resume and path is None:
+            Log.say(f"--resume auto: no checkpoint in {self._files.path} yet, a new run")
+        return path, state
+
+    def _check_same(self, state: dict, *, what: str) -> None:
+        """InputError for a run of another method, or without --resume_anyway of other settings."""
+        if state.get("method") != self._method:
+            found = one_line(str(state.get("method")))
+            raise InputError(f"{what}: a run of {found}, not of this script")
+        differing = resume_check.differences(state, self.settings, self._data)
+        if differing and not self.args.resume_anyway:
+            advice = " (to go on all the same: --resume_anyway)"
+            try:
+                self._restore(state, what=what)
+            except InputError:
+                advice = ""
+            raise InputError(f"{what}: a run with {'; '.join(differing)}{advice}")
+        for difference in differing:
+            Log.say(f"WARNING {what}: a run with {difference}")
+        if self.args.cos and checkpoint.settings(state).get("epochs") != self.args.epochs:
+            Log.say(f"the cosine falls over --epochs {self.args.epochs} from here on")
 
     def _restore(self, state: dict, *, what: str) -> None:
         """Take over the state of a run; InputError that begins with `what` if it does not fit."""
-        if missing := [name for name in checkpoint_fields.RUN if name not in state]:
+        if missing := [name for name in checkpoint.RUN if name not in state]:
             raise InputError(f"{what}: incomplete, without {', '.join(missing)}")
-        with apart(self._stores.values(), are_apart="parts" in state):
-            checkpoint.load_strictly(self.model, state["state_dict"], what=what)
-        for name, bank in self.model.named_modules():
-            if isinstance(bank, MemoryBank) and (fault := bank.fault(**self._num)):
+        checkpoint.load_strictly(self.model, state["state_dict"], what=what)
+        for name, bank in self._banks.items():
+            if fault := bank.fault(**self._num):
                 raise InputError(f"{what}: memory bank {name}: {fault}")
-        checkpoint_fields.load_optimizer(self.optimizer, state["optimizer"], what=what)
-        if distributed.rank() < len(state["rng_states"]):  # else as seeded at the start
-            self._restore_rng(state["rng_states"][distributed.rank()], what=what)
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"], what=what)
+        try:
+            for rng_state in state["rng_states"][distributed.rank() :][:1]:  # else as seeded
+                torch.set_rng_state(rng_state["cpu"])
+                if "cuda" in rng_state and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(rng_state["cuda"])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{what}: rng_states is none of this torch's") from error
         if distributed.is_main():
             self._means.restore(state["means"])
         self._bad_images = state["bad_images"]
         self.epoch, step = state["epoch"], state["step"]
         self._epoch_ended, self.epoch_step = step is None, step or 0
 
-    @staticmethod
-    def _restore_rng(states: dict[str, Tensor], *, what: str) -> None:
-        """Go on with torch's random numbers where they were."""
-        try:
-            torch.set_rng_state(states["cpu"])
-            if "cuda" in states and torch.cuda.is_available():
-                torch.cuda.set_rng_state(states["cuda"])
-        except (KeyError, RuntimeError) as error:
-            raise InputError(f"{what}: rng_states is none of this torch's") from error
+
+def _builtin(value: Any) -> Any:
+    """Checkpoints hold builtins only."""
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_builtin, value))
+    return str(value) if isinstance(value, (Path, torch.device)) else value

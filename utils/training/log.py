@@ -22,7 +22,6 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self.count = 0
 
     def add(self, stats: dict[str, Tensor]) -> None:
         """Add one step's scalars (0-dim tensors); a nan says that the step has no such figure."""
@@ -31,7 +30,6 @@ class Means:
             there = ~value.isnan()
             one = torch.stack([value.masked_fill(~there, 0), there.to(value)])
             self._sums[name] = self._sums[name].to(one) + one if name in self._sums else one
-        self.count += 1
 
     def read(self) -> dict[str, float]:
         """The means since the last `read`, over all processes, nan for no figure; start over.
@@ -43,29 +41,27 @@ class Means:
         table = torch.stack([value.cpu().double() for value in self._sums.values()])
         distributed.add_up(table)
         sums = dict(zip(self._sums, table.tolist(), strict=True))
-        self._sums, self.count = {}, 0
+        self._sums = {}
         return {name: s / count if count else float("nan") for name, (s, count) in sums.items()}
 
     def state(self) -> dict:
         """What was added since the last `read`, over all processes, for a checkpoint."""
-        sums = {name: distributed.add_up(value.clone()) for name, value in self._sums.items()}
-        return {"sums": sums, "count": self.count}
+        return {"sums": {n: distributed.add_up(v.clone()) for n, v in self._sums.items()}}
 
     def restore(self, state: dict) -> None:
         """Go on from a `state`."""
-        self._sums, self.count = dict(state["sums"]), state["count"]
+        self._sums = dict(state["sums"])
 
 
 class Log:
     """One JSON object a line in `path`, one short line on the console.
 
-    On a terminal the console lines go above tqdm's bar, otherwise they are plain. silent: one of
-    several processes that leaves the file to the main one. also: gets each record that is written.
+    silent: one of several processes that leaves the file to the main one. also: gets each record
+    that is written.
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
-        self.path = path
-        self.silent = silent
+        self.path, self.silent = path, silent
         self.also: Callable[[dict], None] | None = None
         self._start = time.monotonic()
 
@@ -85,14 +81,10 @@ class Log:
             return
         here = (epoch, math.inf if step is None else step)
         lines = list(filter(str.strip, plain_json.read_text(self.path).split("\n")))
-        records = [record_of(line) for line in lines]
-        if damaged := records[:-1].count(None):
+        records = {line: record_of(line) for line in lines}
+        if damaged := sum(records[line] is None for line in lines[:-1]):
             self.say(f"WARNING {self.path}: damaged, {damaged} lines are no records: left out")
-        kept = [
-            line
-            for line, record in zip(lines, records, strict=True)
-            if record and (record["epoch"], record["step"]) <= here
-        ]
+        kept = [n for n in lines if (r := records[n]) and (r["epoch"], r["step"]) <= here]
         files.replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def find(self, name: str, kind: checked.Kind, *, epoch: int) -> dict | None:
@@ -116,7 +108,7 @@ class Log:
 
     @staticmethod
     def say(text: str) -> None:
-        """Print one line, above the progress bar if there is one."""
+        """Print one line, above the progress bar on a terminal."""
         with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
             if sys.stderr.isatty():
                 tqdm.write(text)

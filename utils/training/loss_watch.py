@@ -2,22 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
 from utils.runtime.errors import RunError
 from utils.runtime.streams import HostCopy
 from utils.training.log import Log
-
-
-class _Step(NamedTuple):
-    """What an error says of a step: its loss, epoch and step, learning rate, image numbers (B,)."""
-
-    loss: HostCopy
-    place: dict[str, int]
-    rate: float
-    index: Tensor
 
 
 def _is_read_later(loss: Tensor) -> bool:
@@ -34,7 +24,7 @@ class LossWatch:
 
     def __init__(self, log: Log, *, advice: Callable[[], str]) -> None:
         self._log, self._advice = log, advice
-        self._last: _Step | None = None  # a step whose loss has not been looked at yet
+        self._last: tuple | None = None  # what `watch` got of a step that is still to be looked at
 
     def watch(self, loss: Tensor, place: dict[str, int], *, rate: float, index: Tensor) -> None:
         """Check the step before, and on the CPU this one; place: "epoch" and "step", from 1.
@@ -42,18 +32,20 @@ class LossWatch:
         loss: a scalar. rate: the learning rate. index: (B,) int64, the batch's images, on the host.
         """
         self.check()
-        self._last = _Step(HostCopy(loss.detach()), place, rate, index)
+        self._last = HostCopy(loss.detach()), place, rate, index
         if not _is_read_later(loss):
             self.check()
 
     def check(self) -> None:
         """RunError, and a line in the log, if the loss of the last step is not finite; waits."""
-        last, self._last = self._last, None
-        if last is None or math.isfinite(loss := last.loss.get().item()):
+        if self._last is None:
             return
-        images = last.index.tolist()
-        self._log.write(last.place | {"error": f"loss {loss}", "lr": last.rate, "images": images})
+        (copy, place, rate, index), self._last = self._last, None
+        if math.isfinite(loss := copy.get().item()):
+            return
+        images = index.tolist()
+        self._log.write(place | {"error": f"loss {loss}", "lr": rate, "images": images})
         raise RunError(
-            f"the loss is {loss} in epoch {last.place['epoch']}, step {last.place['step']}, "
-            f"learning rate {last.rate:.4g}, images {images}; {self._advice()}"
+            f"the loss is {loss} in epoch {place['epoch']}, step {place['step']}, learning rate "
+            f"{rate:.4g}, images {images}; {self._advice()}"
         )

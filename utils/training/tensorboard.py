@@ -4,47 +4,31 @@ TensorBoard is an extra: nothing of it is imported unless it is asked for.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from utils.data.batches import Batch
-from utils.runtime import distributed
 from utils.runtime.errors import InputError
-from utils.training.log import Log
 
 MOST_PAIRS = 8
 
 
 class Board:
-    """Writes to `folder` for TensorBoard once it is open; if `wanted`, and in the main process.
+    """Writes to `folder` for TensorBoard.
 
-    Raises InputError if it is wanted and not installed.
+    steps: of an epoch. after: steps of the run that are done; what an earlier start of it wrote of
+    later ones is hidden.
     """
 
-    def __init__(self, folder: Path, *, wanted: bool) -> None:
-        if wanted:
-            check_installed()
-        self.folder, self._wanted = folder, wanted and distributed.is_main()
-        self._writer: Any = None
-        self._steps = 0
-
-    def open(self, log: Log, *, steps: int, after: int = 0) -> None:
-        """Write all that is logged from now on.
-
-        steps: of an epoch. after: steps of the run that are done; what an earlier start of it wrote
-        of later ones is hidden.
-        """
-        if not self._wanted:
-            return
+    def __init__(self, folder: Path, *, steps: int, after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=after + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=after + 1)
         self._steps = steps
-        log.also = self.scalars
 
     def scalars(self, record: dict) -> None:
         """The numbers of a log record, at its step counted from the run's start.
@@ -58,18 +42,15 @@ class Board:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def views(self, batch: Batch | None, epoch: int) -> None:
+    def views(self, batch: Batch, epoch: int) -> None:
         """At an epoch's end: the first query views of a batch, below each its target view."""
-        if self._writer is None or batch is None:
-            return
         picture = views_picture(batch)
         self._writer.add_image("views/query above target", picture, epoch * self._steps)
         self._writer.flush()
 
     def close(self) -> None:
         """Nothing is written after it."""
-        if self._writer:
-            self._writer.close()
+        self._writer.close()
 
 
 def check_installed() -> None:
@@ -86,22 +67,18 @@ def views_picture(batch: Batch, *, most: int = MOST_PAIRS) -> Tensor:
 
     The normalization of the views is taken back.
     """
-    rows = [_visible(views[:most]) for views in (batch.query_view, batch.target_view)]
-    return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-
-
-def _visible(views: Tensor) -> Tensor:
-    """Views (n, 3, S, S) as they look, on the host."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (views.detach().cpu().float() * std + mean).clamp(0, 1)
+    rows = []
+    for views in (batch.query_view, batch.target_view):
+        visible = (views[:most].detach().cpu().float() * std + mean).clamp(0, 1)
+        rows.append(torch.cat(list(visible), dim=2))
+    return torch.cat(rows, dim=1)
 
 
-def _flat(record: dict, prefix: str = "") -> list[tuple[str, float]]:
+def _flat(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a record by their path."""
-    found = []
     for name, value in record.items():
         if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}/")
+            yield from _flat(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((f"{prefix}{name}", float(value)))
-    return found
+            yield f"{prefix}{name}", value

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -146,14 +145,7 @@ def extract(backbone: nn.Module, name: str, loaders: list[EvalLoader]) -> transf
     for split, loader in zip(Splits._fields, loaders, strict=True):
         if not len(loader.images):
             continue
-        bar = tqdm(loader, f"{name}: {split}", leave=False, disable=not distributed.shows_bars())
-        features[split] = extract_features(
-            backbone,
-            bar,
-            num_images=len(loader.images),
-            left_out=loader.left_out,
-            path_of=loader.images.path,
-        )
+        features[split] = extract_features(backbone, loader, f"{name}: {split}")
     return features if distributed.is_main() else None
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +30,7 @@ from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.method import checkpoint
 from utils.method.encoders import Encoder
-from utils.runtime import distributed, files, plain_json, script
+from utils.runtime import files, plain_json, script
 from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1, "split": "val"}
@@ -82,14 +81,7 @@ def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 
 def extract(network: nn.Module, loader: EvalLoader) -> Tensor | None:
     """Rows (N, F) float32 of the images that can be read; None but on the main process."""
-    bar = tqdm(loader, "features", leave=False, disable=not distributed.shows_bars())
-    found = extract_features(
-        network,
-        bar,
-        num_images=len(loader.images),
-        left_out=loader.left_out,
-        path_of=loader.images.path,
-    )
+    found = extract_features(network, loader)
     return found and found[0]
 
 

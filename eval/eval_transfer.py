@@ -3,13 +3,10 @@
     python eval/eval_transfer.py --weights <CHECKPOINT> --arch resnet50 --root <FOLDER>
     python eval/eval_transfer.py --weights <CHECKPOINT> --arch resnet50 <DATASET PATH>
 
-Regularized logistic regression on frozen features, the regularization chosen on val images and the
-classifier then fitted on train and val: Food101, CIFAR-10, CIFAR-100, SUN397, Cars196, Aircraft,
-DTD, Pets, Caltech101 and Flowers102, below --root as torchvision lays them out (`--download`
-fetches what is not there), or those of `--sets`; and, or only, an image folder with train/ and
-val/, whose val/ is the test set. A set that is not there is named and left out. `--shots 5` fits on
-5 images of every class, several draws. Reads the checkpoints that eval_knn.py does; under torchrun
-several processes extract the features.
+The sets lie below --root as torchvision lays them out (`--download` fetches what is not there); one
+that is not there is named and left out. Of an image folder, beside them or alone, val/ is the test
+set. The protocol is that of utils/evaluation/transfer.py; `--shots 5` fits on 5 images of every
+class, several draws. Under torchrun several processes extract the features.
 """
 
 import argparse
@@ -20,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
-from utils.data.bad_images import BadImages
+from utils.data.batches import EvalLoader
 from utils.data.datasets import check_classes, read_split
 from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import logistic, result_files, transfer, transfer_data
@@ -79,10 +75,9 @@ def parse_args() -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """InputError for flags that do not go together; fills in defaults; makes the folders."""
-    if args.root is None and args.sets:
-        raise InputError(f"--sets {','.join(args.sets)}: name the folder they lie in with --root")
-    if args.root is None and args.download:
-        raise InputError("--download: name the folder to write to with --root")
+    if args.root is None and (args.sets or args.download):
+        flag = f"--sets {','.join(args.sets)}" if args.sets else "--download"
+        raise InputError(f"{flag}: name the folder of the data sets with --root")
     if args.root is None and args.data is None:
         raise InputError("--root: name the folder of the data sets, or an image folder as data")
     if args.draws and not args.shots:
@@ -128,41 +123,37 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, st
     return found, missing
 
 
-def extract(
-    args: argparse.Namespace, backbone: nn.Module, name: str, images: Splits, bad_images: BadImages
-) -> transfer.Features | None:
-    """Features of train, val (unless empty) and test; None but on the main process."""
-    loaders = build_evaluation.eval_loaders(args, *images, bad_images=bad_images)
-    features = {}
-    for split, loader in zip(Splits._fields, loaders, strict=True):
-        if len(loader.images):
-            hidden = not distributed.shows_bars()
-            features[split] = extract_features(
-                backbone,
-                tqdm(loader, f"{name}: {split}", leave=False, disable=hidden),
-                num_images=len(loader.images),
-                left_out=loader.left_out,
-                path_of=loader.images.path,
-            )
-    return features if distributed.is_main() else None
-
-
 def evaluate(
-    protocol: Protocol, name: str, features: transfer.Features, classes: list[str]
-) -> dict:
-    """The row of one set in table and result file."""
-    metric = SETS[name].metric
-    labels = torch.cat([features[split][1] for split in features if split != "test"])
-    check_every_class(labels, classes, what=f"{name}: train images, as far as they can be read")
-    absent = unreadable_classes(features["test"][1], classes, what=f"{name}: test images")
+    protocol: Protocol, network: nn.Module, name: str, loaders: dict[str, EvalLoader]
+) -> dict | None:
+    """The row of one set in table and result file; None but on the main process.
+
+    loaders: by split, of those that have images.
+    """
+    start = time.monotonic()
+    features = {
+        split: extract_features(network, loader, f"{name}: {split}")
+        for split, loader in loaders.items()
+    }
+    if not distributed.is_main():
+        return None
+    extracted = time.monotonic()
+    metric, classes = SETS[name].metric, loaders["test"].images.classes
+    labels = {split: y for split, (_, y) in features.items()}
+    fitted_on = torch.cat([y for split, y in labels.items() if split != "test"])
+    check_every_class(fitted_on, classes, what=f"{name}: train images, as far as they can be read")
+    absent = unreadable_classes(labels["test"], classes, what=f"{name}: test images")
     row = protocol.figures(features, classes, metric=metric)
     print(f"{name}: {row[metric]:.2f}", flush=True)
-    counts = {split: len(labels) for split, (_, labels) in features.items()}
     return row | {
         "metric": metric,
-        "counts": counts | {"classes": len(classes)},
+        "counts": {split: len(y) for split, y in labels.items()} | {"classes": len(classes)},
         "classes_without_images": {"test": absent},
         "splits": SETS[name].protocol,
+        "seconds": {
+            "features": round(extracted - start, 1),
+            "classifier": round(time.monotonic() - extracted, 1),
+        },
     }
 
 
@@ -221,14 +212,13 @@ def main() -> None:
     folder = found[FOLDER]._asdict() if FOLDER in found else {}
     rows, path = {}, None
     for name, images in found.items():
-        start = time.monotonic()
-        features = extract(args, network, name, images, bad_images)
-        if features is None:
+        loaders = build_evaluation.eval_loaders(args, *images, bad_images=bad_images)
+        loaders = dict(zip(Splits._fields, loaders, strict=True))
+        loaders = {split: loader for split, loader in loaders.items() if len(loader.images)}
+        row = evaluate(protocol, network, name, loaders)
+        if row is None:
             continue
-        middle = time.monotonic()
-        rows[name] = evaluate(protocol, name, features, images.test.classes)
-        seconds = {"features": middle - start, "classifier": time.monotonic() - middle}
-        rows[name]["seconds"] = {part: round(value, 1) for part, value in seconds.items()}
+        rows[name] = row
         if args.save:
             record = build_evaluation.result_record(
                 args, state, counts={"sets": len(rows)}, bad_images=bad_images, images=folder

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +30,7 @@ from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.method import checkpoint
 from utils.method.encoders import Encoder
-from utils.runtime import distributed, files, plain_json, script
+from utils.runtime import files, plain_json, script
 from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1, "split": "val"}
@@ -101,13 +100,7 @@ def main() -> None:
     images = read_images(args)
     network, state = build_network(args)
     (loader,) = build_evaluation.eval_loaders(args, images)
-    found = extract_features(
-        network,
-        tqdm(loader, "features", leave=False, disable=not distributed.shows_bars()),
-        num_images=len(images),
-        left_out=loader.left_out,
-        path_of=images.path,
-    )
+    found = extract_features(network, loader)
     if found is None:  # not the main process
         return
     features, _ = found

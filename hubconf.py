@@ -82,11 +82,11 @@ def _read(weights: str, *, sha256: str | None, progress: bool) -> dict:
     parts = urllib.parse.urlsplit(weights)
     is_url = parts.scheme in ("http", "https", "file")
     if is_url:
-        folder = pathlib.Path(torch.hub.get_dir()) / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
         # Not by the name alone, as two addresses may end in the same one.
         place = hashlib.sha256(weights.encode()).hexdigest()[:16]
-        path = folder / f"{place}-{pathlib.Path(urllib.parse.unquote(parts.path)).name}"
+        name = pathlib.Path(urllib.parse.unquote(parts.path)).name
+        path = pathlib.Path(torch.hub.get_dir(), "checkpoints", f"{place}-{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
     if is_url and not path.exists():
         try:
             torch.hub.download_url_to_file(weights, str(path), progress=progress)
@@ -111,15 +111,12 @@ def _own() -> types.SimpleNamespace:
     sys.path.insert(0, root)
     try:
         names = ("method.checkpoint", "method.encoders", "runtime.files", "runtime.errors")
-        modules = [importlib.import_module(f"utils.{name}") for name in names]
+        own = {n.partition(".")[2]: importlib.import_module(f"utils.{n}") for n in names}
     finally:
         sys.path.remove(root)
         _taken_out()
         sys.modules.update(others)
-    checkpoint, encoders, files, errors = modules
-    return types.SimpleNamespace(
-        checkpoint=checkpoint, encoders=encoders, files=files, errors=errors
-    )
+    return types.SimpleNamespace(**own)
 
 
 def _taken_out() -> dict[str, types.ModuleType]:

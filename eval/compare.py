@@ -3,9 +3,8 @@
     python eval/compare.py --save <DIR> "random network=<DIR>" "CMSF=<DIR>"
 
 Each argument names a row and a folder with what eval_knn.py and eval_linear.py wrote: knn.json,
-linear/linear.json (frozen encoder) and finetune/linear.json (fine-tuned encoder). What is not there
-stays empty. So does what is of another checkpoint or of other val images than the first of them, or
-in the other's place, which is said.
+linear/linear.json (frozen encoder), finetune/linear.json (fine-tuned). What is not there stays
+empty, and so does, which is said, what is of another checkpoint or other val images than the first.
 """
 
 import argparse

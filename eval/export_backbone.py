@@ -2,20 +2,17 @@
 
     python eval/export_backbone.py --weights <CHECKPOINT> --output resnet50.pth
 
-Reads what eval_knn.py does. The last linear layer of the architecture is not in the file, as the
-method trains none: a network without it ends in features (B, F), and takes the weights strictly.
+The architecture's last linear layer is not in the file, as the method trains none: a network
+without it ends in features (B, F), and takes the weights strictly.
 
     model = torchvision.models.resnet50()
     model.fc = torch.nn.Identity()  # the layer has other names in other architectures
     model.load_state_dict(torch.load("resnet50.pth", weights_only=True)["state_dict"])
 
 timm.create_model("resnet50", num_classes=0) takes the same weights. The file's "metadata" say what
-the weights are: arch, stem, size of images and features, normalization, encoder, epoch, SHA-256 of
-the checkpoint, digests of the training data.
-
-A --output that ends in .safetensors holds the state dict itself, read by
-safetensors.torch.load_file, and the metadata as text in its header. All scripts that take
---weights, and hubconf.py, read both kinds.
+they are and how images are normalized. A --output that ends in .safetensors holds the state dict
+itself, for safetensors.torch.load_file, and the metadata as text in its header. All scripts that
+take --weights, and hubconf.py, read both kinds.
 """
 
 import argparse

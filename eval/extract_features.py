@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,18 +66,6 @@ def read_images(args: argparse.Namespace) -> ImageSet:
     return images
 
 
-def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """What gives the rows, (B, 3, S, S) -> (B, F), on the device, and its checkpoint."""
-    backbone, state = build_evaluation.evaluated_backbone(args)
-    network = backbone.module
-    if args.projected:
-        what = f"--projected: --weights {args.weights}"
-        encoder = build_evaluation.encoder_name(args, state)
-        projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
-        network = Encoder(network, projector)
-    return build_evaluation.place(args, network), state
-
-
 def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> None:
     """Write the rows with what they are, atomically; RunError if that fails."""
     images = loader.images
@@ -98,7 +86,14 @@ def main() -> None:
     args = parse_args()
     result_files.check_output(args, endings=(ENDING,))
     images = read_images(args)
-    network, state = build_network(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
+    network = backbone.module
+    if args.projected:
+        what = f"--projected: --weights {args.weights}"
+        encoder = build_evaluation.encoder_name(args, state)
+        projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
+        network = Encoder(network, projector)
+    network = build_evaluation.place(args, network)
     (loader,) = build_evaluation.eval_loaders(args, images)
     found = extract_features(network, loader)
     if found is None:  # not the main process

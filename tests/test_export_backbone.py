@@ -311,11 +311,7 @@ def test_code_in_a_checkpoint_is_not_run(call_script, image_tree, tmp_path, scri
 
 def test_without_the_library_one_line(call_script, tmp_path, monkeypatch):
     source, out = write_checkpoint(tmp_path / "ours.pth"), tmp_path / "out.safetensors"
-
-    def no_library():
-        raise ImportError("No module named safetensors")
-
-    monkeypatch.setattr(safetensors_file, "_library", no_library)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused = call_script(EXPORT, "--weights", source, "--output", out)
     assert_refused(refused, f"--output {out}", "pip install")
     out.write_bytes(b"anything")

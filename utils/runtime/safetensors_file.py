@@ -1,7 +1,7 @@
 """Files of the safetensors library, which is optional: weights by name, and text about them."""
 
+import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -19,21 +19,23 @@ def has_ending(path: str | Path) -> bool:
 
 def check_library(what: str) -> None:
     """InputError that begins with `what` if the library is not installed."""
-    try:
-        _library()
-    except ImportError as error:
-        raise InputError(f"{what}: needs the package safetensors (pip install it)") from error
+    if not importlib.util.find_spec("safetensors"):
+        raise InputError(f"{what}: needs the package safetensors (pip install it)")
 
 
 def encode(weights: dict[str, Tensor], metadata: dict[str, Any], *, format: str) -> bytes:
     """A file's bytes. metadata: in its header, text as it is, anything else as JSON."""
+    from safetensors.torch import save
+
     header = {n: v if isinstance(v, str) else plain_json.dumps(v) for n, v in metadata.items()}
-    return _library().torch.save(weights, header | {"cmsf": format, "format": "pt"})
+    return save(weights, header | {"cmsf": format, "format": "pt"})
 
 
 def decode(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
     """Weights, metadata and format of a file; of a file of others {} and None."""
-    with _library().safe_open(path, framework="pt", device="cpu") as file:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         header = dict(file.metadata() or {})
     if "cmsf" not in header:
@@ -49,9 +51,3 @@ def _value(text: str) -> Any:
         return plain_json.loads(text)
     except ValueError:
         return text
-
-
-def _library() -> ModuleType:
-    import safetensors.torch
-
-    return safetensors

@@ -126,14 +126,12 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, Splits], dict[str, st
 def evaluate(
     protocol: Protocol, network: nn.Module, name: str, loaders: dict[str, EvalLoader]
 ) -> dict | None:
-    """The row of one set in table and result file; None but on the main process.
-
-    loaders: by split, of those that have images.
-    """
+    """The row of one set in table and result file; None but on the main process."""
     start = time.monotonic()
     features = {
         split: extract_features(network, loader, f"{name}: {split}")
         for split, loader in loaders.items()
+        if len(loader.images)
     }
     if not distributed.is_main():
         return None
@@ -213,9 +211,7 @@ def main() -> None:
     rows, path = {}, None
     for name, images in found.items():
         loaders = build_evaluation.eval_loaders(args, *images, bad_images=bad_images)
-        loaders = dict(zip(Splits._fields, loaders, strict=True))
-        loaders = {split: loader for split, loader in loaders.items() if len(loader.images)}
-        row = evaluate(protocol, network, name, loaders)
+        row = evaluate(protocol, network, name, dict(zip(Splits._fields, loaders, strict=True)))
         if row is None:
             continue
         rows[name] = row

@@ -135,11 +135,10 @@ def _read(entry: TransferSet, root: Path, part: str, *, download: bool) -> Image
     if entry.kind is datasets.Caltech101:  # it takes no loader
         found = entry.kind(root, **options)
         classes, images = found.categories, Path(found.root) / "101_ObjectCategories"
-        paths = [
-            images / classes[label] / f"image_{number:04d}.jpg"
+        samples = [
+            (images / classes[label] / f"image_{number:04d}.jpg", label)
             for number, label in zip(found.index, found.y, strict=True)
         ]
-        samples = zip(paths, found.y, strict=True)
     elif entry.kind is datasets.OxfordIIITPet:  # nor does this
         found = entry.kind(root, **options)
         classes, samples = found.classes, zip(found._images, found._labels, strict=True)
@@ -151,27 +150,25 @@ def _read(entry: TransferSet, root: Path, part: str, *, download: bool) -> Image
     return ImageSet(root, list(paths), labels, list(classes))
 
 
-def _drawn_parts(entry: TransferSet, images: ImageSet, *, seed: int) -> list[ImageSet]:
+def _drawn_parts(entry: TransferSet, images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
     """Train and test images of a data set without a split; Unavailable if a class is too small.
 
     The draw must not be that of `hold_out`, hence a seed of two numbers.
     """
-    parts, rest = [], images
-    count = len(images.classes)
-    least = entry.drawn[0] + max(1, entry.drawn[1])
-    sizes = np.bincount(images.labels, minlength=count)
-    if sizes.min() < least:
+    train, test = entry.drawn
+    sizes = np.bincount(images.labels, minlength=len(images.classes))
+    if sizes.min() < train + max(1, test):
         label = int(sizes.argmin())
         raise Unavailable(
             f"{images.root / entry.folder}: {sizes[label]} images of the class "
-            f"{images.classes[label]}, the draw of a split needs {least}"
+            f"{images.classes[label]}, the draw of a split needs {train + max(1, test)}"
         )
-    for number, of_class in enumerate(entry.drawn, start=1):
-        if of_class:
-            index = draw_per_class(rest.labels, [of_class] * count, seed=[seed, number])
-            part, rest = _apart(rest, index)
-        parts.append(part if of_class else rest)
-    return parts
+    index = draw_per_class(images.labels, [train] * len(sizes), seed=[seed, 1])
+    drawn, rest = _apart(images, index)
+    if test:
+        index = draw_per_class(rest.labels, [test] * len(sizes), seed=[seed, 2])
+        rest, _ = _apart(rest, index)
+    return drawn, rest
 
 
 def hold_out(train: ImageSet, test: ImageSet, *, seed: int) -> Splits:

@@ -25,10 +25,7 @@ COLUMNS = {KNN: ("1-NN", "20-NN"), LINEAR: ("linear",), FINETUNE: ("fine-tuned",
 
 
 class Row(NamedTuple):
-    """One encoder's figures by column, percent, None: not measured; and what is not of it.
-
-    images: which val images they are of. left_out: file -> why its figures are not in the row.
-    """
+    """One encoder's figures by column, percent, None: not measured; left_out: file -> why not."""
 
     figures: dict[str, float | None]
     encoder: Encoder
@@ -63,10 +60,7 @@ def read_row(folder: Path) -> Row:
 
 
 def figures_of(name: str, record: dict, *, what: str) -> dict[str, float | None]:
-    """What a file has of its columns; InputError that begins with `what` for figures that are none.
-
-    Those of k-NN stand below "k", by k.
-    """
+    """What a file has of its columns; InputError that begins with `what` for what is no figure."""
     if name == KNN:
         kind = checked.or_none(result_files.TABLE)
         rows = checked.take(record, "k", kind, what=what, default=None) or {}
@@ -83,9 +77,8 @@ def misplaced(name: str, record: dict, *, what: str) -> str:
     tuned = result_files.is_fine_tuned(record, what=what)
     if tuned is None:
         return "it does not say whether the encoder was trained too (--fine-tune)"
-    if tuned != (name == FINETUNE):
-        return f"of {'a fine-tuned' if tuned else 'a frozen'} encoder"
-    return ""
+    words = "of a fine-tuned encoder" if tuned else "of a frozen encoder"
+    return words if tuned != (name == FINETUNE) else ""
 
 
 def format_rows(rows: dict[str, dict[str, float | None]]) -> str:

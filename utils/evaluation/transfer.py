@@ -53,16 +53,15 @@ class Protocol(NamedTuple):
     def __str__(self) -> str:
         """In words, for the result file."""
         if self.shots:
-            return (
-                f"features before the projector, L2-normalized; {_OBJECTIVE}; l2 as given; fitted "
-                "on images drawn from train and val, as many of every class; mean and standard "
-                "deviation over the draws"
-            )
-        choice = "l2 with the best val accuracy, the larger of equal ones; then"
-        choice = choice if len(self.strengths) > 1 else "l2 as given;"
+            features, choice = "L2-normalized", "l2 as given;"
+            images = "images drawn from train and val, as many of every class; mean and standard "
+            images += "deviation over the draws"
+        else:
+            features, images = "as they are", "train and val"
+            chosen = "l2 with the best val accuracy, the larger of equal ones; then"
+            choice = chosen if len(self.strengths) > 1 else "l2 as given;"
         return (
-            f"features before the projector, as they are; {_OBJECTIVE}; {choice} fitted on train "
-            "and val"
+            f"features before the projector, {features}; {_OBJECTIVE}; {choice} fitted on {images}"
         )
 
     def figures(self, features: Features, classes: Sequence[str], *, metric: str) -> dict:

@@ -153,7 +153,7 @@ def test_weights(tmp_path, kind, examples):
 
 
 def test_safetensors(tmp_path, examples):
-    """Ours, sealed by its digest, and others', with any text in the header."""
+    """Ours, with any metadata."""
     pytest.importorskip("safetensors")
     path, content = tmp_path / "odd.safetensors", exported()
 

@@ -78,17 +78,10 @@ def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features
 
     Of several processes only the main one has features, the others None.
     """
-    features = {}
-    for split, loader in {"train": train, "val": val}.items():
-        hidden = not distributed.shows_bars()
-        bar = tqdm(loader, f"features of {split}", leave=False, disable=hidden)
-        features[split] = extract_features(
-            backbone,
-            bar,
-            num_images=len(loader.images),
-            left_out=loader.left_out,
-            path_of=loader.images.path,
-        )
+    features = {
+        split: extract_features(backbone, loader, f"features of {split}")
+        for split, loader in (("train", train), ("val", val))
+    }
     return features if distributed.is_main() else None
 
 

@@ -181,14 +181,8 @@ def evaluate_knn(
     only the main one has figures, the others None.
     """
     base, queries = (
-        extract_features(
-            backbone,
-            loader,
-            num_images=len(loader.images),
-            left_out=loader.left_out,
-            path_of=loader.images.path,
-        )
-        for loader in (train, val)
+        extract_features(backbone, loader, f"features of {split}")
+        for split, loader in (("train", train), ("val", val))
     )
     if not distributed.is_main():
         return None

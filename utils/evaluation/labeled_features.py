@@ -89,13 +89,7 @@ class FromImages:
         """Features (N, F) and labels (N,) of the val images in the evaluation view."""
         if self.fine_tune or not self._val_is_known:
             self._val_is_known = True
-            self._val_features = extract_features(
-                self.encoder,
-                _bar(self._val, "val"),
-                num_images=len(self._val.images),
-                left_out=self._val.left_out,
-                path_of=self._val.images.path,
-            )
+            self._val_features = extract_features(self.encoder, self._val, "val")
         return self._val_features
 
 

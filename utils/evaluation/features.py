@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.data.batches import EvalLoader
+from utils.data.eval_loader import EvalLoader
 from utils.runtime import distributed
 from utils.runtime.errors import RunError
 

@@ -18,7 +18,7 @@ from utils.cli import build_evaluation
 from utils.data import augment, cropping, image_cache, random_draws
 from utils.data.batches import LabeledLoader, epoch_batches
 from utils.data.datasets import ImageSet, read_split
-from utils.evaluation import feature_cache
+from utils.evaluation import feature_cache, linear_run
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.runtime import files
@@ -242,7 +242,7 @@ def test_fine_tuning_by_hand(run_linear, weights, image_tree, tmp_path):
     for name, expected in reference.encoder.state_dict().items():
         if name.startswith("fc."):
             continue
-        found = saved["state_dict"][LINEAR.ENCODER + name]
+        found = saved["state_dict"][linear_run.ENCODER + name]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -313,7 +313,7 @@ def test_without_fine_tune_no_bit_of_the_encoder_changes(run_linear, tmp_path, m
 def test_fine_tune_changes_every_weight_of_the_encoder(run_linear, weights, tmp_path, flag):
     record, _, saved = run_linear(tmp_path, flag)
     start = torch.load(weights, weights_only=True)["state_dict"]
-    assert saved["state_dict"].keys() == {n for n in start if n.startswith(LINEAR.ENCODER)}
+    assert saved["state_dict"].keys() == {n for n in start if n.startswith(linear_run.ENCODER)}
     unchanged = [n for n, v in saved["state_dict"].items() if torch.equal(v, start[n])]
     assert not unchanged
     assert "encoder trained too" in record["protocol"]

@@ -83,12 +83,8 @@ def check_flags(args: argparse.Namespace, state: dict) -> None:
         args.epoch = state.get("epoch") if args.epoch is None else args.epoch
         if args.epoch is None:
             raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
-        result_files.check_own(
-            args.save_acc,
-            flag="--save_acc",
-            kind="list of figures",
-            is_own=result_files.has_figures,
-        )
+        own = {"kind": "list of figures", "is_own": result_files.has_figures}
+        result_files.check_own(args.save_acc, flag="--save_acc", **own)
         result_files.append_line(args.save_acc, "", flag="--save_acc")
     if args.save:
         result_files.make_folder(args.save, flag="--save")
@@ -109,13 +105,9 @@ def get_features(
         return feature_cache.extract(build_evaluation.place(args, backbone.module), *loaders)
     if not distributed.is_main():
         return None
+    sizes = {"feature_dim": backbone.feature_dim, "num_classes": len(train.classes)}
     return feature_cache.load(
-        args.load_cache,
-        key,
-        flag="--load_cache",
-        bad_images=bad_images,
-        feature_dim=backbone.feature_dim,
-        num_classes=len(train.classes),
+        args.load_cache, key, flag="--load_cache", bad_images=bad_images, **sizes
     )
 
 

@@ -126,12 +126,10 @@ def main() -> None:
     check_flags(args, state)
     if build_evaluation.is_check(args, train, val):
         return
-    keeps = args.save or args.load_cache
-    digests = build_evaluation.image_digests(args, train=train, val=val) if keeps else {}
-    wanted = build_evaluation.identity(args, state, DECIDING, digests)
+    keeps, splits = bool(args.save or args.load_cache), {"train": train, "val": val}
+    wanted, key = build_evaluation.identity(args, state, DECIDING, digests=keeps, **splits)
     if build_evaluation.is_done(args, "knn.json", wanted, table="k"):
         return
-    key = build_evaluation.feature_key(args, state, digests)
     bad_images = build_evaluation.build_bad_images(args)
     features = get_features(args, backbone, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
@@ -159,11 +157,7 @@ def main() -> None:
         counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
         record |= build_evaluation.result_record(
-            args,
-            state,
-            counts=counts,
-            bad_images=bad_images,
-            images={"train": train, "val": val},
+            args, state, counts=counts, bad_images=bad_images, images=splits
         )
         record |= {"classes_without_images": {"val": absent}} | wanted
         record["seconds"] = round(time.monotonic() - start, 1)

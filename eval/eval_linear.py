@@ -190,33 +190,34 @@ def find_run(
     return None
 
 
-def protocol(recipe: Recipe) -> str:
-    """In words what was done."""
-    crops = "random resized crops (scale 0.08 to 1) and flips"
-    parts = (
-        f"backbone features, {'encoder trained too' if recipe.fine_tune else 'frozen encoder'}",
-        "L2-normalized, standardized with the training features' mean and unbiased variance",
-        "Linear-BN-ReLU and a linear layer" if recipe.mlp else "linear layer",
-        f"trained on {'central crops, extracted once' if recipe.cached else crops}",
-        f"cross-entropy, SGD with momentum {recipe.momentum}, weight decay {recipe.wd}, "
-        f"batch {recipe.batch_size}, a tenth of the learning rate after "
-        f"{recipe.lr_schedule} epochs",
-        "top-1 and top-5 of val's central crops after the last epoch",
-        "best_lr and best_top1 chosen on val",
-    )
-    return "; ".join(parts)
+def place(
+    args: argparse.Namespace, recipe: Recipe, backbone: Backbone, saved: dict | None
+) -> Backbone:
+    """The backbone on its device; to fine-tune as saved, with batch norm over all processes."""
+    if recipe.fine_tune:
+        if saved:
+            checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+        backbone = backbone._replace(module=batch_norm.synchronized(backbone.module, args.device))
+    build_evaluation.place(args, backbone.module)
+    return backbone
 
 
-def train_run(
+def summary_of(
     args: argparse.Namespace, run: LinearRun, data: FromImages | FromFeatures, origin: dict
-) -> None:
-    """Train up to the last epoch; each time val is measured, say so and write linear.pth."""
+) -> dict[str, dict]:
+    """What was found for each learning rate, after the last epoch or by --evaluate.
+
+    Whenever val has been measured, says so and writes linear.pth, with its origin.
+    """
+    if args.evaluate:
+        return dict(zip(map(str, run.recipe.lr), run.measure(data) or [], strict=False))
     origin |= {"args": {name: getattr(args, name) for name in ("arch", "image_size", "small_stem")}}
     for line in run.train(data, epochs=args.epochs, eval_freq=args.eval_freq):
         if distributed.is_main():
             Log.say(line)
             if args.save:
                 files.save(args.save / "linear.pth", run.state() | origin, flag="--save")
+    return linear_probe.summarize(run.recipe.lr, run.history)
 
 
 def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> None:
@@ -242,21 +243,14 @@ def main() -> None:
     backbone, state = build_evaluation.evaluated_backbone(args)
     if build_evaluation.is_check(args, train, val):
         return
-    keeps = (args.save or args.cache_dir or args.resume) and not args.evaluate
-    digests = build_evaluation.image_digests(args, train=train, val=val) if keeps else {}
-    wanted = build_evaluation.identity(args, state, DECIDING, digests)
+    splits = {"train": train, "val": val}
+    keeps = bool(args.save or args.cache_dir or args.resume) and not args.evaluate
+    wanted, key = build_evaluation.identity(args, state, DECIDING, digests=keeps, **splits)
     if build_evaluation.is_done(args, "linear.json", wanted, table="lr"):
         return
-    key = build_evaluation.feature_key(args, state, digests)
     recipe = Recipe(**{name: getattr(args, name) for name in linear_run.SETTINGS})
     saved = find_run(args, recipe, key, train.classes)
-    what = f"--resume {args.resume}"
-    if recipe.fine_tune:
-        if saved:
-            checkpoint.load_backbone(backbone, saved, what=what)
-        # Batch norm over all processes.
-        backbone = backbone._replace(module=batch_norm.synchronized(backbone.module, args.device))
-    build_evaluation.place(args, backbone.module)
+    backbone = place(args, recipe, backbone, saved)
     bad_images = build_evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved["bad_images"])
@@ -265,35 +259,26 @@ def main() -> None:
     )
     if data is None:
         return
-    run = LinearRun(
-        *(recipe, backbone),
-        num_classes=len(train.classes),
-        device=args.device,
-        saved=saved,
-        what=what,
-    )
+    about = {"saved": saved, "what": f"--resume {args.resume}"}
+    run = LinearRun(recipe, backbone, num_classes=len(train.classes), device=args.device, **about)
     if not saved:
         run.probe.standardize.measure(data.for_statistics())
-        check_every_class(
-            data.labels, train.classes, what=f"data {args.data}, as far as it can be read"
-        )
+        what = f"data {args.data}, as far as it can be read"
+        check_every_class(data.labels, train.classes, what=what)
     num_train = saved["num_images"] if saved else len(data.labels)
-    what_was_done = saved["protocol"] if args.evaluate else protocol(recipe)
-    if args.evaluate:
-        summary = dict(zip(map(str, recipe.lr), run.measure(data) or [], strict=False))
-    else:
-        origin = {"key": key, "classes": train.classes, "num_images": num_train}
-        origin |= {"protocol": what_was_done, "bad_images": bad_images.names}
-        train_run(args, run, data, origin)
-        summary = linear_probe.summarize(recipe.lr, run.history)
+    protocol = saved["protocol"] if args.evaluate else recipe.protocol
+    origin = {"key": key, "classes": train.classes, "num_images": num_train}
+    origin |= {"protocol": protocol, "bad_images": bad_images.names}
+    summary = summary_of(args, run, data, origin)
     if not distributed.is_main():
         return
     counts = {"train": num_train, "val": len(data.val_labels), "classes": len(train.classes)}
     absent = unreadable_classes(data.val_labels, val.classes, what=f"data {val.root}")
-    about = {"counts": counts, "bad_images": bad_images, "images": {"train": train, "val": val}}
-    record = {"epochs": len(run.history), "protocol": what_was_done}
+    record = {"epochs": len(run.history), "protocol": protocol}
     record |= {"classes_without_images": {"val": absent}}
-    record |= build_evaluation.result_record(args, state, **about)
+    record |= build_evaluation.result_record(
+        args, state, counts=counts, bad_images=bad_images, images=splits
+    )
     record |= {} if args.evaluate else wanted
     report(args, summary, record | {"seconds": round(time.monotonic() - start, 1)})
 

@@ -110,34 +110,35 @@ def eval_loaders(
     return [EvalLoader(images, **common) for images in image_sets]
 
 
-def image_digests(args: argparse.Namespace, **splits: ImageSet) -> dict[str, str]:
-    """`image_digest` of each split; all processes call it."""
-    missing_ok = args.bad_images == "skip"
-    return {
-        split: image_digest(images, missing_ok=missing_ok, text=f"digest of {split}")
-        for split, images in splits.items()
-    }
+def identity(
+    args: argparse.Namespace,
+    state: dict,
+    settings: tuple[str, ...],
+    *,
+    digests: bool,
+    **splits: ImageSet,
+) -> tuple[dict, dict[str, str]]:
+    """What decides a result, for `is_done`, and the key of its features: all that they depend on.
 
-
-def feature_key(args: argparse.Namespace, state: dict, digests: dict[str, str]) -> dict[str, str]:
-    """All that an encoder's features depend on, by name; digests: see `image_digests`."""
-    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
-    return {
-        "checkpoint": args.sha256 or origin,
+    settings: names of the flags that the result depends on. digests: whether it is kept or looked
+    for, so that every image file of the splits ("train", "val") is to be read for it. All processes
+    call it. InputError for an image that is gone, unless such are skipped.
+    """
+    found = {}
+    for split, images in splits.items() if digests else ():
+        missing_ok, text = args.bad_images == "skip", f"digest of {split}"
+        found[split] = image_digest(images, missing_ok=missing_ok, text=text)
+    kept = {name: getattr(args, name) for name in settings}
+    wanted = encoder_record(args, state) | {"settings": kept, "images": found}
+    key = {
+        "checkpoint": args.sha256 or f"{args.weights}, seed {args.seed}, torch {torch.__version__}",
         "encoder": encoder_name(args, state),
         "arch": args.arch,
         "stem": "small" if args.small_stem else "as built",
         "image size": str(args.image_size),
         "view": EvalLoader.VIEW,
-    } | {f"{split} images": digest for split, digest in digests.items()}
-
-
-def identity(
-    args: argparse.Namespace, state: dict, settings: tuple[str, ...], digests: dict[str, str]
-) -> dict:
-    """What decides a result: encoder, the flags that are its settings, `image_digests`."""
-    kept = {name: getattr(args, name) for name in settings}
-    return encoder_record(args, state) | {"settings": kept, "images": digests}
+    }
+    return wanted, key | {f"{split} images": digest for split, digest in found.items()}
 
 
 def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) -> bool:

@@ -38,6 +38,22 @@ class Recipe:
         """The learning rate in an epoch from 1: a tenth after each epoch of the schedule."""
         return base * 0.1 ** sum(epoch > last for last in self.lr_schedule)
 
+    @property
+    def protocol(self) -> str:
+        """In words what is done."""
+        crops = "random resized crops (scale 0.08 to 1) and flips"
+        parts = (
+            f"backbone features, {'encoder trained too' if self.fine_tune else 'frozen encoder'}",
+            "L2-normalized, standardized with the training features' mean and unbiased variance",
+            "Linear-BN-ReLU and a linear layer" if self.mlp else "linear layer",
+            f"trained on {'central crops, extracted once' if self.cached else crops}",
+            f"cross-entropy, SGD with momentum {self.momentum}, weight decay {self.wd}, batch "
+            f"{self.batch_size}, a tenth of the learning rate after {self.lr_schedule} epochs",
+            "top-1 and top-5 of val's central crops after the last epoch",
+            "best_lr and best_top1 chosen on val",
+        )
+        return "; ".join(parts)
+
 
 SETTINGS = tuple(field.name for field in fields(Recipe))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT
+from linear_runs import write_checkpoint
 from test_bad_input import assert_refused
 from test_checkpoint import Malicious, published_layout
-from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 from torch import nn
 

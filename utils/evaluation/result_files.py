@@ -32,7 +32,7 @@ def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{what}: no folder {path.parent}")
     if path.exists() and not path.is_file():
-        raise InputError(f"{what}: not a regular file")
+        raise InputError(f"{what}: {'is a folder' if path.is_dir() else 'not a regular file'}")
     make_folder(path.parent, flag="--output")
     if not path.exists():
         return
@@ -63,7 +63,8 @@ def check_own(path: Path, *, flag: str, kind: str, is_own: Callable[[Path], bool
 def is_png_of(path: Path, program: str) -> bool:
     """Whether it is a PNG file that says that a program of this name, or one so begun, wrote it."""
     with path.open("rb") as file:
-        return is_png(path) and f"tEXtSoftware\0{program}".encode() in file.read(4096)
+        head = file.read(4096)
+    return head.startswith(PNG) and f"tEXtSoftware\0{program}".encode() in head
 
 
 def is_png(path: Path) -> bool:

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT
+from linear_runs import write_checkpoint
 from test_bad_input import assert_refused
 from test_checkpoint import Malicious, published_layout
-from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 from torch import nn
 
 from utils.data.eval_loader import EvalLoader
+from utils.evaluation import linear_run
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.runtime import files, safetensors_file
@@ -195,8 +196,10 @@ def test_a_fine_tuned_encoder_and_an_exported_one(call_script, image_tree, tmp_p
         assert code == 0, errors
     saved = torch.load(tuned, weights_only=True)
     weights = read(paths[-1])
-    assert {LINEAR.ENCODER + n for n in weights} == saved["state_dict"].keys()
-    assert all(torch.equal(v, saved["state_dict"][LINEAR.ENCODER + n]) for n, v in weights.items())
+    assert {linear_run.ENCODER + n for n in weights} == saved["state_dict"].keys()
+    assert all(
+        torch.equal(v, saved["state_dict"][linear_run.ENCODER + n]) for n, v in weights.items()
+    )
     about = read_metadata(paths[-1])
     assert about == read_metadata(paths[1])
     assert about["checkpoint_sha256"] == files.sha256(tuned)

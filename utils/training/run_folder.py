@@ -46,7 +46,8 @@ class RunFolder:
         if distributed.is_main():
             self._give_back = weakref.finalize(self, os.close, _lock(self.path / ".lock"))
             (self.path / REQUEUE).unlink(missing_ok=True)
-            files.remove_temporaries(self.path)
+            for name in ("ckpt_*", ABOUT, self.log.name):  # no other process writes these
+                files.remove_temporaries(self.path, of=name)
 
     def close(self) -> None:
         """Leave the folder to others; the end of the process does it too."""

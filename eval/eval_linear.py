@@ -36,7 +36,6 @@ from utils.method.encoders import Backbone
 from utils.runtime import checked, distributed, files, script, torch_file
 from utils.runtime.errors import InputError, RunError, printable
 from utils.training.log import Log
-from utils.training.schedule import learning_rate
 
 DEMO = {
     "weights": options.DEMO_CHECKPOINT,
@@ -413,9 +412,7 @@ def train_probe(
     unmeasured = [{"top1": None, "top5": None}] * len(rates)
     for epoch in range(len(history) + 1, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = learning_rate(
-                rate, epoch, epochs=epochs, cosine=False, decay_epochs=schedule, decay_rate=0.1
-            )
+            group["lr"] = rate * 0.1 ** sum(epoch > decay_epoch for decay_epoch in schedule)
         losses = train_epoch(probe, data, optimizer, epoch=epoch, seed=seed)
         due = epoch % eval_freq == 0 or epoch == epochs
         figures = (measure(probe, data) if due else None) or unmeasured

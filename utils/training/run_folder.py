@@ -31,10 +31,20 @@ _PARTS = "previous_embeddings"  # see `_with_parts`
 
 
 class RunFolder:
-    """Names, order and lifetime of the files in `path`; say: prints a line for the user."""
+    """Names, order and lifetime of the files in `path`.
 
-    def __init__(self, path: Path, *, say: Callable[[str], None] = print) -> None:
-        self.path, self._say, self._saves = Path(path), say, 0
+    stores: by name in the model, for checkpoints of older versions (see `_with_parts`). say: prints
+    a line for the user.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stores: dict[str, PreviousEmbeddings] | None = None,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.path, self._stores, self._say = Path(path), stores or {}, say
         self.log = self.path / "log.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,16 +86,12 @@ class RunFolder:
             for old in self.checkpoints()[KEPT:]:
                 if "_step_" in old.stem:
                     old.unlink(missing_ok=True)
-            self._saves += 1
-            if self._saves >= KEPT:  # no checkpoint within an epoch is older than this version
-                shutil.rmtree(self.path / _PARTS, ignore_errors=True)
         distributed.wait_for_all()
         return path
 
-    def load(self, path: Path, stores: dict[str, PreviousEmbeddings] | None = None) -> dict:
+    def load(self, path: Path) -> dict:
         """The state that a checkpoint (of this run or another) holds.
 
-        stores: by name in the model, for checkpoints of older versions (see `_with_parts`). Raises
         InputError for a file that is no run of this repository, or holds what none can hold,
         DamagedError for one that is missing or damaged.
         """
@@ -97,23 +103,21 @@ class RunFolder:
             raise InputError(f"{what}: {missing[0]} is missing")
         if _NAME.fullmatch(path.name) and _progress(path) != _place(state["epoch"], state["step"]):
             raise InputError(f"{what}: holds epoch {state['epoch']}, unlike its name")
-        return _with_parts(state, path, stores or {})
+        return _with_parts(state, path, self._stores)
 
     def holds(self, path: Path) -> bool:
         """Whether a checkpoint lies in this folder."""
         return path.parent.resolve() == self.path.resolve()
 
-    def newest_good(
-        self, stores: dict[str, PreviousEmbeddings] | None = None
-    ) -> tuple[Path, dict] | tuple[None, None]:
+    def newest_good(self) -> tuple[Path, dict] | tuple[None, None]:
         """The checkpoint farthest on that is whole, and its state; None, None in an empty folder.
 
-        Says which ones are damaged. InputError if all are. stores: as for `load`.
+        Says which ones are damaged. InputError if all are.
         """
         paths = self.checkpoints()
         for path in paths:
             try:
-                return path, self.load(path, stores)
+                return path, self.load(path)
             except DamagedError as error:
                 self._say(f"WARNING {error}; falling back to the checkpoint before")
         if paths:
@@ -142,9 +146,9 @@ class RunFolder:
         paths = self.checkpoints()
         if paths or self.log.stat().st_size:
             aside = self.move_aside(paths)
-            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
             if (self.path / BOARD).is_dir():
                 (self.path / BOARD).rename(aside / BOARD)
+            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
             self.log.write_bytes(b"")
         (self.path / ABOUT).unlink(missing_ok=True)
 
@@ -159,8 +163,8 @@ class RunFolder:
     def describe(self, start: dict) -> None:
         """Add to `run.json` what this start of the run is. All processes call it, one writes.
 
-        The file is {"format": `ABOUT_FORMAT`, "starts": [start, ...]}, the newest last, and at any
-        moment the old one or the whole new one. start: of builtins; see `origin.of_start`.
+        The file is {"format": `ABOUT_FORMAT`, "starts": [start, ...]}, the newest last. start: of
+        builtins; see `origin.of_start`.
         """
         if not distributed.is_main():
             return
@@ -230,8 +234,7 @@ def _with_parts(state: dict, path: Path, stores: dict[str, PreviousEmbeddings]) 
             embeddings = store.embeddings.new_zeros(store.num_images, store.embeddings.shape[1])
             seen = torch.zeros(store.num_images, dtype=torch.bool)
             for number in sorted(numbers):
-                beside = path.parent / _PARTS / f"part_{number}.pth"
-                part = checkpoint.load(beside, flag="--resume")
+                part = checkpoint.load(path.parent / _PARTS / f"part_{number}.pth", flag="--resume")
                 embeddings.index_copy_(0, part["index"], part["embeddings"])
                 seen[part["index"]] = True
         except (LookupError, RuntimeError, TypeError) as error:

@@ -37,10 +37,6 @@ _PLAIN = checked.table_of(checked.PLAIN)
 _COUNT = checked.whole(0)
 
 
-def _are_means(value: Any) -> bool:
-    return checked.TABLE.holds(value) and _SUMS.holds(value.get("sums"))
-
-
 def _is_metadata(value: Any) -> bool:
     return _PLAIN.holds(value) and value.get("encoder", "query") in ("query", "target")
 
@@ -54,7 +50,9 @@ _FIELDS = {
         "state_dict": checked.TABLE,
         "optimizer": checked.TABLE,
         "rng_states": checked.list_of(checked.table_of(_BYTES)),
-        "means": Kind("sums of figures", _are_means),
+        "means": Kind(
+            "sums of figures", lambda v: isinstance(v, dict) and _SUMS.holds(v.get("sums"))
+        ),
         "bad_images": checked.list_of(checked.TEXT),
         "seconds": checked.real(0),
         "data": checked.table_of(checked.TEXT),
@@ -84,9 +82,8 @@ def load(path: str | Path, *, flag: str) -> dict:
 
     flag: the user's flag that named the file, for the message. A file that ends in .safetensors
     comes in the layout of an exported backbone, if it is one, or else as {"state_dict": ...}.
-    Raises InputError for a missing or damaged file, for one that holds no dict of tensors and
-    builtins (see `torch_file.read`), and for a field of another type or range than it must have;
-    DamagedError, one of them, where the file is at fault.
+    InputError for what is no dict of tensors and builtins, or has a field of another type or range
+    than it must have; DamagedError, one of them, for a missing or damaged file.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
@@ -120,20 +117,16 @@ def _checked(state: dict, *, what: str) -> dict:
     for name in state:
         if not isinstance(name, str):
             raise InputError(f"{what}: its key {checked.shown(name)} is not text")
-    epoch_kind = checked.or_none(_COUNT)
-    if "epoch" in state:
-        epoch = state["epoch"]
+    fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
+    if "epoch" in state and "format" not in state:
+        epoch = state.pop("epoch")
         if isinstance(epoch, Tensor) and not torch_file.unfit(epoch) and epoch.ndim == 0:
             epoch = epoch.item()
-        if isinstance(epoch, float) and epoch.is_integer():
-            epoch = int(epoch)
-        state["epoch"] = epoch
-        if "format" not in state and not epoch_kind.holds(epoch):
+        if _COUNT.holds(int(epoch) if isinstance(epoch, float) and epoch.is_integer() else epoch):
+            state["epoch"] = int(epoch)
+        elif epoch is not None:
             print(f"{what}: its epoch is {checked.shown(epoch)}, which is not noted", flush=True)
-            del state["epoch"]
-    checked.take(state, "epoch", epoch_kind, what=what, default=None)
-    fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
-    for name, kind in fields.items():
+    for name, kind in ({"epoch": checked.or_none(_COUNT)} | fields).items():
         if name in state or name == "metadata":  # of a run a reader asks for what it needs
             checked.take(state, name, kind, what=what)
     return state
@@ -221,15 +214,16 @@ def load_strictly(
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
     weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
-    counters = [name for name in own if name.endswith("num_batches_tracked")]
-    weights = OrderedDict({name: own[name] for name in counters} | weights)
+    for name in own:
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, own[name])
     both = [(name, own[name], weights[name]) for name in own if name in weights]
-    types = [name for name, one, value in both if _type(one) != _type(value)]
     problems = {
         "missing": [name for name in own if name not in weights],
         "unknown": [name for name in weights if name not in own],
         "of another shape": [name for name, one, value in both if one.shape != value.shape],
-        "of another type": [name for name in types if name not in counters],
+        "of another type": [name for name, one, value in both if _type(one) != _type(value)],
+        "are not finite": [n for n, _, value in both if finite and not torch_file.is_finite(value)],
     }
     if texts := [
         f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
@@ -237,9 +231,6 @@ def load_strictly(
         if names
     ]:
         raise InputError(f"{what}: does not fit: {'; '.join(texts)}")
-    broken = [name for name, _, value in both if finite and not torch_file.is_finite(value)]
-    if broken:
-        raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
     weights._metadata = own._metadata  # the versions of the names that they have by now
     module.load_state_dict(weights)
 
@@ -247,18 +238,14 @@ def load_strictly(
 def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
     """A weight's name in this torchvision, where the network has it under that one alone."""
     for older, now in _OLDER:
-        if match := older.fullmatch(name):
-            new = match.expand(now)
-            if new in own and new not in weights:
-                return new
+        if (match := older.fullmatch(name)) and (new := match.expand(now)) in own:
+            return name if new in weights else new
     return name
 
 
-def _type(value: Tensor) -> str:
+def _type(value: Tensor) -> tuple[bool, bool]:
     """What a weight must be to stand for another: of one floating type for any other."""
-    if value.is_floating_point():
-        return "floating"
-    return "bool" if value.dtype == torch.bool else "whole"
+    return value.is_floating_point(), value.dtype == torch.bool
 
 
 def load_backbone(
@@ -325,24 +312,19 @@ def load_optimizer(
     found = [list(checked.take(group, "params", numbers, what=what)) for group in groups]
     if found != [group["params"] for group in own]:
         raise InputError(f"{what}: param_groups has other parameters than this run")
-    for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
-        if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
+    for number in checked.take(state, "state", checked.TABLE, what=what):
+        if not checked.whole(0, len(parameters) - 1).holds(number):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
         shape = parameters[number].shape
-        for name in slots:
-            checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
+        slot = torch_file.tensor(
+            f"{tuple(shape)}{', finite,' * finite}",
+            lambda v, shape=shape: v.shape == shape and (not finite or torch_file.is_finite(v)),
+            dims=len(shape),
+        )
+        kind = checked.table_of(checked.or_none(slot))
+        checked.take(state["state"], number, kind, what=f"{what}: state")
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():
             if value is not None and value.stride() != parameter.stride():
                 slots[name] = torch.empty_like(parameter).copy_(value)
-
-
-def _slot_of(shape: torch.Size, finite: bool) -> Kind:
-    """What SGD may keep of a parameter."""
-
-    def holds(value: Tensor) -> bool:
-        return value.shape == shape and not (finite and not torch_file.is_finite(value))
-
-    words = f"{tuple(shape)}{', finite,' * finite}"
-    return checked.or_none(torch_file.tensor(words, holds, dims=len(shape)))

@@ -120,7 +120,7 @@ def _checked(state: dict, *, what: str) -> dict:
     fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
     if "epoch" in state and "format" not in state:
         epoch = state.pop("epoch")
-        if isinstance(epoch, Tensor) and not torch_file.unfit(epoch) and epoch.ndim == 0:
+        if isinstance(epoch, Tensor) and torch_file.is_dense(epoch) and epoch.ndim == 0:
             epoch = epoch.item()
         if _COUNT.holds(int(epoch) if isinstance(epoch, float) and epoch.is_integer() else epoch):
             state["epoch"] = int(epoch)

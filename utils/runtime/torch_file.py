@@ -64,18 +64,10 @@ def one_line(text: str) -> str:
     return text if len(text) <= _NAME else f"{text[: _NAME - 3]}..."
 
 
-def unfit(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be used as an array of numbers ("sparse"), None if it can."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return f"a {type(tensor).__name__}"
-    for name in ("quantized", "nested"):
-        if getattr(tensor, f"is_{name}"):
-            return name
-    if tensor.is_meta:
-        return "without data (meta)"
-    if tensor.layout != torch.strided:
-        return "sparse"
-    return None if tensor.dtype in _DTYPES else str(tensor.dtype).removeprefix("torch.")
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is an array of numbers: not sparse, nested, quantized or without data."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and tensor.dtype in _DTYPES and not (tensor.is_nested or tensor.is_meta)
 
 
 def check_weights(weights: dict, *, what: str) -> None:
@@ -83,9 +75,9 @@ def check_weights(weights: dict, *, what: str) -> None:
     for name, value in weights.items():
         if not isinstance(name, str):
             raise InputError(f"{what}: a weight's name is {checked.shown(name)}, not text")
-        found = unfit(value) if isinstance(value, Tensor) else checked.shown(value)
-        if found:
-            raise InputError(f"{what}: weight {one_line(name)} is {found}")
+        if not (isinstance(value, Tensor) and is_dense(value)):
+            found = f"weight {one_line(name)} is {checked.shown(value)}"
+            raise InputError(f"{what}: {found}, not a dense tensor of numbers")
 
 
 def tensor(
@@ -98,7 +90,7 @@ def tensor(
 
     def fits(value: Any) -> bool:
         """Whether a value is such a tensor."""
-        if not isinstance(value, Tensor) or unfit(value) or value.ndim != dims:
+        if not isinstance(value, Tensor) or not is_dense(value) or value.ndim != dims:
             return False
         if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
             return False

@@ -31,7 +31,7 @@ from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.runtime import checked, distributed
 from utils.runtime.errors import InputError, Interrupted, RunError
 from utils.runtime.stop_signals import StopSignals, ignore
-from utils.runtime.torch_file import is_finite, one_line
+from utils.runtime.torch_file import is_finite
 from utils.runtime.workers import worker_failure
 from utils.training import resume_check, tensorboard
 from utils.training.log import Log, Means
@@ -356,12 +356,13 @@ class Run:
         elif resume:
             path, state = Path(resume), self._files.load(Path(resume))
         if state:
-            self._check_same(state, what=f"--resume {path}")
-            self._restore(state, what=f"--resume {path}")
+            what = f"--resume {path}"
+            resume_check.check(state, self.settings, self._data, method=self._method, what=what)
+            self._restore(state, what=what)
             done = self.epoch - (not self._epoch_ended)
             if done >= self.epochs and resume != "auto":
                 reason = f"it has finished epoch {done} of --epochs {self.epochs}"
-                raise InputError(f"--resume {path}: {reason}")
+                raise InputError(f"{what}: {reason}")
         # All have read what the main process may move now, and the same.
         places = distributed.gather_objects(state and (path.name, state["epoch"], state["step"]))
         if any(place != places[0] for place in places):
@@ -376,20 +377,6 @@ class Run:
             self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
             place = f", step {self.epoch_step}" * (not self._epoch_ended)
             Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
-
-    def _check_same(self, state: dict, *, what: str) -> None:
-        """InputError for a run of another method, or without --resume_anyway of other settings."""
-        if state.get("method") != self._method:
-            found = one_line(str(state.get("method")))
-            raise InputError(f"{what}: a run of {found}, not of this script")
-        differing = "; ".join(resume_check.differences(state, self.settings, self._data))
-        if differing and not self.args.resume_anyway:
-            advice = "to go on all the same: --resume_anyway"
-            raise InputError(f"{what}: a run with {differing} ({advice})")
-        if differing:
-            Log.say(f"WARNING {what}: a run with {differing}")
-        if self.args.cos and checkpoint.settings(state).get("epochs") != self.args.epochs:
-            Log.say(f"the cosine falls over --epochs {self.args.epochs} from here on")
 
     def _restore(self, state: dict, *, what: str) -> None:
         """Take over the state of a run; InputError that begins with `what` if it does not fit."""

@@ -53,13 +53,13 @@ def list_of(kind: Kind) -> Kind:
 
 def table_of(kind: Kind) -> Kind:
     """A dict of text to values of a kind."""
-    return Kind(
-        f"a table of {kind.words}",
-        lambda value: (
-            isinstance(value, dict)
-            and all(isinstance(key, str) and kind.holds(part) for key, part in value.items())
-        ),
-    )
+
+    def holds(value: Any) -> bool:
+        """Whether a value is such a dict."""
+        is_table = isinstance(value, dict) and all(map(TEXT.holds, value))
+        return is_table and all(map(kind.holds, value.values()))
+
+    return Kind(f"a table of {kind.words}", holds)
 
 
 def or_none(kind: Kind) -> Kind:
@@ -75,11 +75,10 @@ def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -
     """
     if name not in record and default:
         return default["default"]
-    value = record.get(name)
-    if name not in record or not kind.holds(value):
-        found = shown(value) if name in record else "missing"
-        raise InputError(f"{what}: {printable(str(name))} is {found}, not {kind.words}")
-    return value
+    if name in record and kind.holds(record[name]):
+        return record[name]
+    found = shown(record[name]) if name in record else "missing"
+    raise InputError(f"{what}: {printable(str(name))} is {found}, not {kind.words}")
 
 
 def shown(value: Any) -> str:
@@ -92,10 +91,9 @@ def shown(value: Any) -> str:
 
 def _is_plain(value: Any, *, deep: int) -> bool:
     """Whether JSON can say a value: None, text, flag, finite number, or few levels of those."""
-    if isinstance(value, dict):
-        return deep > 0 and table_of(Kind("", lambda v: _is_plain(v, deep=deep - 1))).holds(value)
-    if isinstance(value, (list, tuple)):
-        return deep > 0 and all(_is_plain(part, deep=deep - 1) for part in value)
+    inner = Kind("", lambda part: _is_plain(part, deep=deep - 1))
+    if isinstance(value, (dict, list, tuple)):
+        return deep > 0 and (table_of(inner).holds(value) or list_of(inner).holds(value))
     return value is None or isinstance(value, (str, bool)) or real().holds(value)
 
 

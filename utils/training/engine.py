@@ -191,8 +191,7 @@ class Run:
         self._losses.watch(loss, self._place(), rate=rate, index=self._batch.index)
         loss.backward()
         self.optimizer.step()
-        # Now, not before the next backward pass: their memory can serve the forward pass, and that
-        # of gradients from CUDA graphs does.
+        # Now: their memory can serve the forward pass, and that of gradients from CUDA graphs does.
         self.optimizer.zero_grad(set_to_none=True)
         self._means.add({"loss": loss, **stats})
         self._interval_steps += 1
@@ -207,7 +206,7 @@ class Run:
         return {"epoch": self.epoch, "step": self.epoch_step}
 
     def _say_figures(self, figures: dict) -> None:
-        texts = (f"{n} {value:.4g}" for n, value in figures.items() if not isinstance(value, list))
+        texts = (f"{n} {v:.4g}" for n, v in figures.items() if not isinstance(v, list))
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(texts)}")
 
     def finish(self, name: str) -> None:
@@ -250,10 +249,7 @@ class Run:
             )
 
     def _save_if_due(self) -> None:
-        """Between two steps: save and stop for a signal, or save once --save_minutes are over.
-
-        What one process was told, or the main one's clock, holds for all.
-        """
+        """Between two steps: save for a signal to any process and stop, or after --save_minutes."""
         due = 0 < self.args.save_minutes <= (time.monotonic() - self._saved_at) / 60
         at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
         told = torch.tensor([self._signals.received or 0, due and not at_end])
@@ -280,15 +276,12 @@ class Run:
             self._measure_knn()
 
     def _measure_knn(self) -> None:
-        """k-NN figures of this epoch, from the log if they are there.
-
-        A signal breaks them off if there is only one process; several would wait for each other.
-        """
+        """k-NN figures of this epoch, from the log if they are there."""
         (logged, *_) = distributed.gather_objects(self.log.find("knn", LOGGED, epoch=self.epoch))
         if logged:
             self.knn = {int(k): figures for k, figures in logged.items()}
             return
-        alone = distributed.world_size() == 1
+        alone = distributed.world_size() == 1  # several broken off would wait for each other
         if not (alone or self._epoch_ended):
             self._save()
         try:

@@ -153,10 +153,7 @@ class RunFolder:
         (self.path / ABOUT).unlink(missing_ok=True)
 
     def continue_from(self, epoch: int, step: int | None) -> None:
-        """Move checkpoints that are farther on aside: the run that goes on makes them again.
-
-        For the main process only.
-        """
+        """Move checkpoints aside that the run makes again; for the main process only."""
         if later := [p for p in self.checkpoints() if _progress(p) > _place(epoch, step)]:
             self.move_aside(later)
 
@@ -179,10 +176,9 @@ class RunFolder:
         files.replace_text(path, plain_json.dumps(about, indent=2) + "\n")
 
     def ask_for_requeue(self, wanted: bool = True) -> None:
-        """Leave a file that tells of a run that is told to stop and wants to go on, or remove it.
+        """Leave a file that tells of a run that wants to go on, or remove it.
 
-        torchrun ends with code 1 whatever the code of its processes is, and kills what has not
-        ended half a minute after SIGTERM.
+        torchrun ends with code 1 whatever the code of its processes is.
         """
         if distributed.is_main():
             path = self.path / REQUEUE

@@ -111,22 +111,17 @@ def _from_safetensors(path: str | Path, *, what: str) -> dict:
 def _checked(state: dict, *, what: str) -> dict:
     """A file's content, if its fields are as they must be; InputError, begun by `what`, if not.
 
-    An epoch that others have saved as a tensor or float becomes an int; of another kind it is left
-    out of their files, and that is said.
+    An epoch in files of others that is no number of one is left out, and that is said.
     """
     for name in state:
         if not isinstance(name, str):
             raise InputError(f"{what}: its key {checked.shown(name)} is not text")
     fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
-    if "epoch" in state and "format" not in state:
-        epoch = state.pop("epoch")
-        if isinstance(epoch, Tensor) and torch_file.is_dense(epoch) and epoch.ndim == 0:
-            epoch = epoch.item()
-        if _COUNT.holds(int(epoch) if isinstance(epoch, float) and epoch.is_integer() else epoch):
-            state["epoch"] = int(epoch)
-        elif epoch is not None:
-            print(f"{what}: its epoch is {checked.shown(epoch)}, which is not noted", flush=True)
-    for name, kind in ({"epoch": checked.or_none(_COUNT)} | fields).items():
+    epoch = checked.or_none(_COUNT)
+    if "format" not in state and not epoch.holds(found := state.get("epoch")):
+        print(f"{what}: its epoch is {checked.shown(found)}, which is not noted", flush=True)
+        del state["epoch"]
+    for name, kind in ({"epoch": epoch} | fields).items():
         if name in state or name == "metadata":  # of a run a reader asks for what it needs
             checked.take(state, name, kind, what=what)
     return state

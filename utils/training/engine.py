@@ -243,10 +243,9 @@ class Run:
         for module in (self.model, *self._banks.values()):
             shared += module.buffers(recurse=False)
         if not distributed.same_everywhere(shared):
-            raise RunError(
-                f"weights or bank differ between the processes at epoch {self.epoch}, step "
-                f"{self.epoch_step}: a fault of the machine or a bug; resume from a checkpoint"
-            )
+            where = f"epoch {self.epoch}, step {self.epoch_step}"
+            reason = "a fault of the machine or a bug; resume from a checkpoint"
+            raise RunError(f"weights or bank differ between the processes at {where}: {reason}")
 
     def _save_if_due(self) -> None:
         """Between two steps: save for a signal to any process and stop, or after --save_minutes."""

@@ -263,12 +263,11 @@ def load_projector(
     """
     weights = encoder_weights(checkpoint, backbone.classifier, what=what)
     chosen = _below(f"{encoder}_encoder.projector.", weights)
-    layers = [v for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
-    if not layers:
+    sizes = [len(v) for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
+    if not sizes:
         raise InputError(f"{what}: no projector of the {encoder} encoder in it")
-    sizes = [backbone.feature_dim, *(len(layer) for layer in layers)]
-    last = f"{3 * len(layers) - 2}.running_mean"  # three modules a layer, and the last without two
-    projector = mlp(sizes, output_norm=last in chosen)
+    last = f"{3 * len(sizes) - 2}.running_mean"  # three modules a layer, and the last without two
+    projector = mlp([backbone.feature_dim, *sizes], output_norm=last in chosen)
     load_strictly(projector, chosen, what=what)
     return projector
 

@@ -47,10 +47,8 @@ def read(path: str | Path, *, what: str) -> Any:
     except Exception as error:  # a damaged file can raise about anything
         if not (whole and isinstance(error, pickle.UnpicklingError)):
             raise DamagedError(unreadable(what)) from error
-        raise InputError(
-            f"{what}: holds a pickled object; only tensors and plain values are read (save its "
-            "state_dict())"
-        ) from error
+        reason = "only tensors and plain values are read (save its state_dict())"
+        raise InputError(f"{what}: holds a pickled object; {reason}") from error
 
 
 def unreadable(what: str) -> str:

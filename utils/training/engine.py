@@ -196,18 +196,15 @@ class Run:
         self._means.add({"loss": loss, **stats})
         self._interval_steps += 1
 
-    def note(self, figures: dict[str, float]) -> None:
-        """Log figures of something that happened within an epoch."""
+    def note(self, figures: dict[str, float], **texts: str) -> None:
+        """Log figures of something that happened within an epoch, and texts; say the figures."""
         self._losses.check()
-        self.log.write(self._place() | figures)
-        self._say_figures(figures)
+        self.log.write(self._place() | figures | texts)
+        shown = (f"{n} {v:.4g}" for n, v in figures.items() if not isinstance(v, list))
+        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(shown)}")
 
     def _place(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.epoch_step}
-
-    def _say_figures(self, figures: dict) -> None:
-        texts = (f"{n} {v:.4g}" for n, v in figures.items() if not isinstance(v, list))
-        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(texts)}")
 
     def finish(self, name: str) -> None:
         """Say what came out: the k-NN table, the last checkpoint, the time."""
@@ -230,8 +227,7 @@ class Run:
         figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
         can_collapse = getattr(self.model, "can_collapse", True)
         warning = collapse.warning(figures) if can_collapse else None
-        self.log.write(self._place() | figures | ({"warning": warning} if warning else {}))
-        self._say_figures(figures)
+        self.note(figures, **({"warning": warning} if warning else {}))
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")

@@ -1,11 +1,10 @@
 """Checkpoints: safe, strict load; encoder weights out of any known layout.
 
-A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of the method's module,
-`optimizer`, `epoch`, `step` within it, `args` (the run's settings), `format`, and what else a run
-needs to go on (`RUN`). The encoders' names inside are those of `encoders.QueryTargetEncoders`
-behind "encoders.". Also read: checkpoints of the published CMSF and MSF code, plain torchvision
-state dicts, and backbones that eval/export_backbone.py wrote. Nothing in a file is ever executed,
-and what stands in it is of the types and ranges said here, or refused.
+A checkpoint of ours is a dict of tensors and builtins: `RUN`, with the encoders' names in
+`state_dict` those of `encoders.QueryTargetEncoders` behind "encoders.". Also read: checkpoints of
+the published CMSF and MSF code, plain torchvision state dicts, and backbones that
+eval/export_backbone.py wrote. Nothing in a file is ever executed, and what stands in it is of the
+types and ranges said here, or refused.
 """
 
 import argparse
@@ -160,9 +159,9 @@ def said(checkpoint: dict, name: str, *, what: str) -> Any:
 def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:
     """Weights of the encoders under the names of `QueryTargetEncoders`, from any known layout.
 
-    classifier: name of the architecture's last linear layer, `Backbone.classifier`: published
-    checkpoints keep the projector there. A plain state dict gives "query_encoder.backbone." alone.
-    InputError that begins with `what` for weights that are no dense tensors of numbers.
+    classifier: name of the last linear layer: published checkpoints keep the projector there. A
+    plain state dict gives "query_encoder.backbone." alone. InputError, begun by `what`, for weights
+    that are no dense tensors of numbers.
     """
     state = checkpoint
     for key in ("state_dict", "model"):

@@ -31,10 +31,10 @@ class PreviousEmbeddings(nn.Module):
     def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return the previous embeddings of a batch and put its present ones in their place.
 
-        index: (B,) int64, 0 to N - 1. embeddings: (B, D), unit norm, any device; both of the whole
-        batch, the same in every process. Of an image that comes twice the last row stays. Returns
-        previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the device of
-        `embeddings`. Raises IndexError for an index out of range: -1 must not alias the last image.
+        index: (B,) int64. embeddings: (B, D), unit norm, any device; both the same in every
+        process. Of an image that comes twice the last row stays. Returns previous (B, D) (zeros for
+        an image not seen before) and seen (B,) bool, on the device of `embeddings`. IndexError for
+        an index out of range: -1 must not alias the last image.
         """
         index = index.cpu()
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:

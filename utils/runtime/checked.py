@@ -1,7 +1,6 @@
 """Values out of files that anybody may have written: each is checked where it is read.
 
-A file that looks right can hold a list where a number is expected, or a number that no tensor has
-room for. Without a check it fails far from where it was read, in words that name no file.
+Without that a wrong one fails far from where it was read, in words that name no file.
 """
 
 import math
@@ -70,8 +69,7 @@ def or_none(kind: Kind) -> Kind:
 def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -> Any:
     """record[name], which must be of this kind; InputError that begins with `what` otherwise.
 
-    what: names the file, with its flag. default=: what stands for a value that is not there;
-    without one it must be there.
+    what: names the file, with its flag. default=: stands for a value that is not there.
     """
     if name not in record and default:
         return default["default"]

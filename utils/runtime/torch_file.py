@@ -1,7 +1,6 @@
 """Files of torch.save: read without running code that may be in them, and tensors out of them.
 
-A file that looks right can hold tensors that no network takes: sparse ones, ones without data. Here
-is said what a tensor out of a file must be, as `checked` says it of other values.
+What a tensor out of a file must be is said here, as `checked` says it of other values.
 """
 
 import argparse
@@ -31,8 +30,7 @@ def read(path: str | Path, *, what: str) -> Any:
 
     argparse.Namespace, of published checkpoints, is the one class let in beside tensors and
     builtins. Raises, begun by `what`, InputError for a whole file with another, DamagedError for
-    one that is damaged or of another kind. torch.load does not look at the checksums of the zip
-    archive that torch.save writes, so they are looked at here.
+    one that is damaged or of another kind. torch.load itself ignores the archive's checksums.
     """
     whole = False
     try:

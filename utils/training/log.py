@@ -56,8 +56,7 @@ class Means:
 class Log:
     """One JSON object a line in `path`, one short line on the console.
 
-    silent: one of several processes that leaves the file to the main one. also: gets each record
-    that is written.
+    silent: leave the file to another process. also: gets each record that is written.
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:

@@ -73,10 +73,9 @@ class RunFolder:
         return self.path / f"ckpt_epoch_{epoch}.pth"
 
     def save(self, state: dict) -> Path:
-        """Save a state after its epoch, for good, or within it ("step" is not None).
+        """Save a state after its epoch, for good, or within it ("step"), while among the newest.
 
-        Of the latter the newest `KEPT` checkpoints of any kind stay. All processes call it, one
-        writes.
+        All processes call it, one writes.
         """
         path = self.epoch_path(state["epoch"])
         if state["step"] is not None:
@@ -176,10 +175,7 @@ class RunFolder:
         files.replace_text(path, plain_json.dumps(about, indent=2) + "\n")
 
     def ask_for_requeue(self, wanted: bool = True) -> None:
-        """Leave a file that tells of a run that wants to go on, or remove it.
-
-        torchrun ends with code 1 whatever the code of its processes is.
-        """
+        """Leave a file that tells of a run that wants to go on (torchrun's exit code does not)."""
         if distributed.is_main():
             path = self.path / REQUEUE
             path.touch() if wanted else path.unlink(missing_ok=True)

@@ -16,11 +16,7 @@ from utils.runtime.errors import InputError
 
 
 class Board:
-    """Writes to `folder` for TensorBoard.
-
-    steps: of an epoch. after: steps of the run that are done; what an earlier start of it wrote of
-    later ones is hidden.
-    """
+    """Writes to `folder`; steps: of an epoch; after: steps done, later ones there are hidden."""
 
     def __init__(self, folder: Path, *, steps: int, after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter

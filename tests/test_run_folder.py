@@ -39,11 +39,11 @@ def names(folder):
     return sorted(path.name for path in folder.path.glob("*.pth"))
 
 
-def loaded(folder, path):
+def loaded(path):
     """What a new process finds in a checkpoint."""
     model = Model()
-    state = folder.load(path, {"previous": model.previous})
-    model.load_state_dict(state["state_dict"])
+    folder = RunFolder(path.parent, {"previous": model.previous})
+    model.load_state_dict(folder.load(path)["state_dict"])
     return model
 
 
@@ -150,39 +150,37 @@ def save_as_before(folder, model, *, step, parts):
 
 
 def test_parts_of_older_versions(tmp_path):
-    """They are read, move aside with the run, and go once no checkpoint can need them."""
+    """They are read, and move aside with the run."""
     folder, model = RunFolder(tmp_path, say=lambda text: None), Model()
     visit(model, range(10))
     path = save_as_before(tmp_path, model, step=1, parts={2: range(10)})
-    assert_same(loaded(folder, path), model)
+    assert_same(loaded(path), model)
     visit(model, range(5, 20))
     path = save_as_before(tmp_path, model, step=2, parts={11: range(5, 20)})
     model.previous.embeddings[:5] = 0  # of these step 2 below has part 2
     files.save(path, torch.load(path) | {"parts": {"previous": {11: 15, 2: 10}}})
-    there = loaded(folder, path)
+    there = loaded(path)
     assert torch.equal(there.previous.embeddings[5:], model.previous.embeddings[5:])
     assert there.previous.embeddings[:5].all() and int(there.previous.seen.sum()) == 20
     aside = folder.move_aside([folder.checkpoints()[1]])
-    assert int(loaded(folder, aside / "ckpt_epoch_1_step_1.pth").previous.seen.sum()) == 10
-    for step in (3, 4):
-        assert (tmp_path / "previous_embeddings").exists()
-        folder.save(state(model, 1, step))
+    assert int(loaded(aside / "ckpt_epoch_1_step_1.pth").previous.seen.sum()) == 10
+    folder.start_anew()
+    assert loaded(tmp_path / "earlier_2" / path.name).previous.seen.sum() == 20
     assert not (tmp_path / "previous_embeddings").exists()
-    assert len(names(folder)) == 2
 
 
 def test_parts_of_older_versions_that_are_damaged_or_none(tmp_path):
     said = []
-    folder, model = RunFolder(tmp_path, say=said.append), Model()
+    model = Model()
+    folder = RunFolder(tmp_path, {"previous": model.previous}, say=said.append)
     good = folder.save(state(model, 1, 1))
     visit(model, range(10))
     path = save_as_before(tmp_path, model, step=2, parts={1: range(10)})
-    stores = {"previous": model.previous}
     for other in (PreviousEmbeddings(5, 4), PreviousEmbeddings(50, 7)):
         with pytest.raises(InputError, match="step_2.pth: holds previous embeddings that are none"):
-            folder.load(path, {"previous": other})
+            RunFolder(tmp_path, {"previous": other}).load(path)
     (tmp_path / "previous_embeddings" / "part_1.pth").write_bytes(b"cut")
-    assert folder.newest_good(stores)[0] == good and "part_1.pth: not a readable" in said[0]
+    assert folder.newest_good()[0] == good and "part_1.pth: not a readable" in said[0]
 
 
 def test_starting_anew_moves_all_of_a_run_aside(tmp_path):
@@ -193,7 +191,7 @@ def test_starting_anew_moves_all_of_a_run_aside(tmp_path):
     folder.start_anew()
     assert folder.checkpoints() == [] and folder.log.read_text() == ""
     aside = tmp_path / "earlier_1"
-    assert_same(loaded(RunFolder(aside), aside / path.name), model)
+    assert_same(loaded(aside / path.name), model)
     assert (aside / "log.jsonl").read_text()
     folder.start_anew()
     assert not (tmp_path / "earlier_2").exists()
@@ -208,7 +206,7 @@ def test_going_on_from_an_older_checkpoint_keeps_the_newer_ones_aside(tmp_path):
     folder.continue_from(2, None)
     assert names(folder) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth"]
     aside = tmp_path / "earlier_1"
-    assert_same(loaded(RunFolder(aside), aside / later.name), model)
+    assert_same(loaded(aside / later.name), model)
     folder.continue_from(2, None)
     assert not (tmp_path / "earlier_2").exists()
 

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import re
 
 import numpy as np
 import pytest
@@ -58,24 +57,24 @@ def test_a_name_out_of_a_file_is_one_short_line():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    "make",
     [
-        (lambda v: v.to_sparse(), "sparse"),
-        (lambda v: v.to_sparse_csr(), "sparse"),
-        (lambda v: v.to("meta"), r"without data (meta)"),
-        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "quantized"),
-        (lambda v: torch.nested.nested_tensor([v, v[:1]]), "nested"),
-        (lambda v: v.to(torch.complex64), "complex64"),
-        (lambda v: v.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        lambda v: v.to_sparse(),
+        lambda v: v.to_sparse_csr(),
+        lambda v: v.to("meta"),
+        lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+        lambda v: torch.nested.nested_tensor([v, v[:1]]),
+        lambda v: v.to(torch.complex64),
+        lambda v: v.to(torch.float8_e4m3fn),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_weights_that_no_network_takes_are_named(tmp_path, make, words):
+def test_weights_that_no_network_takes_are_named(tmp_path, make):
     path = tmp_path / "odd.pth"
     weights = torchvision.models.resnet18().state_dict()
     torch.save(dict(weights) | {"fc.weight": make(weights["fc.weight"])}, path)
     state = checkpoint.load(path, flag="--weights")
-    with pytest.raises(InputError, match=re.escape(f"x: weight fc.weight is {words}")):
+    with pytest.raises(InputError, match="x: weight fc.weight is a Tensor, not a dense"):
         checkpoint.encoder_weights(state, "fc", what="x")
 
 

@@ -1,11 +1,10 @@
 """Checkpoints: safe, strict load; encoder weights out of any known layout.
 
-A checkpoint of ours is a dict of tensors and Python builtins: `state_dict` of the method's module,
-`optimizer`, `epoch`, `step` within it, `args` (the run's settings), `format`, and what else a run
-needs to go on (`RUN`). The encoders' names inside are those of `encoders.QueryTargetEncoders`
-behind "encoders.". Also read: checkpoints of the published CMSF and MSF code, plain torchvision
-state dicts, and backbones that eval/export_backbone.py wrote. Nothing in a file is ever executed,
-and what stands in it is of the types and ranges said here, or refused.
+A checkpoint of ours is a dict of tensors and builtins: `RUN`, with the encoders' names in
+`state_dict` those of `encoders.QueryTargetEncoders` behind "encoders.". Also read: checkpoints of
+the published CMSF and MSF code, plain torchvision state dicts, and backbones that
+eval/export_backbone.py wrote. Nothing in a file is ever executed, and what stands in it is of the
+types and ranges said here, or refused.
 """
 
 import argparse
@@ -37,10 +36,6 @@ _PLAIN = checked.table_of(checked.PLAIN)
 _COUNT = checked.whole(0)
 
 
-def _are_means(value: Any) -> bool:
-    return checked.TABLE.holds(value) and _SUMS.holds(value.get("sums"))
-
-
 def _is_metadata(value: Any) -> bool:
     return _PLAIN.holds(value) and value.get("encoder", "query") in ("query", "target")
 
@@ -54,7 +49,9 @@ _FIELDS = {
         "state_dict": checked.TABLE,
         "optimizer": checked.TABLE,
         "rng_states": checked.list_of(checked.table_of(_BYTES)),
-        "means": Kind("sums of figures", _are_means),
+        "means": Kind(
+            "sums of figures", lambda v: isinstance(v, dict) and _SUMS.holds(v.get("sums"))
+        ),
         "bad_images": checked.list_of(checked.TEXT),
         "seconds": checked.real(0),
         "data": checked.table_of(checked.TEXT),
@@ -84,9 +81,8 @@ def load(path: str | Path, *, flag: str) -> dict:
 
     flag: the user's flag that named the file, for the message. A file that ends in .safetensors
     comes in the layout of an exported backbone, if it is one, or else as {"state_dict": ...}.
-    Raises InputError for a missing or damaged file, for one that holds no dict of tensors and
-    builtins (see `torch_file.read`), and for a field of another type or range than it must have;
-    DamagedError, one of them, where the file is at fault.
+    InputError for what is no dict of tensors and builtins, or has a field of another type or range
+    than it must have; DamagedError, one of them, for a missing or damaged file.
     """
     what = f"{flag} {path}"
     if not Path(path).is_file():
@@ -114,26 +110,17 @@ def _from_safetensors(path: str | Path, *, what: str) -> dict:
 def _checked(state: dict, *, what: str) -> dict:
     """A file's content, if its fields are as they must be; InputError, begun by `what`, if not.
 
-    An epoch that others have saved as a tensor or float becomes an int; of another kind it is left
-    out of their files, and that is said.
+    An epoch in files of others that is no number of one is left out, and that is said.
     """
     for name in state:
         if not isinstance(name, str):
             raise InputError(f"{what}: its key {checked.shown(name)} is not text")
-    epoch_kind = checked.or_none(_COUNT)
-    if "epoch" in state:
-        epoch = state["epoch"]
-        if isinstance(epoch, Tensor) and not torch_file.unfit(epoch) and epoch.ndim == 0:
-            epoch = epoch.item()
-        if isinstance(epoch, float) and epoch.is_integer():
-            epoch = int(epoch)
-        state["epoch"] = epoch
-        if "format" not in state and not epoch_kind.holds(epoch):
-            print(f"{what}: its epoch is {checked.shown(epoch)}, which is not noted", flush=True)
-            del state["epoch"]
-    checked.take(state, "epoch", epoch_kind, what=what, default=None)
     fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
-    for name, kind in fields.items():
+    epoch = checked.or_none(_COUNT)
+    if "format" not in state and not epoch.holds(found := state.get("epoch")):
+        print(f"{what}: its epoch is {checked.shown(found)}, which is not noted", flush=True)
+        del state["epoch"]
+    for name, kind in ({"epoch": epoch} | fields).items():
         if name in state or name == "metadata":  # of a run a reader asks for what it needs
             checked.take(state, name, kind, what=what)
     return state
@@ -172,9 +159,9 @@ def said(checkpoint: dict, name: str, *, what: str) -> Any:
 def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:
     """Weights of the encoders under the names of `QueryTargetEncoders`, from any known layout.
 
-    classifier: name of the architecture's last linear layer, `Backbone.classifier`: published
-    checkpoints keep the projector there. A plain state dict gives "query_encoder.backbone." alone.
-    InputError that begins with `what` for weights that are no dense tensors of numbers.
+    classifier: name of the last linear layer: published checkpoints keep the projector there. A
+    plain state dict gives "query_encoder.backbone." alone. InputError, begun by `what`, for weights
+    that are no dense tensors of numbers.
     """
     state = checkpoint
     for key in ("state_dict", "model"):
@@ -221,15 +208,16 @@ def load_strictly(
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
     weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
-    counters = [name for name in own if name.endswith("num_batches_tracked")]
-    weights = OrderedDict({name: own[name] for name in counters} | weights)
+    for name in own:
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, own[name])
     both = [(name, own[name], weights[name]) for name in own if name in weights]
-    types = [name for name, one, value in both if _type(one) != _type(value)]
     problems = {
         "missing": [name for name in own if name not in weights],
         "unknown": [name for name in weights if name not in own],
         "of another shape": [name for name, one, value in both if one.shape != value.shape],
-        "of another type": [name for name in types if name not in counters],
+        "of another type": [name for name, one, value in both if _type(one) != _type(value)],
+        "are not finite": [n for n, _, value in both if finite and not torch_file.is_finite(value)],
     }
     if texts := [
         f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
@@ -237,9 +225,6 @@ def load_strictly(
         if names
     ]:
         raise InputError(f"{what}: does not fit: {'; '.join(texts)}")
-    broken = [name for name, _, value in both if finite and not torch_file.is_finite(value)]
-    if broken:
-        raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
     weights._metadata = own._metadata  # the versions of the names that they have by now
     module.load_state_dict(weights)
 
@@ -247,18 +232,14 @@ def load_strictly(
 def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
     """A weight's name in this torchvision, where the network has it under that one alone."""
     for older, now in _OLDER:
-        if match := older.fullmatch(name):
-            new = match.expand(now)
-            if new in own and new not in weights:
-                return new
+        if (match := older.fullmatch(name)) and (new := match.expand(now)) in own:
+            return name if new in weights else new
     return name
 
 
-def _type(value: Tensor) -> str:
+def _type(value: Tensor) -> tuple[bool, bool]:
     """What a weight must be to stand for another: of one floating type for any other."""
-    if value.is_floating_point():
-        return "floating"
-    return "bool" if value.dtype == torch.bool else "whole"
+    return value.is_floating_point(), value.dtype == torch.bool
 
 
 def load_backbone(
@@ -281,12 +262,11 @@ def load_projector(
     """
     weights = encoder_weights(checkpoint, backbone.classifier, what=what)
     chosen = _below(f"{encoder}_encoder.projector.", weights)
-    layers = [v for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
-    if not layers:
+    sizes = [len(v) for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
+    if not sizes:
         raise InputError(f"{what}: no projector of the {encoder} encoder in it")
-    sizes = [backbone.feature_dim, *(len(layer) for layer in layers)]
-    last = f"{3 * len(layers) - 2}.running_mean"  # three modules a layer, and the last without two
-    projector = mlp(sizes, output_norm=last in chosen)
+    last = f"{3 * len(sizes) - 2}.running_mean"  # three modules a layer, and the last without two
+    projector = mlp([backbone.feature_dim, *sizes], output_norm=last in chosen)
     load_strictly(projector, chosen, what=what)
     return projector
 
@@ -325,24 +305,19 @@ def load_optimizer(
     found = [list(checked.take(group, "params", numbers, what=what)) for group in groups]
     if found != [group["params"] for group in own]:
         raise InputError(f"{what}: param_groups has other parameters than this run")
-    for number, slots in checked.take(state, "state", checked.TABLE, what=what).items():
-        if not checked.whole(0, len(parameters) - 1).holds(number) or not isinstance(slots, dict):
+    for number in checked.take(state, "state", checked.TABLE, what=what):
+        if not checked.whole(0, len(parameters) - 1).holds(number):
             raise InputError(f"{what}: state has no parameter {checked.shown(number)}")
         shape = parameters[number].shape
-        for name in slots:
-            checked.take(slots, name, _slot_of(shape, finite), what=f"{what}: state {number}")
+        slot = torch_file.tensor(
+            f"{tuple(shape)}{', finite,' * finite}",
+            lambda v, shape=shape: v.shape == shape and (not finite or torch_file.is_finite(v)),
+            dims=len(shape),
+        )
+        kind = checked.table_of(checked.or_none(slot))
+        checked.take(state["state"], number, kind, what=f"{what}: state")
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
     for parameter, slots in optimizer.state.items():
         for name, value in slots.items():
             if value is not None and value.stride() != parameter.stride():
                 slots[name] = torch.empty_like(parameter).copy_(value)
-
-
-def _slot_of(shape: torch.Size, finite: bool) -> Kind:
-    """What SGD may keep of a parameter."""
-
-    def holds(value: Tensor) -> bool:
-        return value.shape == shape and not (finite and not torch_file.is_finite(value))
-
-    words = f"{tuple(shape)}{', finite,' * finite}"
-    return checked.or_none(torch_file.tensor(words, holds, dims=len(shape)))

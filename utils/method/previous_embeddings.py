@@ -8,15 +8,15 @@ from utils.runtime.streams import HostCopy, upload
 
 
 class PreviousEmbeddings(nn.Module):
-    """Each image's last embedding, kept in host memory (CMSF sec. 3.1, the source of M').
+    """Each image's last embedding, kept in host memory whatever device the model moves to.
 
     embeddings: (N, D), unit norm. seen: (N,) bool, whether the image was visited at all. On
-    ImageNet this is 2.6 GB of float32: it stays on the host whatever device the model moves to.
-    (The published code held two such stores on the GPU, started as noise.) What comes from a GPU is
-    put into its place when the store is next asked or saved, so that no step waits for it.
+    ImageNet this is 2.6 GB of float32. (The published code held two such stores on the GPU, started
+    as noise.) What comes from a GPU is put into its place when the store is next asked or saved, so
+    that no step waits for it.
 
-    Of W processes the one of rank r holds the rows of images r, r + W, r + 2 W, ... only. Its state
-    has all of them: to get it, or to swap, is something that all processes do together.
+    Of W processes the one of rank r holds the rows of images r, r + W, r + 2 W, ... only. To get
+    all of them, or to swap, is something that all processes do together.
     """
 
     def __init__(self, num_images: int, dim: int) -> None:
@@ -31,10 +31,10 @@ class PreviousEmbeddings(nn.Module):
     def swap(self, index: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Return the previous embeddings of a batch and put its present ones in their place.
 
-        index: (B,) int64, 0 to N - 1. embeddings: (B, D), unit norm, any device; both of the whole
-        batch, the same in every process. Of an image that comes twice the last row stays. Returns
-        previous (B, D) (zeros for an image not seen before) and seen (B,) bool, on the device of
-        `embeddings`. Raises IndexError for an index out of range: -1 must not alias the last image.
+        index: (B,) int64. embeddings: (B, D), unit norm, any device; both the same in every
+        process. Of an image that comes twice the last row stays. Returns previous (B, D) (zeros for
+        an image not seen before) and seen (B,) bool, on the device of `embeddings`. IndexError for
+        an index out of range: -1 must not alias the last image.
         """
         index = index.cpu()
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.num_images:
@@ -55,10 +55,7 @@ class PreviousEmbeddings(nn.Module):
 
     @torch.no_grad()
     def remember(self, index: Tensor, embeddings: Tensor) -> None:
-        """Keep the present embeddings of a batch; arguments as those of `swap`.
-
-        A batch that is not finite, at which the run stops, is not kept.
-        """
+        """Keep a batch's embeddings, as for `swap`; not one that is not finite: the run stops."""
         self.settle()
         self._coming = index, HostCopy(embeddings.detach())
         if embeddings.device.type != "cuda":
@@ -98,7 +95,7 @@ class PreviousEmbeddings(nn.Module):
         return own, index[own] // distributed.world_size()
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """All processes' rows on the main one; elsewhere tensors of that shape without memory."""
+        """What `on_main` has."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         whole = zip(("embeddings", "seen"), self.on_main(), strict=True)
         destination.update({prefix + name: rows.detach() for name, rows in whole})

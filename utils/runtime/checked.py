@@ -1,7 +1,6 @@
 """Values out of files that anybody may have written: each is checked where it is read.
 
-A file that looks right can hold a list where a number is expected, or a number that no tensor has
-room for. Without a check it fails far from where it was read, in words that name no file.
+Without that a wrong one fails far from where it was read, in words that name no file.
 """
 
 import math
@@ -53,13 +52,13 @@ def list_of(kind: Kind) -> Kind:
 
 def table_of(kind: Kind) -> Kind:
     """A dict of text to values of a kind."""
-    return Kind(
-        f"a table of {kind.words}",
-        lambda value: (
-            isinstance(value, dict)
-            and all(isinstance(key, str) and kind.holds(part) for key, part in value.items())
-        ),
-    )
+
+    def holds(value: Any) -> bool:
+        """Whether a value is such a dict."""
+        is_table = isinstance(value, dict) and all(map(TEXT.holds, value))
+        return is_table and all(map(kind.holds, value.values()))
+
+    return Kind(f"a table of {kind.words}", holds)
 
 
 def or_none(kind: Kind) -> Kind:
@@ -70,16 +69,14 @@ def or_none(kind: Kind) -> Kind:
 def take(record: Mapping, name: Any, kind: Kind, *, what: str, **default: Any) -> Any:
     """record[name], which must be of this kind; InputError that begins with `what` otherwise.
 
-    what: names the file, with its flag. default=: what stands for a value that is not there;
-    without one it must be there.
+    what: names the file, with its flag. default=: stands for a value that is not there.
     """
     if name not in record and default:
         return default["default"]
-    value = record.get(name)
-    if name not in record or not kind.holds(value):
-        found = shown(value) if name in record else "missing"
-        raise InputError(f"{what}: {printable(str(name))} is {found}, not {kind.words}")
-    return value
+    if name in record and kind.holds(record[name]):
+        return record[name]
+    found = shown(record[name]) if name in record else "missing"
+    raise InputError(f"{what}: {printable(str(name))} is {found}, not {kind.words}")
 
 
 def shown(value: Any) -> str:
@@ -92,10 +89,9 @@ def shown(value: Any) -> str:
 
 def _is_plain(value: Any, *, deep: int) -> bool:
     """Whether JSON can say a value: None, text, flag, finite number, or few levels of those."""
-    if isinstance(value, dict):
-        return deep > 0 and table_of(Kind("", lambda v: _is_plain(v, deep=deep - 1))).holds(value)
-    if isinstance(value, (list, tuple)):
-        return deep > 0 and all(_is_plain(part, deep=deep - 1) for part in value)
+    inner = Kind("", lambda part: _is_plain(part, deep=deep - 1))
+    if isinstance(value, (dict, list, tuple)):
+        return deep > 0 and (table_of(inner).holds(value) or list_of(inner).holds(value))
     return value is None or isinstance(value, (str, bool)) or real().holds(value)
 
 

@@ -1,7 +1,6 @@
 """Files of torch.save: read without running code that may be in them, and tensors out of them.
 
-A file that looks right can hold tensors that no network takes: sparse ones, ones without data. Here
-is said what a tensor out of a file must be, as `checked` says it of other values.
+What a tensor out of a file must be is said here, as `checked` says it of other values.
 """
 
 import argparse
@@ -31,8 +30,7 @@ def read(path: str | Path, *, what: str) -> Any:
 
     argparse.Namespace, of published checkpoints, is the one class let in beside tensors and
     builtins. Raises, begun by `what`, InputError for a whole file with another, DamagedError for
-    one that is damaged or of another kind. torch.load does not look at the checksums of the zip
-    archive that torch.save writes, so they are looked at here.
+    one that is damaged or of another kind. torch.load itself ignores the archive's checksums.
     """
     whole = False
     try:
@@ -47,10 +45,8 @@ def read(path: str | Path, *, what: str) -> Any:
     except Exception as error:  # a damaged file can raise about anything
         if not (whole and isinstance(error, pickle.UnpicklingError)):
             raise DamagedError(unreadable(what)) from error
-        raise InputError(
-            f"{what}: holds a pickled object; only tensors and plain values are read (save its "
-            "state_dict())"
-        ) from error
+        reason = "only tensors and plain values are read (save its state_dict())"
+        raise InputError(f"{what}: holds a pickled object; {reason}") from error
 
 
 def unreadable(what: str) -> str:
@@ -64,18 +60,10 @@ def one_line(text: str) -> str:
     return text if len(text) <= _NAME else f"{text[: _NAME - 3]}..."
 
 
-def unfit(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be used as an array of numbers ("sparse"), None if it can."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return f"a {type(tensor).__name__}"
-    for name in ("quantized", "nested"):
-        if getattr(tensor, f"is_{name}"):
-            return name
-    if tensor.is_meta:
-        return "without data (meta)"
-    if tensor.layout != torch.strided:
-        return "sparse"
-    return None if tensor.dtype in _DTYPES else str(tensor.dtype).removeprefix("torch.")
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is an array of numbers: not sparse, nested, quantized or without data."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and tensor.dtype in _DTYPES and not (tensor.is_nested or tensor.is_meta)
 
 
 def check_weights(weights: dict, *, what: str) -> None:
@@ -83,9 +71,9 @@ def check_weights(weights: dict, *, what: str) -> None:
     for name, value in weights.items():
         if not isinstance(name, str):
             raise InputError(f"{what}: a weight's name is {checked.shown(name)}, not text")
-        found = unfit(value) if isinstance(value, Tensor) else checked.shown(value)
-        if found:
-            raise InputError(f"{what}: weight {one_line(name)} is {found}")
+        if not (isinstance(value, Tensor) and is_dense(value)):
+            found = f"weight {one_line(name)} is {checked.shown(value)}"
+            raise InputError(f"{what}: {found}, not a dense tensor of numbers")
 
 
 def tensor(
@@ -98,7 +86,7 @@ def tensor(
 
     def fits(value: Any) -> bool:
         """Whether a value is such a tensor."""
-        if not isinstance(value, Tensor) or unfit(value) or value.ndim != dims:
+        if not isinstance(value, Tensor) or not is_dense(value) or value.ndim != dims:
             return False
         if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
             return False

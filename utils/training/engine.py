@@ -31,7 +31,7 @@ from utils.method.previous_embeddings import PreviousEmbeddings
 from utils.runtime import checked, distributed
 from utils.runtime.errors import InputError, Interrupted, RunError
 from utils.runtime.stop_signals import StopSignals, ignore
-from utils.runtime.torch_file import is_finite, one_line
+from utils.runtime.torch_file import is_finite
 from utils.runtime.workers import worker_failure
 from utils.training import resume_check, tensorboard
 from utils.training.log import Log, Means
@@ -43,18 +43,15 @@ from utils.training.schedule import learning_rate
 class Run:
     """A training run in a folder: `log.jsonl`, `run.json`, and the checkpoints of `run_folder`.
 
-    args: the flags that all training scripts have (`options.add_training_options`); they and the
-    script's own are kept in every checkpoint. model: the method's module; `forward(batch)` returns
-    a loss and a dict of scalar tensors, `diagnostics()` the figures that tell its health, `spread`
-    and `effective_rank` among them; low ones are warned of, unless the model has `can_collapse =
-    False`. data: digests by name of what is trained on, compared when resuming. about: what else
-    `run.json` is to say of this start, of builtins. evaluate: returns k-NN figures. compare_with:
-    others by name, for `finish`. num_images, num_classes: of the data; the banks of a run that is
-    resumed may hold no others.
+    args: all of the script's flags, those of `options.add_training_options` among them. model:
+    `forward(batch)` returns a loss and a dict of scalar tensors, `diagnostics()` the figures that
+    tell its health, `spread` and `effective_rank` among them; low ones are warned of, unless the
+    model has `can_collapse = False`. data: digests by name of what is trained on, compared when
+    resuming. about: builtins for `run.json`. evaluate: returns k-NN figures. compare_with: others
+    by name, for `finish`. num_images, num_classes: of the data, for the banks in a checkpoint.
 
-    Without `--resume` the files of an earlier run in the folder are moved aside, never overwritten.
-    Of several processes each makes the same run; `forward` is the model's, with gradients that are
-    the mean over all of them, and the main one writes the files.
+    Without `--resume` an earlier run in the folder is moved aside. Of several processes each makes
+    the same run; `forward` is the model's, with gradients that are the mean over all of them.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class Run:
         self.knn: dict | None = None
         self._method, self._data, self._about = type(model).__name__, data or {}, about or {}
         self._evaluate, self._compare_with = evaluate, compare_with or {}
-        self._num = {"num_images": num_images, "num_classes": num_classes}
+        self._counts = {"num_images": num_images, "num_classes": num_classes}
         self._start = self._saved_at = self._interval_start = time.monotonic()
         self._interval_steps = 0
         self._means = Means()
@@ -90,11 +87,13 @@ class Run:
         self._bad_images: list[str] = []  # of a run that is resumed
         self._last_saved: Path | None = None
         self._epoch_ended = False  # all that is left of `epoch` is to evaluate
-        self._files = RunFolder(args.checkpoint_path, say=Log.say)
+        modules = dict(model.named_modules())
+        stores = {n: m for n, m in modules.items() if isinstance(m, PreviousEmbeddings)}
+        self._files = RunFolder(args.checkpoint_path, stores, say=Log.say)
         self._signals = StopSignals(noted=self._files.ask_for_requeue)
         self.log = Log(self._files.log, silent=not distributed.is_main())
         self._losses = LossWatch(self.log, advice=self._advice)
-        self._banks = {n: m for n, m in model.named_modules() if isinstance(m, MemoryBank)}
+        self._banks = {n: m for n, m in modules.items() if isinstance(m, MemoryBank)}
         self._begin(args.resume)
         self.forward = distributed.parallel(model)
 
@@ -120,10 +119,9 @@ class Run:
             reason = worker_failure(error) or distributed.failure(error)
             error = RunError(reason) if reason else error
         if isinstance(error, (RunError, InputError)):
-            last = self._last_saved or "none yet"
-            if self._last_saved:
-                last = f"{last} (--resume {'auto' if self._files.holds(last) else last})"
-            text = f"{distributed.prefix()}{error}; last checkpoint: {last}"
+            last = self._last_saved
+            how = f"{last} (--resume {'auto' if self._files.holds(last) else last})" if last else ""
+            text = f"{distributed.prefix()}{error}; last checkpoint: {how or 'none yet'}"
             raise type(error)(text) from None
 
     def batches(self, loader: TwoViewLoader) -> Iterator[Batch]:
@@ -142,7 +140,7 @@ class Run:
         self._say_what_it_is()
         while self.epoch <= self.epochs:
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate()
+                group["lr"] = learning_rate(self.args, self.epoch)
             self._interval_start = time.monotonic()
             if self.epoch_step < self.epoch_steps and not self._epoch_ended:
                 yield from self._epoch_batches(loader)
@@ -154,17 +152,6 @@ class Run:
         """Steps that have been begun in the whole run."""
         done = self.epoch_steps if self._epoch_ended else self.epoch_step
         return (self.epoch - 1) * self.epoch_steps + done
-
-    def _learning_rate(self) -> float:
-        """Of this epoch."""
-        return learning_rate(
-            self.args.learning_rate,
-            self.epoch,
-            epochs=self.args.epochs,
-            cosine=self.args.cos,
-            decay_epochs=self.args.lr_decay_epochs,
-            decay_rate=self.args.lr_decay_rate,
-        )
 
     def _say_what_it_is(self) -> None:
         """Write `run.json`, open the board; how long an epoch is, is known now."""
@@ -204,24 +191,20 @@ class Run:
         self._losses.watch(loss, self._place(), rate=rate, index=self._batch.index)
         loss.backward()
         self.optimizer.step()
-        # Now, not before the next backward pass: their memory can serve the forward pass, and that
-        # of gradients from CUDA graphs does.
+        # Now: their memory can serve the forward pass, and that of gradients from CUDA graphs does.
         self.optimizer.zero_grad(set_to_none=True)
         self._means.add({"loss": loss, **stats})
         self._interval_steps += 1
 
-    def note(self, figures: dict[str, float]) -> None:
-        """Log figures of something that happened within an epoch."""
+    def note(self, figures: dict[str, float], **texts: str) -> None:
+        """Log figures of something that happened within an epoch, and texts; say the figures."""
         self._losses.check()
-        self.log.write(self._place() | figures)
-        self._say_figures(figures)
+        self.log.write(self._place() | figures | texts)
+        shown = (f"{n} {v:.4g}" for n, v in figures.items() if not isinstance(v, list))
+        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(shown)}")
 
     def _place(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.epoch_step}
-
-    def _say_figures(self, figures: dict) -> None:
-        texts = (f"{n} {value:.4g}" for n, value in figures.items() if not isinstance(value, list))
-        self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(texts)}")
 
     def finish(self, name: str) -> None:
         """Say what came out: the k-NN table, the last checkpoint, the time."""
@@ -244,8 +227,7 @@ class Run:
         figures["images_per_s"] = round(self._interval_steps * batch_size / seconds, 1)
         can_collapse = getattr(self.model, "can_collapse", True)
         warning = collapse.warning(figures) if can_collapse else None
-        self.log.write(self._place() | figures | ({"warning": warning} if warning else {}))
-        self._say_figures(figures)
+        self.note(figures, **({"warning": warning} if warning else {}))
         self._shown = f"loss {figures['loss']:.3f}, {figures['images_per_s']:.0f} images/s"
         if warning:
             self.log.say(f"WARNING {warning}")
@@ -257,16 +239,12 @@ class Run:
         for module in (self.model, *self._banks.values()):
             shared += module.buffers(recurse=False)
         if not distributed.same_everywhere(shared):
-            raise RunError(
-                f"weights or bank differ between the processes at epoch {self.epoch}, step "
-                f"{self.epoch_step}: a fault of the machine or a bug; resume from a checkpoint"
-            )
+            where = f"epoch {self.epoch}, step {self.epoch_step}"
+            reason = "a fault of the machine or a bug; resume from a checkpoint"
+            raise RunError(f"weights or bank differ between the processes at {where}: {reason}")
 
     def _save_if_due(self) -> None:
-        """Between two steps: save and stop for a signal, or save once --save_minutes are over.
-
-        What one process was told, or the main one's clock, holds for all.
-        """
+        """Between two steps: save for a signal to any process and stop, or after --save_minutes."""
         due = 0 < self.args.save_minutes <= (time.monotonic() - self._saved_at) / 60
         at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
         told = torch.tensor([self._signals.received or 0, due and not at_end])
@@ -293,15 +271,12 @@ class Run:
             self._measure_knn()
 
     def _measure_knn(self) -> None:
-        """k-NN figures of this epoch, from the log if they are there.
-
-        A signal breaks them off if there is only one process; several would wait for each other.
-        """
+        """k-NN figures of this epoch, from the log if they are there."""
         (logged, *_) = distributed.gather_objects(self.log.find("knn", LOGGED, epoch=self.epoch))
         if logged:
             self.knn = {int(k): figures for k, figures in logged.items()}
             return
-        alone = distributed.world_size() == 1
+        alone = distributed.world_size() == 1  # several broken off would wait for each other
         if not (alone or self._epoch_ended):
             self._save()
         try:
@@ -361,14 +336,21 @@ class Run:
 
     def _begin(self, resume: str | None) -> None:
         """Go on from the checkpoint that `resume` names or finds, or start anew."""
-        path, state = self._found(resume)
+        path, state = None, None
+        if resume == "auto":
+            path, state = self._files.newest_good()
+            if path is None:
+                Log.say(f"--resume auto: no checkpoint in {self._files.path} yet, a new run")
+        elif resume:
+            path, state = Path(resume), self._files.load(Path(resume))
         if state:
-            self._check_same(state, what=f"--resume {path}")
-            self._restore(state, what=f"--resume {path}")
+            what = f"--resume {path}"
+            resume_check.check(state, self.settings, self._data, method=self._method, what=what)
+            self._restore(state, what=what)
             done = self.epoch - (not self._epoch_ended)
             if done >= self.epochs and resume != "auto":
                 reason = f"it has finished epoch {done} of --epochs {self.epochs}"
-                raise InputError(f"--resume {path}: {reason}")
+                raise InputError(f"{what}: {reason}")
         # All have read what the main process may move now, and the same.
         places = distributed.gather_objects(state and (path.name, state["epoch"], state["step"]))
         if any(place != places[0] for place in places):
@@ -384,42 +366,13 @@ class Run:
             place = f", step {self.epoch_step}" * (not self._epoch_ended)
             Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
 
-    def _found(self, resume: str | None) -> tuple[Path, dict] | tuple[None, None]:
-        """The checkpoint to go on from and its state; neither for a new run."""
-        modules = self.model.named_modules()
-        stores = {name: m for name, m in modules if isinstance(m, PreviousEmbeddings)}
-        if resume and resume != "auto":
-            return Path(resume), self._files.load(Path(resume), stores)
-        path, state = self._files.newest_good(stores) if resume else (None, None)
-        if resume and path is None:
-            Log.say(f"--resume auto: no checkpoint in {self._files.path} yet, a new run")
-        return path, state
-
-    def _check_same(self, state: dict, *, what: str) -> None:
-        """InputError for a run of another method, or without --resume_anyway of other settings."""
-        if state.get("method") != self._method:
-            found = one_line(str(state.get("method")))
-            raise InputError(f"{what}: a run of {found}, not of this script")
-        differing = resume_check.differences(state, self.settings, self._data)
-        if differing and not self.args.resume_anyway:
-            advice = " (to go on all the same: --resume_anyway)"
-            try:
-                self._restore(state, what=what)
-            except InputError:
-                advice = ""
-            raise InputError(f"{what}: a run with {'; '.join(differing)}{advice}")
-        for difference in differing:
-            Log.say(f"WARNING {what}: a run with {difference}")
-        if self.args.cos and checkpoint.settings(state).get("epochs") != self.args.epochs:
-            Log.say(f"the cosine falls over --epochs {self.args.epochs} from here on")
-
     def _restore(self, state: dict, *, what: str) -> None:
         """Take over the state of a run; InputError that begins with `what` if it does not fit."""
         if missing := [name for name in checkpoint.RUN if name not in state]:
             raise InputError(f"{what}: incomplete, without {', '.join(missing)}")
         checkpoint.load_strictly(self.model, state["state_dict"], what=what)
         for name, bank in self._banks.items():
-            if fault := bank.fault(**self._num):
+            if fault := bank.fault(**self._counts):
                 raise InputError(f"{what}: memory bank {name}: {fault}")
         checkpoint.load_optimizer(self.optimizer, state["optimizer"], what=what)
         try:

@@ -56,8 +56,7 @@ class Means:
 class Log:
     """One JSON object a line in `path`, one short line on the console.
 
-    silent: one of several processes that leaves the file to the main one. also: gets each record
-    that is written.
+    silent: leave the file to another process. also: gets each record that is written.
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
@@ -73,18 +72,19 @@ class Log:
     def resume(self, epoch: int, step: int | None, *, seconds: float) -> None:
         """Go on after a place (step None: the end of the epoch), `seconds` after the start.
 
-        Drops the lines of what came later, which is done again, and the last one if it is half
-        written; others that are no records too, which is said.
+        Drops the lines of what came later, which is done again, and those that are no records: the
+        last one may be half written, others are said.
         """
         self._start = time.monotonic() - seconds
         if self.silent or not self.path.exists():
             return
         here = (epoch, math.inf if step is None else step)
         lines = list(filter(str.strip, plain_json.read_text(self.path).split("\n")))
-        records = {line: record_of(line) for line in lines}
-        if damaged := sum(records[line] is None for line in lines[:-1]):
+        records = list(map(record_of, lines))
+        if damaged := records[:-1].count(None):
             self.say(f"WARNING {self.path}: damaged, {damaged} lines are no records: left out")
-        kept = [n for n in lines if (r := records[n]) and (r["epoch"], r["step"]) <= here]
+        pairs = zip(lines, records, strict=True)
+        kept = [line for line, r in pairs if r and (r["epoch"], r["step"]) <= here]
         files.replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def find(self, name: str, kind: checked.Kind, *, epoch: int) -> dict | None:

@@ -18,8 +18,7 @@ def _is_read_later(loss: Tensor) -> bool:
 class LossWatch:
     """Looks at the loss of every step: that of a GPU when the next step comes, or when asked to.
 
-    So a run that calls `check` before it saves or reports never keeps what a bad step did. advice:
-    what the error is to say last.
+    advice: what the error is to say last.
     """
 
     def __init__(self, log: Log, *, advice: Callable[[], str]) -> None:

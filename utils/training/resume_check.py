@@ -2,6 +2,8 @@
 
 from utils.method import checkpoint
 from utils.runtime import torch_file
+from utils.runtime.errors import InputError
+from utils.training.log import Log
 
 # Flags that a resumed run may have otherwise. The images are compared by what they are, not by
 # where they lie; --epochs may grow.
@@ -20,22 +22,31 @@ def decisive(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
 
 
-def differences(state: dict, settings: dict, data: dict[str, str]) -> list[str]:
-    """In words what makes a run of these flags and data another experiment than a checkpoint's.
+def check(state: dict, settings: dict, data: dict[str, str], *, method: str, what: str) -> None:
+    """InputError for a run of another method, or without --resume_anyway of another experiment.
 
-    state: as `checkpoint.load` gives it. data: digests by name of what is trained on.
+    state: as `checkpoint.load` gives it. settings: the flags now. data: digests by name of what is
+    trained on. what: begins the error.
     """
+    if state.get("method") != method:
+        found = torch_file.one_line(str(state.get("method")))
+        raise InputError(f"{what}: a run of {found}, not of this script")
     before, data_before = checkpoint.settings(state), state.get("data", {})
     before.setdefault("topk_plain", None)  # a flag that older checkpoints do not have
-    return [
+    differing = [
         f"--{name} {torch_file.one_line(str(before[name]))}, not {value}"
         for name, value in decisive(settings).items()
         if name in before and not _may_become(name, before[name], value)
-    ] + [
-        f"other {torch_file.one_line(str(name))}"
-        for name in data_before | data
-        if data_before.get(name) != data.get(name)
     ]
+    names = [name for name in data_before | data if data_before.get(name) != data.get(name)]
+    differing += [f"other {torch_file.one_line(name)}" for name in names]
+    if differing and not settings["resume_anyway"]:
+        advice = "to go on all the same: --resume_anyway"
+        raise InputError(f"{what}: a run with {'; '.join(differing)} ({advice})")
+    if differing:
+        Log.say(f"WARNING {what}: a run with {'; '.join(differing)}")
+    if settings["cos"] and before.get("epochs") != settings["epochs"]:
+        Log.say(f"the cosine falls over --epochs {settings['epochs']} from here on")
 
 
 def _may_become(name: str, before: object, now: object) -> bool:

@@ -31,10 +31,20 @@ _PARTS = "previous_embeddings"  # see `_with_parts`
 
 
 class RunFolder:
-    """Names, order and lifetime of the files in `path`; say: prints a line for the user."""
+    """Names, order and lifetime of the files in `path`.
 
-    def __init__(self, path: Path, *, say: Callable[[str], None] = print) -> None:
-        self.path, self._say, self._saves = Path(path), say, 0
+    stores: by name in the model, for checkpoints of older versions (see `_with_parts`). say: prints
+    a line for the user.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stores: dict[str, PreviousEmbeddings] | None = None,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.path, self._stores, self._say = Path(path), stores or {}, say
         self.log = self.path / "log.jsonl"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -46,7 +56,8 @@ class RunFolder:
         if distributed.is_main():
             self._give_back = weakref.finalize(self, os.close, _lock(self.path / ".lock"))
             (self.path / REQUEUE).unlink(missing_ok=True)
-            files.remove_temporaries(self.path)
+            for name in ("ckpt_*", ABOUT, self.log.name):  # no other process writes these
+                files.remove_temporaries(self.path, of=name)
 
     def close(self) -> None:
         """Leave the folder to others; the end of the process does it too."""
@@ -62,10 +73,9 @@ class RunFolder:
         return self.path / f"ckpt_epoch_{epoch}.pth"
 
     def save(self, state: dict) -> Path:
-        """Save a state after its epoch, for good, or within it ("step" is not None).
+        """Save a state after its epoch, for good, or within it ("step"), while among the newest.
 
-        Of the latter the newest `KEPT` checkpoints of any kind stay. All processes call it, one
-        writes.
+        All processes call it, one writes.
         """
         path = self.epoch_path(state["epoch"])
         if state["step"] is not None:
@@ -75,16 +85,12 @@ class RunFolder:
             for old in self.checkpoints()[KEPT:]:
                 if "_step_" in old.stem:
                     old.unlink(missing_ok=True)
-            self._saves += 1
-            if self._saves >= KEPT:  # no checkpoint within an epoch is older than this version
-                shutil.rmtree(self.path / _PARTS, ignore_errors=True)
         distributed.wait_for_all()
         return path
 
-    def load(self, path: Path, stores: dict[str, PreviousEmbeddings] | None = None) -> dict:
+    def load(self, path: Path) -> dict:
         """The state that a checkpoint (of this run or another) holds.
 
-        stores: by name in the model, for checkpoints of older versions (see `_with_parts`). Raises
         InputError for a file that is no run of this repository, or holds what none can hold,
         DamagedError for one that is missing or damaged.
         """
@@ -96,23 +102,21 @@ class RunFolder:
             raise InputError(f"{what}: {missing[0]} is missing")
         if _NAME.fullmatch(path.name) and _progress(path) != _place(state["epoch"], state["step"]):
             raise InputError(f"{what}: holds epoch {state['epoch']}, unlike its name")
-        return _with_parts(state, path, stores or {})
+        return _with_parts(state, path, self._stores)
 
     def holds(self, path: Path) -> bool:
         """Whether a checkpoint lies in this folder."""
         return path.parent.resolve() == self.path.resolve()
 
-    def newest_good(
-        self, stores: dict[str, PreviousEmbeddings] | None = None
-    ) -> tuple[Path, dict] | tuple[None, None]:
+    def newest_good(self) -> tuple[Path, dict] | tuple[None, None]:
         """The checkpoint farthest on that is whole, and its state; None, None in an empty folder.
 
-        Says which ones are damaged. InputError if all are. stores: as for `load`.
+        Says which ones are damaged. InputError if all are.
         """
         paths = self.checkpoints()
         for path in paths:
             try:
-                return path, self.load(path, stores)
+                return path, self.load(path)
             except DamagedError as error:
                 self._say(f"WARNING {error}; falling back to the checkpoint before")
         if paths:
@@ -141,25 +145,22 @@ class RunFolder:
         paths = self.checkpoints()
         if paths or self.log.stat().st_size:
             aside = self.move_aside(paths)
-            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
             if (self.path / BOARD).is_dir():
                 (self.path / BOARD).rename(aside / BOARD)
+            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
             self.log.write_bytes(b"")
         (self.path / ABOUT).unlink(missing_ok=True)
 
     def continue_from(self, epoch: int, step: int | None) -> None:
-        """Move checkpoints that are farther on aside: the run that goes on makes them again.
-
-        For the main process only.
-        """
+        """Move checkpoints aside that the run makes again; for the main process only."""
         if later := [p for p in self.checkpoints() if _progress(p) > _place(epoch, step)]:
             self.move_aside(later)
 
     def describe(self, start: dict) -> None:
         """Add to `run.json` what this start of the run is. All processes call it, one writes.
 
-        The file is {"format": `ABOUT_FORMAT`, "starts": [start, ...]}, the newest last, and at any
-        moment the old one or the whole new one. start: of builtins; see `origin.of_start`.
+        The file is {"format": `ABOUT_FORMAT`, "starts": [start, ...]}, the newest last. start: of
+        builtins; see `origin.of_start`.
         """
         if not distributed.is_main():
             return
@@ -174,11 +175,7 @@ class RunFolder:
         files.replace_text(path, plain_json.dumps(about, indent=2) + "\n")
 
     def ask_for_requeue(self, wanted: bool = True) -> None:
-        """Leave a file that tells of a run that is told to stop and wants to go on, or remove it.
-
-        torchrun ends with code 1 whatever the code of its processes is, and kills what has not
-        ended half a minute after SIGTERM.
-        """
+        """Leave a file that tells of a run that wants to go on (torchrun's exit code does not)."""
         if distributed.is_main():
             path = self.path / REQUEUE
             path.touch() if wanted else path.unlink(missing_ok=True)
@@ -229,8 +226,7 @@ def _with_parts(state: dict, path: Path, stores: dict[str, PreviousEmbeddings]) 
             embeddings = store.embeddings.new_zeros(store.num_images, store.embeddings.shape[1])
             seen = torch.zeros(store.num_images, dtype=torch.bool)
             for number in sorted(numbers):
-                beside = path.parent / _PARTS / f"part_{number}.pth"
-                part = checkpoint.load(beside, flag="--resume")
+                part = checkpoint.load(path.parent / _PARTS / f"part_{number}.pth", flag="--resume")
                 embeddings.index_copy_(0, part["index"], part["embeddings"])
                 seen[part["index"]] = True
         except (LookupError, RuntimeError, TypeError) as error:

@@ -1,24 +1,15 @@
 """The learning rate as a pure function of the epoch."""
 
+import argparse
 import math
-from collections.abc import Sequence
 
 
-def learning_rate(
-    base: float,
-    epoch: int,
-    *,
-    epochs: int,
-    cosine: bool,
-    decay_epochs: Sequence[int],
-    decay_rate: float,
-) -> float:
-    """Learning rate of an epoch; epochs count from 1.
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Learning rate of an epoch, from 1, by `options.add_training_options`.
 
-    Cosine: base / 2 * (1 + cos(pi * (epoch - 1) / epochs)): `base` in the first epoch, nearly 0 in
-    the last. Otherwise `base` times `decay_rate` for each of `decay_epochs` that lies before this
-    epoch.
+    --cos: base / 2 * (1 + cos(pi * (epoch - 1) / epochs)): the base in the first epoch, nearly 0
+    in the last. Otherwise the base times --lr_decay_rate for each of --lr_decay_epochs before.
     """
-    if cosine:
-        return base / 2 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-    return base * decay_rate ** sum(epoch > decay_epoch for decay_epoch in decay_epochs)
+    if args.cos:
+        return args.learning_rate / 2 * (1 + math.cos(math.pi * (epoch - 1) / args.epochs))
+    return args.learning_rate * args.lr_decay_rate ** sum(epoch > e for e in args.lr_decay_epochs)

@@ -14,15 +14,9 @@ from utils.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from utils.data.batches import Batch
 from utils.runtime.errors import InputError
 
-MOST_PAIRS = 8
-
 
 class Board:
-    """Writes to `folder` for TensorBoard.
-
-    steps: of an epoch. after: steps of the run that are done; what an earlier start of it wrote of
-    later ones is hidden.
-    """
+    """Writes to `folder`; steps: of an epoch; after: steps done, later ones there are hidden."""
 
     def __init__(self, folder: Path, *, steps: int, after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -62,15 +56,15 @@ def check_installed() -> None:
         raise InputError(f"--tensorboard: {reason}") from None
 
 
-def views_picture(batch: Batch, *, most: int = MOST_PAIRS) -> Tensor:
-    """(3, 2 S, n S) float32, 0 to 1: n query views in a row, below them their target views.
+def views_picture(batch: Batch) -> Tensor:
+    """(3, 2 S, n S) float32, 0 to 1: up to 8 query views in a row, below them their target views.
 
     The normalization of the views is taken back.
     """
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     rows = []
     for views in (batch.query_view, batch.target_view):
-        visible = (views[:most].detach().cpu().float() * std + mean).clamp(0, 1)
+        visible = (views[:8].detach().cpu().float() * std + mean).clamp(0, 1)
         rows.append(torch.cat(list(visible), dim=2))
     return torch.cat(rows, dim=1)
 

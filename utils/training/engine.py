@@ -47,11 +47,11 @@ class Run:
     script's own are kept in every checkpoint. model: the method's module; `forward(batch)` returns
     a loss and a dict of scalar tensors, `diagnostics()` the figures that tell its health, `spread`
     and `effective_rank` among them; low ones are warned of, unless the model has `can_collapse =
-    False`. Its `constraint`, if any, is kept in checkpoints, for `shown_neighbors`. data: digests by
-    name of what is trained on, compared when resuming. about: what else `run.json` is
-    to say of this start, of builtins. evaluate: returns k-NN figures. compare_with: others by name,
-    for `finish`. num_images, num_classes: of the data; the banks of a run that is resumed may hold
-    no others.
+    False`. Its `constraint`, if any, is kept in checkpoints, for `shown_neighbors`. data: digests
+    by name of what is trained on, compared when resuming. about: what else `run.json` is to say of
+    this start, of builtins. evaluate: returns k-NN figures. compare_with: others by name, for
+    `finish`. num_images, num_classes: of the data; the banks of a run that is resumed may hold no
+    others.
 
     Without `--resume` the files of an earlier run in the folder are moved aside, never overwritten.
     Of several processes each makes the same run; `forward` is the model's, with gradients that are

@@ -46,7 +46,7 @@ def neighbor_sheet(
     if any(one["same_class"] is not None for line in neighbors for one in line):
         head += MARKS.items()
     row = column + 3 * _LINE  # with a caption and two words
-    heights = [max(len(t["rows"]) * row, big + 6 * _LINE) + 2 * _GAP for t in targets]
+    heights = [max(len(t["rows"]) * row, big + 2 * _FRAME + 4 * _LINE) + 2 * _GAP for t in targets]
     top = _MARGIN + (len(head) + 2) * _LINE
     sheet = Image.new("RGB", (right + _MARGIN, top + sum(heights) + _MARGIN), "white")
     _write(sheet, title, (_MARGIN, _MARGIN), right - _MARGIN, size=_TITLE)

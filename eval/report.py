@@ -12,6 +12,7 @@ run's last checkpoint and on the val images of the first; what is left out is na
 
 import argparse
 import base64
+import datetime
 import itertools
 import os
 import sys
@@ -70,15 +71,8 @@ def status(run: RunLog, *, now: float) -> str:
         return f"stopped by a signal, to be resumed (--resume auto): {place}"
     word = "still going on, or broken off"
     word = word if run.epochs else "of how many epochs is not known (no run.json)"
-    age = duration(max(0, now - run.path.stat().st_mtime))
+    age = datetime.timedelta(seconds=round(max(0, now - run.path.stat().st_mtime)))
     return f"{word}: {place}; the last line was written {age} before this page"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def find_results(
@@ -175,10 +169,6 @@ def find_pictures(folder: Path, named: list[Path], *, last: str | None) -> dict[
 
 def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
     """The whole page as text; parts: results, pictures, what is left out, the last checkpoint."""
-    taken = run.records[-1].get("seconds")
-    facts = [] if taken is None else [f"{duration(taken)} of training"]
-    facts.append(f"made {time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC")
-    facts += ["the last line of the log is half written and left out"] * run.cut
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "cell": lambda x: "–" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x),
@@ -186,13 +176,14 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
         "pairs": lambda table, words: ", ".join(words.format(*pair) for pair in table.items()),
         "json": plain_json.dumps,
         "svg": curves.chart_svg,
+        "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
         "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
     return page.from_string(Path(__file__).with_suffix(".html").read_text()).render(
         run=run,
         style=Path(__file__).with_suffix(".css").read_text(),
         status=status(run, now=now),
-        facts=facts,
+        made=time.strftime("%Y-%m-%d %H:%M", time.gmtime(now)),
         question=QUESTION,
         verdicts=health.verdicts(run),
         signs=health.SIGNS,
@@ -206,8 +197,8 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="A page on one training run.")
-    text = "the run's folder, or its log.jsonl"
-    parser.add_argument("run", type=arguments.path_text, metavar="RUN", help=text)
+    run = {"type": arguments.path_text, "metavar": "RUN"}
+    parser.add_argument("run", **run, help="the run's folder, or its log.jsonl")
     text = "HTML to write, replaces only a page like it; default: report.html in RUN"
     parser.add_argument("--output", type=arguments.path, help=text)
     several = {"nargs": "+", "default": [], "type": arguments.path}

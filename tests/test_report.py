@@ -150,7 +150,11 @@ def test_the_page_says_what_was_run(call_script, folder):
     for words in (
         *("CMSF2Q: run", "finished: epoch 3 of 3, step 4 of 4", "30 train, 3 classes, 12 val"),
         *("python 3.11, torch 2.11", "ckpt_epoch_3.pth", "2026-01-02T03:04:05+00:00"),
-        *("python self_supervised/train_msf_2q.py <b>images</b>", "--topk 5", "99 s of training"),
+        *(
+            "python self_supervised/train_msf_2q.py <b>images</b>",
+            "--topk 5",
+            "0:01:39 of training",
+        ),
         *("✓ healthy : effective rank", "These are rules of thumb"),
     ):
         assert words in page.text, words
@@ -224,12 +228,12 @@ def test_a_run_that_goes_on(call_script, tmp_path):
     folder = logs.write(tmp_path / "run", logs.records(2), starts=[start], tail='{"epoch": 3')
     out, page = report(call_script, folder)
     last = "still going on, or broken off: epoch 2 of 60, step 4 of 4; the last line was written"
-    assert out.startswith(f"{last} 0 s")
+    assert out.startswith(f"{last} 0:00:0")
     assert "the last line of the log is half written and left out" in page.text
     assert "none yet" in page.text
     os.utime(folder / "log.jsonl", (time.time() - 7200,) * 2)
     out, _ = report(call_script, folder)
-    assert out.startswith(f"{last} 2.0 h")
+    assert out.startswith(f"{last} 2:00:0")
     (folder / "requeue").touch()
     assert report(call_script, folder)[0].startswith("stopped by a signal, to be resumed")
 

@@ -37,10 +37,10 @@ def test_null_is_nan_and_no_figure(tmp_path):
     run = run_log.read(logs.write(tmp_path, [*lines, logs.record(3, 4)]))
     one, two = run.curve("confident").values()
     assert math.isnan(one) and two == 7
-    assert run.has("confident") and not run.has("accuracy_confident")
+    assert run.last("confident") == 7 and run.last("accuracy_confident") is None
     assert run.last("loss") == pytest.approx(2 / 3.04)
     only_null = run_log.read(logs.write(tmp_path, [logs.record(1, 4, loss=None)]))
-    assert not only_null.has("loss") and only_null.last("loss") is None
+    assert only_null.last("loss") is None
 
 
 def test_knn_figures(tmp_path):

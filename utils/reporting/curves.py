@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2  # torch needs it, so that it is there
 import numpy as np
@@ -126,24 +126,22 @@ def build_charts(groups: list[Group]) -> list[Chart]:
 
 def chart_svg(chart: Chart) -> str:
     """A chart as an SVG element, without its title but for readers by ear."""
-    drawn = _draw(chart, 0, 0)
-    return _render(chart.title, WIDTH, drawn["height"], [drawn])
+    drawn = _draw(chart)
+    return _render(chart.title, WIDTH, drawn["height"], charts=[drawn])
 
 
 def sheet_svg(charts: list[Chart], groups: list[Group]) -> str:
     """Charts with their titles below a legend of groups, each of a style, as an SVG file."""
     styles = itertools.cycle(STYLES) if len(groups) > 1 else itertools.repeat(None)
-    lines = [(style, group.label) for style, group in zip(styles, groups, strict=False)]
-    lines += [(None, BAND)] * any(len(group.runs) > 1 for group in groups)
-    legend = [(*line, _GAP + _LINE * number) for number, line in enumerate(lines)]
-    top, drawn = _GAP + _LINE * len(legend), []
-    for row in (charts[i : i + COLUMNS] for i in range(0, len(charts), COLUMNS)):
-        places = (_GAP + column * (WIDTH + _GAP) for column in range(COLUMNS))
-        here = [_draw(chart, x, top + _GAP + 10) for chart, x in zip(row, places, strict=False)]
-        top += max(chart["height"] for chart in here) + 2 * _GAP
-        drawn += here
-    width = COLUMNS * (WIDTH + _GAP) + _GAP
-    return _render("curves of training runs", width, top, drawn, legend=legend, paper=True)
+    legend = [(style, group.label) for style, group in zip(styles, groups, strict=False)]
+    legend += [(None, BAND)] * any(len(group.runs) > 1 for group in groups)
+    drawn = [_draw(chart) for chart in charts]
+    top, step = _GAP + _LINE * len(legend), max(chart["height"] for chart in drawn) + 2 * _GAP
+    for number, chart in enumerate(drawn):
+        chart["left"] = _GAP + number % COLUMNS * (WIDTH + _GAP)
+        chart["top"] = top + number // COLUMNS * step + _GAP + 10
+    width, height = COLUMNS * (WIDTH + _GAP) + _GAP, drawn[-1]["top"] + step
+    return _render("curves of training runs", width, height, charts=drawn, legend=legend)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -159,8 +157,8 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _render(title: str, width: int, height: int, charts: list[dict], **others: Any) -> str:
-    """An SVG element of this size."""
+def _render(title: str, width: int, height: int, **parts: list) -> str:
+    """An SVG element of this size; with a legend a sheet on white paper."""
     page = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -169,12 +167,12 @@ def _render(title: str, width: int, height: int, charts: list[dict], **others: A
     )
     page.filters["path"] = lambda points: "M" + "L".join(f"{x} {y}" for x, y in points)
     sides = {"left": _LEFT, "right": WIDTH - _RIGHT, "top": _TOP, "bottom": HEIGHT - _BOTTOM}
-    others |= sides | {"title": title, "width": width, "height": height, "gap": _GAP}
-    return page.from_string(_TEMPLATE.read_text()).render(charts=charts, **others)
+    sides |= {"title": title, "width": width, "height": height, "gap": _GAP, "line_height": _LINE}
+    return page.from_string(_TEMPLATE.read_text()).render(sides | parts)
 
 
-def _draw(chart: Chart, left: float, top: float) -> dict:
-    """What the template draws of a chart, with its place, and how high that is."""
+def _draw(chart: Chart) -> dict:
+    """What the template draws of a chart, and how high that is."""
     heights = np.concatenate([part for c in chart.curves for part in (c.y, c.low, c.high)])
     heights = heights[np.isfinite(heights)]
     x_ticks = ticks(0, max(chart.x_end, *(curve.x[-1] for curve in chart.curves)))
@@ -189,8 +187,6 @@ def _draw(chart: Chart, left: float, top: float) -> dict:
 
     named = [curve for curve in chart.curves if curve.label and len(chart.curves) > 1]
     return chart._asdict() | {
-        "left": left,
-        "top": top,
         "height": HEIGHT + _LINE * math.ceil(len(named) / 2),
         "x_ticks": [(f"{tick:g}", at(tick, y_ticks[0])[0]) for tick in x_ticks],
         "y_ticks": [(f"{tick:g}", at(0, tick)[1]) for tick in y_ticks],

@@ -118,14 +118,10 @@ def _neighbors_pay(run: RunLog) -> tuple[str, str] | None:
         return None
     # Of clusters the plain ones: a small one has fewer than k, and the target counts for more.
     purity = run.last("purity_constrained" if by_visit else "purity_plain")
-    if purity is None:
-        return "no figure", "their purity is not known"
-    if images >= _SMALL:
-        reason = f"known for small data sets only, not for {images} images; in the paper they do"
-        return "no figure", reason
-    if run.settings.get("symmetric") or (type(bank) is int and 0 < images < bank):
-        reason = "purity beside the image itself is not known: the bank holds several rows of it"
-        return "no figure", reason
+    several = run.settings.get("symmetric") or (type(bank) is int and 0 < images < bank)
+    if purity is None or several or images >= _SMALL:
+        reason = f"known where classes are, of less than {_SMALL:,} images (in the paper they do)"
+        return "no figure", f"{reason}, each in the bank once at most"
     others = min(beside_target(purity, k), 100.0)
     text = f"beside the target itself {_text(others)}% of the neighbors are of its class"
     text += f"; up to {_text(NEAREST_COST_UP_TO)}% the target alone learned more on small data sets"

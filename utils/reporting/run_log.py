@@ -20,7 +20,7 @@ KNN = "knn_"  # how the names of k-NN accuracies begin: knn_20
 RANKS = "constrained_ranks"
 _DRAWN = checked.real(-1e100, 1e100)  # beyond, the axis of a chart overflows
 # What is computed with, of a line of a log and of a start of run.json.
-_LINE = {"seconds": checked.real(0), "knn": TABLE, RANKS: checked.list_of(checked.ANY)}
+_LINE = {"seconds": checked.real(0, 1e12), "knn": TABLE, RANKS: checked.list_of(checked.ANY)}
 _START = {
     "method": checked.TEXT,
     **dict.fromkeys(("epochs", "steps"), checked.whole(1)),
@@ -61,16 +61,12 @@ class RunLog:
             if (number := _figure(record, name)) is not None
         }
 
-    def has(self, name: str) -> bool:
-        """Whether there is a finite figure of this name."""
-        return self.last(name) is not None
-
     def last(self, name: str) -> float | None:
         """The newest finite figure of this name."""
         return next(filter(np.isfinite, reversed(self.curve(name).values())), None)
 
-    def rank_histograms(self, count: int = 4) -> dict[float, list[float]]:
-        """Epochs that have passed -> histogram, `count` of them, evenly taken from first to last.
+    def rank_histograms(self) -> dict[float, list[float]]:
+        """Epochs that have passed -> histogram, four of them, evenly taken from first to last.
 
         Bin i is the share in percent of constrained neighbors that by plain distance have rank
         2^i to 2^(i+1) - 1, up to the last bin that any has.
@@ -82,7 +78,7 @@ class RunLog:
         }
         found = {epoch: shares for epoch, shares in found.items() if np.isfinite(shares).any()}
         used = max((np.flatnonzero(s)[-1] + 1 for s in found.values() if np.any(s)), default=0)
-        places = np.linspace(0, len(found) - 1, count).round().astype(int)
+        places = np.linspace(0, len(found) - 1, 4).round().astype(int)
         chosen = [list(found)[i] for i in np.unique(places)] if used else []
         return {epoch: found[epoch][:used] for epoch in chosen}
 

@@ -155,9 +155,11 @@ def find_pictures(folder: Path, named: list[Path], *, last: str | None) -> dict[
     To each why it is not known to be of the last checkpoint, by the JSON beside it; "" if it is.
     """
     notes = {}
-    for path in named or filter(Path.is_file, sorted(folder.glob("neighbors*.png"))):
+    for path in named or sorted(folder.glob("neighbors*.png")):
         if not path.is_file() or not result_files.is_png(path):
-            raise InputError(f"--neighbors {path}: no PNG file")
+            if named:
+                raise InputError(f"--neighbors {path}: no PNG file")
+            continue
         about = path.with_suffix(".json")
         try:
             encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))

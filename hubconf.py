@@ -12,7 +12,7 @@ is there before is not taken for it, and `import utils` finds after it what it w
 """
 
 # Modules only: torch.hub offers every function and class that it finds here as an entry point.
-import contextlib
+import functools
 import hashlib
 import importlib
 import os
@@ -20,16 +20,11 @@ import pathlib
 import sys
 import types
 import urllib.parse
-from collections import abc
 
 import torch
 from torch import nn
 
 dependencies = ["torch", "torchvision"]
-
-_ROOT = str(pathlib.Path(__file__).resolve().parent)
-_PACKAGE = "utils"
-_SCHEMES = ("http", "https", "file")
 
 
 def cmsf_resnet50(weights: str | os.PathLike | None = None, **options) -> nn.Module:
@@ -62,84 +57,69 @@ def cmsf(
     """
     if encoder not in ("query", "target"):
         raise ValueError(f"encoder {encoder}: neither query nor target")
-    checkpoint, encoders, files, errors = _own(
-        "method.checkpoint", "method.encoders", "runtime.files", "runtime.errors"
-    )
+    own, state, what = _own(), {}, f"weights {weights}"
     try:
-        state = {}
         if weights is not None:
-            with _usable(
-                os.path.expanduser(weights), errors.DamagedError, progress=progress
-            ) as path:
-                if sha256 and not files.sha256(path).startswith(sha256.lower()):
-                    raise errors.DamagedError(f"weights {weights}: its SHA-256 is not {sha256}")
-                state = checkpoint.load(path, flag="weights")
-        what = f"weights {weights}"
-        arch = arch or checkpoint.said(state, "arch", what=what) or "resnet50"
+            state = _read(os.path.expanduser(weights), sha256=sha256, progress=progress)
+        arch = arch or own.checkpoint.said(state, "arch", what=what) or "resnet50"
         if small_stem is None:
-            small_stem = bool(checkpoint.said(state, "small_stem", what=what))
-        backbone = encoders.build_backbone(arch, small_stem=small_stem)
+            small_stem = bool(own.checkpoint.said(state, "small_stem", what=what))
+        backbone = own.encoders.build_backbone(arch, small_stem=small_stem)
         if weights is not None:
-            what = f"weights {weights} (arch {arch})"
-            checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
-    except errors.InputError as error:
+            what = f"{what} (arch {arch})"
+            own.checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
+    except own.errors.InputError as error:
         raise ValueError(str(error)) from error
     return backbone.module.eval()
 
 
-@contextlib.contextmanager
-def _usable(weights: str, damaged: type, *, progress: bool) -> abc.Iterator[str]:
-    """The file of a path or URL; a URL's is downloaded unless it was before.
+def _read(weights: str, *, sha256: str | None, progress: bool) -> dict:
+    """The checkpoint of a path or URL; a URL's is downloaded unless it was before.
 
-    Where the body finds it `damaged`, the download is not kept, so that the next call tries anew.
+    A damaged download is not kept, so that the next call tries anew.
     """
+    own, path = _own(), pathlib.Path(weights)
     parts = urllib.parse.urlsplit(weights)
-    if parts.scheme not in _SCHEMES:
-        yield weights
-        return
-    folder = pathlib.Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not by the name alone, as two addresses may end in the same one.
-    place = hashlib.sha256(weights.encode()).hexdigest()[:16]
-    path = folder / f"{place}-{pathlib.Path(urllib.parse.unquote(parts.path)).name}"
-    if not path.exists():
+    is_url = parts.scheme in ("http", "https", "file")
+    if is_url:
+        # Not by the name alone, as two addresses may end in the same one.
+        place = hashlib.sha256(weights.encode()).hexdigest()[:16]
+        name = pathlib.Path(urllib.parse.unquote(parts.path)).name
+        path = pathlib.Path(torch.hub.get_dir(), "checkpoints", f"{place}-{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if is_url and not path.exists():
         try:
             torch.hub.download_url_to_file(weights, str(path), progress=progress)
         except (OSError, ValueError) as error:
             raise ValueError(f"weights {weights}: could not be downloaded ({error})") from error
     try:
-        yield str(path)
-    except damaged:
-        path.unlink(missing_ok=True)
+        state = own.checkpoint.load(path, flag="weights")
+        if sha256 and not own.files.sha256(path).startswith(sha256.lower()):
+            raise own.errors.DamagedError(f"weights {weights}: its SHA-256 is not {sha256}")
+    except own.errors.DamagedError:
+        if is_url:
+            path.unlink(missing_ok=True)
         raise
+    return state
 
 
-def _own(*names: str) -> list[types.ModuleType]:
-    """Modules of this repository's package."""
-    with _only_own_package():
-        return [importlib.import_module(f"{_PACKAGE}.{name}") for name in names]
-
-
-@contextlib.contextmanager
-def _only_own_package() -> abc.Iterator[None]:
-    """Within the body `utils` is this repository's; afterwards it is what it was before."""
-    global _modules
-    before = _taken_out()
-    sys.modules.update(_modules)
-    sys.path.insert(0, _ROOT)
+@functools.cache
+def _own() -> types.SimpleNamespace:
+    """Modules of this repository's `utils`; afterwards `utils` is what it was before."""
+    root = str(pathlib.Path(__file__).resolve().parent)
+    others = _taken_out()
+    sys.path.insert(0, root)
     try:
-        yield
+        names = ("method.checkpoint", "method.encoders", "runtime.files", "runtime.errors")
+        own = {n.partition(".")[2]: importlib.import_module(f"utils.{n}") for n in names}
     finally:
-        sys.path.remove(_ROOT)
-        _modules = _taken_out()
-        sys.modules.update(before)
-
-
-# This repository's package, so that a second call imports nothing anew.
-_modules: dict[str, types.ModuleType] = {}
+        sys.path.remove(root)
+        _taken_out()
+        sys.modules.update(others)
+    return types.SimpleNamespace(**own)
 
 
 def _taken_out() -> dict[str, types.ModuleType]:
-    """Take the package and what is in it out of the loaded modules."""
-    names = [name for name in sys.modules if name.split(".")[0] == _PACKAGE]
+    """Take any `utils` and what is in it out of the loaded modules."""
+    names = [name for name in sys.modules if name.split(".")[0] == "utils"]
     return {name: sys.modules.pop(name) for name in names}

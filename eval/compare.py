@@ -3,9 +3,8 @@
     python eval/compare.py --save <DIR> "random network=<DIR>" "CMSF=<DIR>"
 
 Each argument names a row and a folder with what eval_knn.py and eval_linear.py wrote: knn.json,
-linear/linear.json (frozen encoder) and finetune/linear.json (fine-tuned encoder). What is not there
-stays empty. So does what is of another checkpoint or of other val images than the first of them, or
-in the other's place, which is said.
+linear/linear.json (frozen encoder), finetune/linear.json (fine-tuned). What is not there stays
+empty, and so does, which is said, what is of another checkpoint or other val images than the first.
 """
 
 import argparse
@@ -22,18 +21,11 @@ from utils.runtime import checked, script
 from utils.runtime.errors import InputError
 
 KNN, LINEAR, FINETUNE = "knn.json", "linear/linear.json", "finetune/linear.json"
-# Column -> the file it stands in, and where in it.
-COLUMNS = {
-    **{f"{k}-NN": (KNN, ("k", k, "accuracy")) for k in ("1", "20")},
-    **{"linear": (LINEAR, ("top1",)), "fine-tuned": (FINETUNE, ("top1",))},
-}
+COLUMNS = {KNN: ("1-NN", "20-NN"), LINEAR: ("linear",), FINETUNE: ("fine-tuned",)}
 
 
 class Row(NamedTuple):
-    """One encoder's figures by column, percent, None: not measured; and what is not of it.
-
-    images: which val images they are of. left_out: file -> why its figures are not in the row.
-    """
+    """One encoder's figures by column, percent, None: not measured; left_out: file -> why not."""
 
     figures: dict[str, float | None]
     encoder: Encoder
@@ -43,29 +35,39 @@ class Row(NamedTuple):
 
 def read_row(folder: Path) -> Row:
     """The results of a folder that are of one encoder and of one val set: those of its first."""
-    there = {name: read(folder / name) for name in (KNN, LINEAR, FINETUNE)}
-    there = {name: record for name, record in there.items() if record}
+    figures = {column: None for columns in COLUMNS.values() for column in columns}
     first, encoder, images = "", Encoder(), ValImages()
     left_out = {}
-    for name, record in there.items():
+    for name in COLUMNS:
         what = str(folder / name)
+        record = result_files.read_json(folder / name)
+        if not record:
+            continue
+        found = figures_of(name, record, what=what)
         own = result_files.encoder_of(record, what=what)
         seen = result_files.val_images_of(record, what=what)
         if reason := misplaced(name, record, what=what):
             left_out[name] = reason
-        elif not first:
-            first, encoder, images = name, own, seen
-        elif not own.is_same(encoder):
+        elif first and not own.is_same(encoder):
             left_out[name] = f"of {own}, not of {encoder} as {first}"
-        elif not seen.is_same(images):
+        elif first and not seen.is_same(images):
             left_out[name] = f"on {seen}, not on {images} as {first}"
-    figures = {}
-    for column, (name, place) in COLUMNS.items():
-        value = {} if name in left_out else there.get(name, {})
-        for part in place:
-            value = value.get(part) or {} if part != place[-1] else value.get(part)
-        figures[column] = value
+        else:
+            figures |= found
+            if not first:
+                first, encoder, images = name, own, seen
     return Row(figures, encoder, images, left_out)
+
+
+def figures_of(name: str, record: dict, *, what: str) -> dict[str, float | None]:
+    """What a file has of its columns; InputError that begins with `what` for what is no figure."""
+    if name == KNN:
+        kind = checked.or_none(result_files.TABLE)
+        rows = checked.take(record, "k", kind, what=what, default=None) or {}
+        values = [rows.get(k, {}).get("accuracy") for k in ("1", "20")]
+    else:
+        values = [checked.take(record, "top1", result_files.FIGURE, what=what, default=None)]
+    return dict(zip(COLUMNS[name], values, strict=True))
 
 
 def misplaced(name: str, record: dict, *, what: str) -> str:
@@ -75,23 +77,14 @@ def misplaced(name: str, record: dict, *, what: str) -> str:
     tuned = result_files.is_fine_tuned(record, what=what)
     if tuned is None:
         return "it does not say whether the encoder was trained too (--fine-tune)"
-    if tuned != (name == FINETUNE):
-        return f"of {'a fine-tuned' if tuned else 'a frozen'} encoder"
-    return ""
-
-
-def read(path: Path) -> dict:
-    """A result file, {} if it is not there; InputError if what is taken out of it is none."""
-    record = result_files.read_json(path)
-    checked.take(record, "k", checked.or_none(result_files.TABLE), what=str(path), default=None)
-    checked.take(record, "top1", result_files.FIGURE, what=str(path), default=None)
-    return record
+    words = "of a fine-tuned encoder" if tuned else "of a frozen encoder"
+    return words if tuned != (name == FINETUNE) else ""
 
 
 def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
     """The table as text; a dash for what was not measured."""
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{column:>12}" for column in COLUMNS)]
+    lines = [" " * width + "".join(f"{column:>12}" for column in next(iter(rows.values())))]
     for name, figures in rows.items():
         cells = (f"{'-' if v is None else f'{v:.1f}':>12}" for v in figures.values())
         lines.append(f"{name:<{width}}" + "".join(cells))
@@ -106,23 +99,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_rows(texts: list[str]) -> dict[str, Row]:
-    """The rows that the command line names; InputError for one that is none or there twice."""
-    rows = {}
-    for text in texts:
+def main() -> None:
+    """Print the table and write it."""
+    args, rows = parse_args(), {}
+    for text in args.rows:
         name, equals, folder = text.partition("=")
         if not equals or not Path(folder).is_dir():
             raise InputError(f"{text}: not NAME=DIR with a folder that is there")
         if name in rows:
             raise InputError(f"{text}: there is a row of the name {name!r} already")
         rows[name] = read_row(Path(folder))
-    return rows
-
-
-def main() -> None:
-    """Print the table and write it."""
-    args = parse_args()
-    rows = read_rows(args.rows)
     if args.save:
         result_files.make_folder(args.save, flag="--save")
     first = next(iter(rows))

@@ -83,12 +83,8 @@ def check_flags(args: argparse.Namespace, state: dict) -> None:
         args.epoch = state.get("epoch") if args.epoch is None else args.epoch
         if args.epoch is None:
             raise InputError(f"--save_acc {args.save_acc}: name the --epoch, the weights have none")
-        result_files.check_own(
-            args.save_acc,
-            flag="--save_acc",
-            kind="list of figures",
-            is_own=result_files.has_figures,
-        )
+        own = {"kind": "list of figures", "is_own": result_files.has_figures}
+        result_files.check_own(args.save_acc, flag="--save_acc", **own)
         result_files.append_line(args.save_acc, "", flag="--save_acc")
     if args.save:
         result_files.make_folder(args.save, flag="--save")
@@ -109,13 +105,9 @@ def get_features(
         return feature_cache.extract(build_evaluation.place(args, backbone.module), *loaders)
     if not distributed.is_main():
         return None
+    sizes = {"feature_dim": backbone.feature_dim, "num_classes": len(train.classes)}
     return feature_cache.load(
-        args.load_cache,
-        key,
-        flag="--load_cache",
-        bad_images=bad_images,
-        feature_dim=backbone.feature_dim,
-        num_classes=len(train.classes),
+        args.load_cache, key, flag="--load_cache", bad_images=bad_images, **sizes
     )
 
 
@@ -139,12 +131,10 @@ def main() -> None:
     check_flags(args, state)
     if build_evaluation.is_check(args, train, val):
         return
-    keeps = args.save or args.load_cache
-    digests = build_evaluation.image_digests(args, train=train, val=val) if keeps else {}
-    wanted = build_evaluation.identity(args, state, DECIDING, digests)
+    keeps, splits = bool(args.save or args.load_cache), {"train": train, "val": val}
+    wanted, key = build_evaluation.identity(args, state, DECIDING, digests=keeps, **splits)
     if build_evaluation.is_done(args, "knn.json", wanted, table="k"):
         return
-    key = build_evaluation.feature_key(args, state, digests)
     bad_images = build_evaluation.build_bad_images(args)
     features = get_features(args, backbone, train, val, key=key, bad_images=bad_images)
     if not distributed.is_main():
@@ -172,11 +162,7 @@ def main() -> None:
         counts["classes"] = len(train.classes)
         record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
         record |= build_evaluation.result_record(
-            args,
-            state,
-            counts=counts,
-            bad_images=bad_images,
-            images={"train": train, "val": val},
+            args, state, counts=counts, bad_images=bad_images, images=splits
         )
         record |= {"classes_without_images": {"val": absent}} | wanted
         record["seconds"] = round(time.monotonic() - start, 1)

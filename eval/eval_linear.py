@@ -11,68 +11,29 @@ images, with the results of one.
 """
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
 from utils.data.datasets import ImageSet, check_classes, read_split
-from utils.data.eval_loader import EvalLoader, LabeledLoader
+from utils.data.eval_loader import LabeledLoader
 from utils.data.splits import check_every_class, labeled_index, unreadable_classes
-from utils.evaluation import feature_cache, linear_probe, result_files
+from utils.evaluation import feature_cache, linear_probe, linear_run, result_files
 from utils.evaluation.labeled_features import FromFeatures, FromImages
+from utils.evaluation.linear_run import LinearRun, Recipe
 from utils.method import batch_norm, checkpoint
 from utils.method.encoders import Backbone
-from utils.runtime import checked, distributed, files, script, torch_file
-from utils.runtime.errors import InputError, RunError, printable
+from utils.runtime import distributed, files, script
+from utils.runtime.errors import InputError, printable
 from utils.training.log import Log
-from utils.training.schedule import learning_rate
 
-DEMO = {
-    "weights": options.DEMO_CHECKPOINT,
-    "num_workers": 1,
-    "lr": [0.3],
-}
-FORMAT = "cmsf-linear-2"  # 1 knew images by their sizes and times
-ENCODER = "encoders.query_encoder.backbone."  # a fine-tuned encoder's names in linear.pth
-# What a resumed run must have in common with its beginning.
-SETTINGS = (
-    *("lr", "lr_schedule", "momentum", "wd", "batch_size", "seed"),
-    *("cached", "fine_tune", "mlp"),
-)
-# And what makes its result the same one.
-DECIDING = (*SETTINGS, "epochs", "eval_freq", "bad_images")
+DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1, "lr": [0.3]}
+DECIDING = (*linear_run.SETTINGS, "epochs", "eval_freq", "bad_images")  # what makes a result
 AUTO = Path("auto")  # of --resume
-
-
-# What is in linear.pth beside what every checkpoint has.
-_PERCENT = checked.list_of(checked.or_none(checked.real(0, 100)))
-_ROW = {
-    "loss": checked.list_of(checked.or_none(checked.real())),
-    "top1": _PERCENT,
-    "top5": _PERCENT,
-}
-_FIELDS = {
-    "epoch": checked.whole(1),
-    "probe": checked.TABLE,
-    "optimizer": checked.TABLE,
-    "history": checked.list_of(checked.TABLE),
-    "key": checked.table_of(checked.TEXT),
-    "classes": checked.list_of(checked.TEXT),
-    "num_images": checked.whole(1),
-    "protocol": checked.TEXT,
-    "settings": checked.table_of(checked.PLAIN),
-}
 
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
@@ -191,305 +152,78 @@ def build_data(
     *,
     key: dict[str, str],
     bad_images: BadImages,
+    fine_tune: bool,
 ) -> FromImages | FromFeatures | None:
     """Where features come from; key: of their cache. None: another process trains on them."""
     loaders = build_evaluation.eval_loaders(args, train, val, bad_images=bad_images)
+    common = {"batch_size": args.batch_size, "seed": args.seed, "device": args.device}
     if args.cached and not args.evaluate:
-        features = cached_features(args, backbone, *loaders, key=key)
-        return features and FromFeatures(
-            features, batch_size=args.batch_size, seed=args.seed, device=args.device
-        )
-    views = LabeledLoader(
-        train,
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        device=args.device,
-        bad_images=bad_images,
-    )
-    return FromImages(backbone.module, views, *loaders, fine_tune=args.fine_tune)
+        folder = args.cache_dir or args.save
+        path = folder and folder / feature_cache.NAME
+        features = feature_cache.load_or_extract(path, key, backbone, *loaders)
+        distributed.stop()  # the rest is quick
+        return features and FromFeatures(features, **common)
+    common |= {"image_size": args.image_size, "num_workers": args.num_workers}
+    views = LabeledLoader(train, bad_images=bad_images, **common)
+    return FromImages(backbone.module, views, *loaders, fine_tune=fine_tune)
 
 
-def cached_features(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    train: EvalLoader,
-    val: EvalLoader,
-    *,
-    key: dict[str, str],
-) -> feature_cache.Features | None:
-    """The features of a cache that has this key; extracted, and kept there, where it has not.
+def find_run(
+    args: argparse.Namespace, recipe: Recipe, key: dict[str, str], classes: list[str]
+) -> dict | None:
+    """What to go on from by --resume, None to begin; "auto" becomes the file in args.
 
-    None but on the main process.
+    With "auto" a file of another run, or none that can be read, is said to be replaced; it may have
+    had all epochs, and is measured again.
     """
-    folder = args.cache_dir or args.save
-    path = folder and folder / feature_cache.NAME
-    bad_images, features = train.bad_images, None
-    if distributed.is_main() and path and path.exists():
-        try:
-            features = feature_cache.load(
-                path,
-                key,
-                flag="--cached",
-                bad_images=bad_images,
-                feature_dim=backbone.feature_dim,
-                num_classes=len(train.images.classes),
-            )
-        except InputError as error:
-            print(printable(f"{error}: extracted anew"), flush=True)
-    if distributed.any_true(features is not None):
-        return features
-    features = feature_cache.extract(backbone.module, train, val)
-    if distributed.is_main() and path:
-        feature_cache.save(path, key, features, bad_images=bad_images.names)
-    return features
-
-
-def find_run(args: argparse.Namespace, key: dict[str, str], classes: list[str]) -> dict | None:
-    """What to go on from by --resume, None to begin; "auto" becomes the file in args, or None.
-
-    With "auto" a file of another run, or none that can be read, is said to be replaced.
-    """
-    if args.resume != AUTO:
-        return load_run(args, key, classes) if args.resume else None
-    args.resume = args.save / "linear.pth"
+    auto = args.resume == AUTO
+    if auto:
+        args.resume = args.save / "linear.pth"
+    if not args.resume or (auto and not args.resume.exists()):
+        return None
     try:
-        if args.resume.exists():
-            return load_run(args, key, classes, also_finished=True)
+        saved = linear_run.load(
+            args.resume, recipe, key=key, classes=classes, measure_only=args.evaluate
+        )
+        if saved["epoch"] < args.epochs + auto or args.evaluate:
+            return saved
+        said = f"it has finished epoch {saved['epoch']} of --epochs {args.epochs}"
+        raise InputError(f"--resume {args.resume}: {said}")
     except InputError as error:
+        if not auto:
+            raise
         print(printable(f"{error}: replaced"), flush=True)
-    args.resume = None
     return None
 
 
-def load_run(
-    args: argparse.Namespace,
-    key: dict[str, str],
-    classes: list[str],
-    *,
-    also_finished: bool = False,
-) -> dict:
-    """The linear.pth that --resume names; InputError unless it goes with the flags and the data.
+def place(
+    args: argparse.Namespace, recipe: Recipe, backbone: Backbone, saved: dict | None
+) -> Backbone:
+    """The backbone on its device; to fine-tune as saved, with batch norm over all processes."""
+    if recipe.fine_tune:
+        if saved:
+            checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
+        backbone = backbone._replace(module=batch_norm.synchronized(backbone.module, args.device))
+    build_evaluation.place(args, backbone.module)
+    return backbone
 
-    key: of the features; the saved run must have the same parts. With --evaluate, --lr, --mlp and
-    --fine-tune are as in the file, and written into args. also_finished: one with all --epochs too.
+
+def summary_of(
+    args: argparse.Namespace, run: LinearRun, data: FromImages | FromFeatures, origin: dict
+) -> dict[str, dict]:
+    """What was found for each learning rate, after the last epoch or by --evaluate.
+
+    Whenever val has been measured, says so and writes linear.pth, with its origin.
     """
-    what = f"--resume {args.resume}"
-    saved = checkpoint.load(args.resume, flag="--resume")
-    if saved.get("format") != FORMAT:
-        raise InputError(f"{what}: no linear.pth of this version")
-    for name, kind in _FIELDS.items():
-        checked.take(saved, name, kind, what=what)
-    saved.setdefault("bad_images", [])
-    checked.take(saved, "bad_images", checked.list_of(checked.TEXT), what=what)
-    differing = [name for name in key if saved["key"].get(name) != key[name]]
-    if differing:
-        raise InputError(f"{what}: a run with another {', '.join(differing)}")
-    if list(saved["classes"]) != classes:
-        raise InputError(f"{what}: a run on other classes than those of {args.data}")
-    take_settings(args, saved["settings"], what=what)
-    check_history(saved, num_rates=len(args.lr), what=what)
-    if saved["epoch"] >= args.epochs + also_finished and not args.evaluate:
-        raise InputError(
-            f"{what}: it has finished epoch {saved['epoch']} of --epochs {args.epochs}"
-        )
-    return saved
-
-
-def take_settings(args: argparse.Namespace, saved: dict, *, what: str) -> None:
-    """InputError unless a saved run's settings are the flags; with --evaluate some become them."""
-    kinds = {name: checked.ANY for name in SETTINGS}
-    kinds |= {"lr": checked.list_of(checked.real(0)), "mlp": checked.FLAG}
-    kinds["fine_tune"] = checked.FLAG
-    for name, kind in kinds.items():
-        value = checked.take(saved, name, kind, what=f"{what}: settings")
-        if args.evaluate and kind is not checked.ANY:
-            setattr(args, name, value)
-        elif value != getattr(args, name) and not args.evaluate:
-            text = f"--{name} {torch_file.one_line(str(value))}, not {getattr(args, name)}"
-            raise InputError(f"{what}: a run with {text}")
-    if not args.lr or (len(args.lr) > 1 and (args.mlp or args.fine_tune)):
-        raise InputError(f"{what}: settings has {len(args.lr)} learning rates")
-
-
-def check_history(saved: dict, *, num_rates: int, what: str) -> None:
-    """InputError unless a saved run has the figures of each of its epochs, measured in the last.
-
-    A learning rate that diverged has none.
-    """
-    rows, epoch = saved["history"], saved["epoch"]
-    if len(rows) != epoch:
-        raise InputError(f"{what}: history has {len(rows)} epochs, not {epoch}")
-    for number, row in enumerate(rows, 1):
-        for name, kind in _ROW.items():
-            values = checked.take(row, name, kind, what=f"{what}: history of epoch {number}")
-            unmeasured = name == "top1" and number == epoch and values.count(None) == num_rates
-            if len(values) != num_rates or unmeasured:
-                raise InputError(f"{what}: history of epoch {number}: {name} is incomplete")
-
-
-def save_run(
-    args: argparse.Namespace,
-    probe: linear_probe.LinearProbe,
-    optimizer: torch.optim.Optimizer,
-    encoder: nn.Module,
-    history: list[dict],
-    origin: dict,
-) -> None:
-    """Write linear.pth to the folder of --save, if there is one; a RunError if that fails.
-
-    A fine-tuned encoder is in it under the names of this repository's checkpoints, so that both
-    evaluations read it as --weights.
-    """
-    if not (args.save and distributed.is_main()):
-        return
-    state = {
-        "format": FORMAT,
-        "epoch": len(history),
-        "probe": probe.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        **origin,
-        "settings": {name: getattr(args, name) for name in SETTINGS},
-        "args": {name: getattr(args, name) for name in ("arch", "image_size", "small_stem")},
-    }
-    if args.fine_tune:
-        weights = encoder.state_dict()
-        state["state_dict"] = {ENCODER + name: value for name, value in weights.items()}
-    files.save(args.save / "linear.pth", state, flag="--save")
-
-
-def trained_backbone(args: argparse.Namespace, backbone: Backbone, saved: dict | None) -> Backbone:
-    """The backbone to fine-tune: as saved, with batch norm over all processes."""
-    if saved:
-        checkpoint.load_backbone(backbone, saved, what=f"--resume {args.resume}")
-    return backbone._replace(module=batch_norm.synchronized(backbone.module, args.device))
-
-
-def train_epoch(
-    probe: linear_probe.LinearProbe,
-    data: FromImages | FromFeatures,
-    optimizer: torch.optim.Optimizer,
-    *,
-    epoch: int,
-    seed: int,
-) -> list[float]:
-    """One epoch's mean loss of each learning rate; RunError if none of them is finite."""
-    # Only dropout in a fine-tuned encoder draws from here; so resuming changes no bit of it.
-    entropy = [seed, epoch, distributed.rank()]
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-    losses = linear_probe.train_epoch(probe, data.epoch(epoch), optimizer)
-    for value in (losses, *probe.state_dict().values()):  # each GPU may round differently
-        distributed.from_main(value)
-    losses = losses.tolist()
-    if not any(map(math.isfinite, losses)):
-        raise RunError(f"the loss is {losses[0]} in epoch {epoch}; try a lower --lr (or --wd)")
-    return losses
-
-
-def train_probe(
-    probe: linear_probe.LinearProbe,
-    data: FromImages | FromFeatures,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict],
-    *,
-    rates: list[float],
-    schedule: list[int],
-    epochs: int,
-    eval_freq: int,
-    seed: int,
-    save: Callable[[], None],
-) -> None:
-    """Train up to the last epoch; each adds its figures to history.
-
-    A run that has had its last epoch is measured again: its figures are those of val as it is now.
-    Every `eval_freq` epochs and after the last, val is measured, a line printed and the run saved;
-    in between top1 and top5 are None. RunError if no learning rate has a finite loss. Of several
-    processes all train, and the main one measures.
-    """
-    if len(history) >= epochs and (figures := measure(probe, data)):
-        history[-1] |= {name: [row[name] for row in figures] for name in ("top1", "top5")}
-    unmeasured = [{"top1": None, "top5": None}] * len(rates)
-    for epoch in range(len(history) + 1, epochs + 1):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = learning_rate(
-                rate, epoch, epochs=epochs, cosine=False, decay_epochs=schedule, decay_rate=0.1
-            )
-        losses = train_epoch(probe, data, optimizer, epoch=epoch, seed=seed)
-        due = epoch % eval_freq == 0 or epoch == epochs
-        figures = (measure(probe, data) if due else None) or unmeasured
-        history.append(linear_probe.history_row(losses, figures))
-        if due and distributed.is_main():
-            parts = (
-                f"lr {rate}: loss {loss:.4f} top-1 {linear_probe.percent(row['top1'])}"
-                for rate, loss, row in zip(rates, losses, figures, strict=True)
-            )
-            Log.say(f"epoch {epoch}/{epochs}  {'  '.join(parts)}")
-            save()
-
-
-def measure(
-    probe: linear_probe.LinearProbe, data: FromImages | FromFeatures
-) -> list[dict[str, float | None]] | None:
-    """Accuracy on val of each learning rate's classifier; None but on the main process."""
-    val = data.val()
-    return linear_probe.accuracy(probe, *val) if val else None
-
-
-def protocol(args: argparse.Namespace) -> str:
-    """In words what was done."""
-    crops = "random resized crops (scale 0.08 to 1) and flips"
-    parts = (
-        f"backbone features, {'encoder trained too' if args.fine_tune else 'frozen encoder'}",
-        "L2-normalized, standardized with the training features' mean and unbiased variance",
-        "Linear-BN-ReLU and a linear layer" if args.mlp else "linear layer",
-        f"trained on {'central crops, extracted once' if args.cached else crops}",
-        f"cross-entropy, SGD with momentum {args.momentum}, weight decay {args.wd}, "
-        f"batch {args.batch_size}, a tenth of the learning rate after {args.lr_schedule} epochs",
-        "top-1 and top-5 of val's central crops after the last epoch",
-        "best_lr and best_top1 chosen on val",
-    )
-    return "; ".join(parts)
-
-
-def build_probe(
-    args: argparse.Namespace,
-    backbone: Backbone,
-    data: FromImages | FromFeatures,
-    *,
-    classes: list[str],
-    saved: dict | None,
-) -> tuple[linear_probe.LinearProbe, torch.optim.SGD]:
-    """Probe and optimizer: seeded by --seed, the statistics measured now, or as saved.
-
-    InputError for a class of which no image can be read.
-    """
-    torch.manual_seed(args.seed)
-    probe = linear_probe.LinearProbe(
-        backbone.feature_dim, len(classes), num_rates=len(args.lr), hidden=args.mlp
-    ).to(args.device)
-    optimizer = linear_probe.build_optimizer(
-        probe,
-        args.lr,
-        momentum=args.momentum,
-        weight_decay=args.wd,
-        also=backbone.module.parameters() if args.fine_tune else (),
-    )
-    if args.fine_tune:
-        optimizer.register_step_pre_hook(
-            lambda *_: distributed.sum_gradients(backbone.module.parameters())
-        )
-    if saved:
-        what = f"--resume {args.resume}"
-        # Of several learning rates one may have diverged; the others' classifiers go on.
-        checkpoint.load_strictly(probe, saved["probe"], what=what, finite=False)
-        checkpoint.load_optimizer(optimizer, saved["optimizer"], what=what, finite=False)
-    else:
-        probe.standardize.measure(data.for_statistics())
-        what = f"data {args.data}, as far as it can be read"
-        check_every_class(data.labels, classes, what=what)
-    return probe, optimizer
+    if args.evaluate:
+        return dict(zip(map(str, run.recipe.lr), run.measure(data) or [], strict=False))
+    origin |= {"args": {name: getattr(args, name) for name in ("arch", "image_size", "small_stem")}}
+    for line in run.train(data, epochs=args.epochs, eval_freq=args.eval_freq):
+        if distributed.is_main():
+            Log.say(line)
+            if args.save:
+                files.save(args.save / "linear.pth", run.state() | origin, flag="--save")
+    return linear_probe.summarize(run.recipe.lr, run.history)
 
 
 def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> None:
@@ -515,55 +249,42 @@ def main() -> None:
     backbone, state = build_evaluation.evaluated_backbone(args)
     if build_evaluation.is_check(args, train, val):
         return
-    keeps = (args.save or args.cache_dir or args.resume) and not args.evaluate
-    digests = build_evaluation.image_digests(args, train=train, val=val) if keeps else {}
-    wanted = build_evaluation.identity(args, state, DECIDING, digests)
+    splits = {"train": train, "val": val}
+    keeps = bool(args.save or args.cache_dir or args.resume) and not args.evaluate
+    wanted, key = build_evaluation.identity(args, state, DECIDING, digests=keeps, **splits)
     if build_evaluation.is_done(args, "linear.json", wanted, table="lr"):
         return
-    key = build_evaluation.feature_key(args, state, digests)
-    saved = find_run(args, key, train.classes)
-    if args.fine_tune:
-        backbone = trained_backbone(args, backbone, saved)
-    build_evaluation.place(args, backbone.module)
+    recipe = Recipe(**{name: getattr(args, name) for name in linear_run.SETTINGS})
+    saved = find_run(args, recipe, key, train.classes)
+    backbone = place(args, recipe, backbone, saved)
     bad_images = build_evaluation.build_bad_images(args)
     if saved and not args.evaluate:
         bad_images.restore(saved["bad_images"])
-    data = build_data(args, backbone, train, val, key=key, bad_images=bad_images)
-    if args.cached and not args.evaluate:
-        distributed.stop()  # the rest is quick
+    data = build_data(
+        *(args, backbone, train, val), key=key, bad_images=bad_images, fine_tune=recipe.fine_tune
+    )
     if data is None:
         return
-    probe, optimizer = build_probe(args, backbone, data, classes=train.classes, saved=saved)
-    history = saved["history"] if saved else []
-    num_train = saved["num_images"] if saved else data.num_images["train"]
-    if args.evaluate:
-        what_was_done, rows = saved["protocol"], measure(probe, data)
-        summary = dict(zip(map(str, args.lr), rows, strict=True)) if rows else {}
-    else:
-        what_was_done = protocol(args)
-        origin = {"key": key, "classes": train.classes, "num_images": num_train}
-        origin |= {"protocol": what_was_done, "bad_images": bad_images.names}
-        train_probe(
-            probe,
-            data,
-            optimizer,
-            history,
-            rates=args.lr,
-            schedule=args.lr_schedule,
-            epochs=args.epochs,
-            eval_freq=args.eval_freq,
-            seed=args.seed,
-            save=partial(save_run, args, probe, optimizer, backbone.module, history, origin),
-        )
-        summary = linear_probe.summarize(args.lr, history)
+    about = {"saved": saved, "what": f"--resume {args.resume}"}
+    run = LinearRun(recipe, backbone, num_classes=len(train.classes), device=args.device, **about)
+    if not saved:
+        run.probe.standardize.measure(data.for_statistics())
+        what = f"data {args.data}, as far as it can be read"
+        check_every_class(data.labels, train.classes, what=what)
+    num_train = saved["num_images"] if saved else len(data.labels)
+    protocol = saved["protocol"] if args.evaluate else recipe.protocol
+    origin = {"key": key, "classes": train.classes, "num_images": num_train}
+    origin |= {"protocol": protocol, "bad_images": bad_images.names}
+    summary = summary_of(args, run, data, origin)
     if not distributed.is_main():
         return
-    counts = {"train": num_train, "val": data.num_images["val"], "classes": len(train.classes)}
+    counts = {"train": num_train, "val": len(data.val_labels), "classes": len(train.classes)}
     absent = unreadable_classes(data.val_labels, val.classes, what=f"data {val.root}")
-    about = {"counts": counts, "bad_images": bad_images, "images": {"train": train, "val": val}}
-    record = {"epochs": len(history), "protocol": what_was_done}
+    record = {"epochs": len(run.history), "protocol": protocol}
     record |= {"classes_without_images": {"val": absent}}
-    record |= build_evaluation.result_record(args, state, **about)
+    record |= build_evaluation.result_record(
+        args, state, counts=counts, bad_images=bad_images, images=splits
+    )
     record |= {} if args.evaluate else wanted
     report(args, summary, record | {"seconds": round(time.monotonic() - start, 1)})
 

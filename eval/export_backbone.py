@@ -2,28 +2,22 @@
 
     python eval/export_backbone.py --weights <CHECKPOINT> --output resnet50.pth
 
-Reads what eval_knn.py does. The last linear layer of the architecture is not in the file, as the
-method trains none: a network without it ends in features (B, F), and takes the weights strictly.
+The architecture's last linear layer is not in the file, as the method trains none: a network
+without it ends in features (B, F), and takes the weights strictly.
 
     model = torchvision.models.resnet50()
     model.fc = torch.nn.Identity()  # the layer has other names in other architectures
     model.load_state_dict(torch.load("resnet50.pth", weights_only=True)["state_dict"])
 
 timm.create_model("resnet50", num_classes=0) takes the same weights. The file's "metadata" say what
-the weights are: arch, stem, size of images and features, normalization, encoder, epoch, SHA-256 of
-the checkpoint, digests of the training data.
-
-A --output that ends in .safetensors holds the state dict itself, read by
-safetensors.torch.load_file, and the metadata as text in its header. All scripts that take
---weights, and hubconf.py, read both kinds.
+they are and how images are normalized. A --output that ends in .safetensors holds the state dict
+itself, for safetensors.torch.load_file, and the metadata as text in its header. All scripts that
+take --weights, and hubconf.py, read both kinds.
 """
 
 import argparse
 import sys
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,26 +31,21 @@ from utils.runtime import checked, files, plain_json, safetensors_file, script
 from utils.runtime.errors import InputError
 
 ENDINGS = (".pth", safetensors_file.ENDING)
-# What is taken over from a checkpoint where it has it; "protocol" says how linear.pth was trained.
-KEPT = ("method", "protocol", "epoch", "data")
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags of this script."""
+    """The flags of this script; InputError, before the checkpoint is read, if they cannot work."""
     parser = arguments.Parser(description="Export a checkpoint's backbone.")
     options.add_checkpoint_options(parser, evaluates=False)
     options.add_output_options(parser, help=f"file to write, ends in {' or '.join(ENDINGS)}")
     parser.set_defaults(seed=0)  # of weights that the file replaces
-    return parser.parse_args()
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """InputError for flags that cannot work; before the checkpoint is read."""
+    args = parser.parse_args()
     result_files.check_output(args, endings=ENDINGS)
-    if args.weights in ("random", "pixels"):
+    if args.weights in result_files.NAMED:
         raise InputError(f"--weights {args.weights}: name a checkpoint to export")
     if safetensors_file.has_ending(args.output):
         safetensors_file.check_library(f"--output {args.output}")
+    return args
 
 
 def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
@@ -64,16 +53,14 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
 
     Of a backbone that was exported before, its origin stays what it was.
     """
-    kept = {name: state[name] for name in KEPT if is_plain(state.get(name))}
-    if "data" not in kept and is_plain(state.get("key")):  # linear.pth
-        kept["data"] = state["key"]
-    about = {
-        **kept,
+    kept = {name: state.get(name) for name in ("method", "protocol", "epoch", "data")}
+    kept["data"] = kept["data"] or state.get("key")  # as linear.pth calls it
+    plain = {n: v for n, v in kept.items() if v not in (None, {}, "") and checked.PLAIN.holds(v)}
+    return {
+        **plain,
         "encoder": build_evaluation.encoder_name(args, state),
         "checkpoint_sha256": args.sha256,
         **checkpoint.metadata(state),
-    }
-    return about | {
         "arch": args.arch,
         "small_stem": args.small_stem,
         "feature_dim": backbone.feature_dim,
@@ -84,31 +71,18 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
     }
 
 
-def is_plain(value: object) -> bool:
-    """Whether a value says something and can be written as JSON."""
-    return checked.PLAIN.holds(value) and value not in (None, {}, "")
-
-
-def write(path: Path, weights: dict[str, Tensor], about: dict) -> None:
-    """Write the file in the kind that its ending says, atomically; RunError if that fails."""
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    if not safetensors_file.has_ending(path):
-        files.save(path, checkpoint.exported(weights, about), flag="--output")
-        return
-    data = safetensors_file.encode(weights, about, format=checkpoint.EXPORTED)
-    with files.atomic_file(path, flag="--output") as file:
-        file.write(data)
-
-
-@torch.no_grad()
 def main() -> None:
     """Read the backbone, check it, write it, say what was written."""
     args = parse_args()
-    check_flags(args)
     backbone, state = build_evaluation.evaluated_backbone(args)
-    weights = backbone.module.state_dict()
+    weights = {name: value.contiguous() for name, value in backbone.module.state_dict().items()}
     about = describe(args, backbone, state)
-    write(args.output, weights, about)
+    if safetensors_file.has_ending(args.output):
+        data = safetensors_file.encode(weights, about, format=checkpoint.EXPORTED)
+        with files.atomic_file(args.output, flag="--output") as file:
+            file.write(data)
+    else:
+        files.save(args.output, checkpoint.exported(weights, about), flag="--output")
     print(f"{args.output}: {len(weights)} weights")
     for name, value in about.items():
         print(f"  {name}: {value if isinstance(value, str) else plain_json.dumps(value)}")

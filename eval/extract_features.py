@@ -18,9 +18,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +30,7 @@ from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.method import checkpoint
 from utils.method.encoders import Encoder
-from utils.runtime import distributed, files, plain_json, script
+from utils.runtime import files, plain_json, script
 from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1, "split": "val"}
@@ -46,9 +45,8 @@ def parse_args() -> argparse.Namespace:
     options.add_checkpoint_options(parser)
     parser.add_argument("--split", choices=SPLITS, help="only the images of data/train or data/val")
     parser.add_argument("--normalize", action="store_true", help="give each row the L2 norm 1")
-    parser.add_argument(
-        "--projected", action="store_true", help="embeddings behind the projector, not features"
-    )
+    text = "embeddings behind the projector, not features"
+    parser.add_argument("--projected", action="store_true", help=text)
     options.add_output_options(parser, help=f"file to write, ends in {ENDING}")
     return options.parse(parser, demo=DEMO)
 
@@ -61,36 +59,11 @@ def read_images(args: argparse.Namespace) -> ImageSet:
         raise InputError(f"--dataset {args.dataset}: only with --split")
     images = read_any_folder(args.data)
     if images.classes and set(images.classes) <= {*SPLITS, "test"}:
+        names = "/, ".join(images.classes)
         raise InputError(
-            f"data {args.data}: name one of its {'/, '.join(images.classes)}/, by --split or as "
-            f"the folder itself"
+            f"data {args.data}: name one of its {names}/, by --split or as the folder itself"
         )
     return images
-
-
-def build_network(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """What gives the rows, (B, 3, S, S) -> (B, F), on the device, and its checkpoint."""
-    backbone, state = build_evaluation.evaluated_backbone(args)
-    network = backbone.module
-    if args.projected:
-        what = f"--projected: --weights {args.weights}"
-        encoder = build_evaluation.encoder_name(args, state)
-        projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
-        network = Encoder(network, projector)
-    return build_evaluation.place(args, network), state
-
-
-def extract(network: nn.Module, loader: EvalLoader) -> Tensor | None:
-    """Rows (N, F) float32 of the images that can be read; None but on the main process."""
-    bar = tqdm(loader, "features", leave=False, disable=not distributed.shows_bars())
-    found = extract_features(
-        network,
-        bar,
-        num_images=len(loader.images),
-        left_out=loader.left_out,
-        path_of=loader.images.path,
-    )
-    return found and found[0]
 
 
 def write(path: Path, features: Tensor, loader: EvalLoader, record: dict) -> None:
@@ -113,18 +86,25 @@ def main() -> None:
     args = parse_args()
     result_files.check_output(args, endings=(ENDING,))
     images = read_images(args)
-    network, state = build_network(args)
+    backbone, state = build_evaluation.evaluated_backbone(args)
+    network = backbone.module
+    if args.projected:
+        what = f"--projected: --weights {args.weights}"
+        encoder = build_evaluation.encoder_name(args, state)
+        projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
+        network = Encoder(network, projector)
+    network = build_evaluation.place(args, network)
     (loader,) = build_evaluation.eval_loaders(args, images)
-    features = extract(network, loader)
-    if features is None:
+    found = extract_features(network, loader)
+    if found is None:  # not the main process
         return
+    features, _ = found
     if args.normalize:
         normalize(features, dim=1, out=features)
-    counts = {"images": len(features), "classes": len(images.classes)}
     record = build_evaluation.result_record(
         args,
         state,
-        counts=counts,
+        counts={"images": len(features), "classes": len(images.classes)},
         bad_images=loader.bad_images,
         images={args.split or "images": images},
     )

@@ -23,7 +23,6 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -142,13 +141,8 @@ def search_features(
     """The same by features of all training images; None but on the main process."""
     backbone, state = build_evaluation.evaluated_backbone(args)
     (loader,) = build_evaluation.eval_loaders(args, images, bad_images=bad_images)
-    extracted = extract_features(
-        build_evaluation.place(args, backbone.module),
-        tqdm(loader, "features of train", leave=False, disable=not distributed.shows_bars()),
-        num_images=len(images),
-        left_out=loader.left_out,
-        path_of=images.path,
-    )
+    network = build_evaluation.place(args, backbone.module)
+    extracted = extract_features(network, loader, "features of train")
     if extracted is None:
         return None
     features = normalize(extracted[0], dim=1, out=extracted[0])

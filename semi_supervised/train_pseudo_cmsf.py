@@ -156,10 +156,7 @@ class PseudoCMSF(nn.Module):
         features, labels = extract_features(
             nn.Sequential(encoder.backbone, encoder.projector),  # not compiled: of other sizes
             images,
-            num_images=len(images.images),
-            left_out=images.left_out,
             everywhere=True,  # each process trains the head as the others do
-            path_of=images.images.path,
         )
         return nn.functional.normalize(features, dim=1), labels
 

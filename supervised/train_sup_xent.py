@@ -70,13 +70,7 @@ class CrossEntropy(nn.Module):
     def val_accuracy(self, images: EvalLoader) -> dict[str, float]:
         """The classifier's own accuracy on images, in percent; on the main process alone."""
         whole = nn.Sequential(self.encoders.query_encoder.backbone, self.classifier)
-        found = extract_features(
-            whole,
-            images,
-            num_images=len(images.images),
-            left_out=images.left_out,
-            path_of=images.images.path,
-        )
+        found = extract_features(whole, images)
         if found is None:
             return {}
         logits, labels = found

@@ -1,6 +1,8 @@
 """Shared by the tests: few threads, real image files, scripts as real processes."""
 
 import builtins
+import importlib
+import json
 import os
 import re
 import shutil
@@ -9,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import linear_runs
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from utils.evaluation import feature_cache
 from utils.runtime import script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,3 +175,41 @@ def tree_without(image_tree, tmp_path_factory):
     for name in BROKEN:
         (root / name).unlink()
     return root
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A checkpoint for conv4 at 16 pixels. Not to be changed by a test."""
+    return linear_runs.write_checkpoint(tmp_path_factory.mktemp("weights") / "ckpt.pth")
+
+
+@pytest.fixture
+def run_linear(call_script, weights, image_tree):
+    """Call the script: (folder of --save, *flags) -> (linear.json, console, linear.pth).
+
+    The console without the first lines, which tell what images there are.
+    """
+
+    module = importlib.import_module("eval.eval_linear")
+
+    def run(folder, *flags, data=image_tree):
+        flags = (*linear_runs.QUICK, "--weights", weights, *flags, "--save", folder, data)
+        code, stdout, stderr = call_script(module, *flags)
+        assert code == 0, stderr
+        told = re.sub("^(data .*: [0-9]+ images in .*\n)+", "", stdout)
+        return json.loads((folder / "linear.json").read_text()), told, linear_runs.load(folder)
+
+    return run
+
+
+@pytest.fixture
+def extractions(monkeypatch):
+    """A list that grows by one with every extraction."""
+    calls = []
+
+    def counted(*args, original=feature_cache.extract):
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(feature_cache, "extract", counted)
+    return calls

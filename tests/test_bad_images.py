@@ -294,9 +294,7 @@ def test_features_are_those_of_the_images_that_are_left(broken_tree, tree_withou
         loader = EvalLoader(
             images, batch_size=4, image_size=8, num_workers=workers, bad_images=skip()
         )
-        features.append(
-            extract_features(nn.Flatten(), loader, num_images=len(images), left_out=loader.left_out)
-        )
+        features.append(extract_features(nn.Flatten(), loader))
     for one, two in zip(*features, strict=True):
         assert torch.equal(one, two)
     assert len(features[0][1]) == 26

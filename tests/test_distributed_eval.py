@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, write_image
+from linear_runs import write_checkpoint
 from test_distributed import run
 from test_driver import drive
-from test_eval_linear import write_checkpoint
 from tiny import FLAGS
 
 from utils.data.bad_images import BadImages

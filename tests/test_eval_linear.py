@@ -1,32 +1,27 @@
-"""eval_linear.py: the protocol, fine-tuning, the cache, resuming, and what it refuses."""
+"""eval_linear.py: the protocol, fine-tuning, and what it refuses."""
 
 import importlib
-import itertools
 import json
-import os
-import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import write_image
+from linear_runs import QUICK, assert_same_bits, load
 from test_bad_input import assert_refused
 
 from utils.cli import build_evaluation
 from utils.data import augment, cropping, image_cache, random_draws
 from utils.data.batches import epoch_batches
-from utils.data.datasets import ImageSet, read_split
+from utils.data.datasets import read_split
 from utils.data.eval_loader import LabeledLoader
-from utils.evaluation import feature_cache
+from utils.evaluation import linear_run
 from utils.method import checkpoint
-from utils.method.encoders import QueryTargetEncoders, build_backbone
+from utils.method.encoders import build_backbone
 from utils.runtime import files
-from utils.runtime.errors import InputError
 
 LINEAR = importlib.import_module("eval.eval_linear")
-QUICK = ("-j", 0, "-b", 9, "--epochs", 3, "--lr", 0.1, "--lr_schedule", "1,2")
 
 
 @pytest.fixture(scope="session")
@@ -39,61 +34,6 @@ def seven_classes(tmp_path_factory):
                 seed = 1000 * (split == "val") + 100 * number + i
                 write_image(root / split / f"class{number}" / f"{i}.png", seed=seed)
     return root
-
-
-def write_checkpoint(path, *, seed=0):
-    """A checkpoint as training writes it, whose target encoder is not the query encoder."""
-    torch.manual_seed(seed)
-    encoders = QueryTargetEncoders(build_backbone("conv4").module, 128)
-    for parameter in encoders.target_encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    state = {f"encoders.{name}": value for name, value in encoders.state_dict().items()}
-    settings = {"arch": "conv4", "image_size": 16}
-    torch.save({"state_dict": state, "epoch": 7, "args": settings}, path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A checkpoint for conv4 at 16 pixels. Not to be changed by a test."""
-    return write_checkpoint(tmp_path_factory.mktemp("weights") / "ckpt.pth")
-
-
-@pytest.fixture
-def run_linear(call_script, weights, image_tree):
-    """Call the script: (folder of --save, *flags) -> (linear.json, console, linear.pth).
-
-    The console without the first lines, which tell what images there are.
-    """
-
-    def run(folder, *flags, data=image_tree):
-        flags = (*QUICK, "--weights", weights, *flags, "--save", folder, data)
-        code, stdout, stderr = call_script(LINEAR, *flags)
-        assert code == 0, stderr
-        told = re.sub("^(data .*: [0-9]+ images in .*\n)+", "", stdout)
-        return json.loads((folder / "linear.json").read_text()), told, load(folder)
-
-    return run
-
-
-def load(folder):
-    return torch.load(folder / "linear.pth", weights_only=True)
-
-
-def tensors(value, name=""):
-    """Every leaf of a saved run by its place in it."""
-    if isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, part in items for k, v in tensors(part, f"{name}/{key}").items()}
-    return {name: value}
-
-
-def assert_same_bits(one, two):
-    one, two = tensors(one), tensors(two)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
-        assert same(value, two[name]), name
 
 
 def test_as_a_process_from_its_folder(run_script, seven_classes, weights, tmp_path):
@@ -243,17 +183,8 @@ def test_fine_tuning_by_hand(run_linear, weights, image_tree, tmp_path):
     for name, expected in reference.encoder.state_dict().items():
         if name.startswith("fc."):
             continue
-        found = saved["state_dict"][LINEAR.ENCODER + name]
+        found = saved["state_dict"][linear_run.ENCODER + name]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_schedule_counts_epochs_as_published(run_linear, tmp_path):
-    """--lr_schedule 1,2: the first epoch at the full rate, the second at a tenth."""
-    _, _, saved = run_linear(tmp_path, "--cached", "--epochs", 1)
-    assert saved["optimizer"]["param_groups"][0]["lr"] == 0.1
-    for epochs, rate in ((2, 0.01), (3, 0.001)):
-        _, _, saved = run_linear(tmp_path, "--cached", "--epochs", epochs)
-        assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
 
 
 def test_measuring_less_often_changes_no_figure(run_linear, tmp_path):
@@ -265,13 +196,6 @@ def test_measuring_less_often_changes_no_figure(run_linear, tmp_path):
     measured = [row["top1"][0] is not None for row in saved["history"]]
     assert measured == [False, True, False, True, True]  # and after the last
     assert sum(line.startswith("epoch ") for line in console.splitlines()) == 3
-
-
-def test_random_crops_are_not_the_central_crop(run_linear, tmp_path):
-    images, _, _ = run_linear(tmp_path / "images")
-    cached, _, _ = run_linear(tmp_path / "cached", "--cached")
-    assert images["lr"]["0.1"]["loss"] != cached["lr"]["0.1"]["loss"]
-    assert "extracted once" in cached["protocol"]
 
 
 def test_several_rates_equal_single_runs(run_linear, tmp_path):
@@ -314,7 +238,7 @@ def test_without_fine_tune_no_bit_of_the_encoder_changes(run_linear, tmp_path, m
 def test_fine_tune_changes_every_weight_of_the_encoder(run_linear, weights, tmp_path, flag):
     record, _, saved = run_linear(tmp_path, flag)
     start = torch.load(weights, weights_only=True)["state_dict"]
-    assert saved["state_dict"].keys() == {n for n in start if n.startswith(LINEAR.ENCODER)}
+    assert saved["state_dict"].keys() == {n for n in start if n.startswith(linear_run.ENCODER)}
     unchanged = [n for n, v in saved["state_dict"].items() if torch.equal(v, start[n])]
     assert not unchanged
     assert "encoder trained too" in record["protocol"]
@@ -329,15 +253,6 @@ def test_fine_tuned_encoder_is_a_checkpoint(run_linear, call_script, image_tree,
     assert code == 0, stderr
     record = json.loads((tmp_path / "knn.json").read_text())
     assert (record["arch"], record["image_size"], record["epoch"]) == ("conv4", 16, 3)
-
-
-def test_a_run_of_which_one_rate_diverged_goes_on(run_linear, tmp_path):
-    flags = ("--lr", "0.1,1e30", "--cached")
-    whole, _, _ = run_linear(tmp_path / "a", *flags)
-    _, _, saved = run_linear(tmp_path / "b", *flags, "--epochs", 2)
-    assert not saved["probe"]["heads.1.weight"].isfinite().all()
-    resumed, _, _ = run_linear(tmp_path / "c", *flags, "--resume", tmp_path / "b" / "linear.pth")
-    assert resumed["lr"] == whole["lr"] and whole["lr"]["1e+30"]["loss"] is None
 
 
 def test_target_encoder(run_linear, tmp_path):
@@ -371,9 +286,6 @@ def test_labeled_images_only(run_linear, image_tree, tmp_path):
     _, _, every = run_linear(tmp_path / "all", "--cached")
     assert record["counts"]["train"] == 6
     assert not torch.equal(few["probe"]["standardize.mean"], every["probe"]["standardize.mean"])
-
-
-# The random crops of the loader.
 
 
 def test_labeled_loader_yields_the_crops_of_its_images(image_tree):
@@ -411,287 +323,6 @@ def test_an_epoch_is_every_image_once(count, size, sizes):
     assert sorted(np.concatenate(batches).tolist()) == list(range(count))
 
 
-# The cache.
-
-
-@pytest.fixture
-def extractions(monkeypatch):
-    """A list that grows by one with every extraction."""
-    calls = []
-
-    def counted(*args, original=feature_cache.extract):
-        calls.append(1)
-        return original(*args)
-
-    monkeypatch.setattr(feature_cache, "extract", counted)
-    return calls
-
-
-def test_cache_is_used_when_nothing_has_changed(run_linear, extractions, tmp_path):
-    _, _, first = run_linear(tmp_path, "--cached")
-    assert (tmp_path / "features.pth").is_file()
-    _, _, second = run_linear(tmp_path, "--cached", "-b", 9)
-    assert len(extractions) == 1
-    assert_same_bits(first, second)
-    flags = ("--cached", "--cache_dir", tmp_path, "--lr", "0.3")
-    run_linear(tmp_path / "elsewhere", *flags)
-    assert len(extractions) == 1
-    assert not (tmp_path / "elsewhere" / "features.pth").exists()
-
-
-def test_digest_knows_names_labels_classes_and_every_byte(tmp_path):
-    def write(name, data=b"12345", time=10**9):
-        (tmp_path / name).write_bytes(data)
-        os.utime(tmp_path / name, ns=(time, time))
-
-    def digest(names=("1.png",), labels=(0,), classes=("a", "b"), **options):
-        images = ImageSet(tmp_path, list(names), list(labels), list(classes))
-        return feature_cache.image_digest(images, **options)
-
-    write("1.png")
-    write("2.png")
-    digests = [digest(), digest(["2.png"]), digest(labels=[1]), digest(classes=["a", "c"])]
-    digests.append(digest(["1.png", "2.png"], [0, 0]))
-    digests.append(digest(["2.png", "1.png"], [0, 0]))
-    write("1.png", time=10**9 + 1)
-    assert digest() == digests[0]
-    write("1.png", b"12354")
-    digests.append(digest())
-    write("1.png", b"123456")
-    digests.append(digest())
-    (tmp_path / "1.png").unlink()
-    digests.append(digest(missing_ok=True))
-    assert len(set(digests)) == len(digests)
-    with pytest.raises(InputError, match=r"1\.png: No such file"):
-        digest()
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_digest_is_the_same_by_any_number_of_processes(tmp_path, monkeypatch, processes):
-    """Each reads its part; here one after the other, in threads that wait for each other."""
-    names = [f"{number}.png" for number in range(40)]
-    for name in names:
-        (tmp_path / name).write_bytes(name.encode() * 1000)
-    images = ImageSet(tmp_path, names, [0] * 40, ["a"])
-    monkeypatch.setattr(feature_cache, "_AT_ONCE", 7)
-    alone = feature_cache.image_digest(images)
-    shares = []
-    for rank in range(processes):
-        share = range(6 * rank // processes, 6 * (rank + 1) // processes)
-        monkeypatch.setattr(feature_cache.distributed, "own_share", lambda count, s=share: s)
-        monkeypatch.setattr(
-            feature_cache.distributed, "gather_objects", lambda own: shares.append(own) or [own]
-        )
-        feature_cache.image_digest(images)
-    monkeypatch.setattr(feature_cache.distributed, "gather_objects", lambda own: shares)
-    assert feature_cache.image_digest(images) == alone
-
-
-def change_pixels(path):
-    """As a copy of another picture that keeps size and time."""
-    before = path.stat()
-    write_image(path, seed=99)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-
-
-def test_times_of_files_do_not_matter_to_a_cache(run_linear, extractions, tmp_path):
-    data = tmp_path / "data"
-    for split, name, i in itertools.product(("train", "val"), "ab", range(2)):
-        write_image(data / split / name / f"{i}.bmp", seed=i)
-    run_linear(tmp_path, "--cached", data=data)
-    for path in data.rglob("*.bmp"):
-        os.utime(path)
-    run_linear(tmp_path, "--cached", data=data)
-    assert len(extractions) == 1
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_cache_with_features_that_are_not_finite_is_not_used(
-    run_linear, extractions, tmp_path, value
-):
-    run_linear(tmp_path, "--cached")
-    cache = tmp_path / "features.pth"
-    state = torch.load(cache, weights_only=True)
-    state["features"]["val"][0][3, 1] = value
-    files.save(cache, state)
-    _, console, _ = run_linear(tmp_path, "--cached")
-    assert "features is a dict, not finite features (N, 128)" in console
-    assert len(extractions) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ("checkpoint", "features of another checkpoint:"),
-        ("image", "features of another train images:"),
-        ("val image", "features of another val images:"),
-        ("labels", "features of another train images:"),
-        ("size", "features of another image size:"),
-        ("encoder", "features of another encoder:"),
-        ("truncated", "not a readable checkpoint"),
-        ("other file", "no feature cache of this version"),
-    ],
-)
-def test_stale_cache_is_not_used(run_linear, extractions, tmp_path, change, reason):
-    data, ours, flags = tmp_path / "data", tmp_path / "ckpt.pth", []
-    for split, count in (("train", 4), ("val", 2)):
-        for number, name in enumerate("ab"):
-            for i in range(count):
-                write_image(data / split / name / f"{i}.bmp", seed=10 * number + i)
-    write_checkpoint(ours)
-    common = ("--weights", ours, "--cached")
-    run_linear(tmp_path, *common, data=data)
-    cache = tmp_path / "features.pth"
-    if change == "checkpoint":
-        write_checkpoint(ours, seed=1)
-    elif change in ("image", "val image"):
-        path = data / ("val" if "val" in change else "train") / "a" / "0.bmp"
-        change_pixels(path)
-    elif change == "labels":
-        flags = ["--label_fraction", 0.5]
-    elif change == "size":
-        flags = ["--image_size", 24]
-    elif change == "encoder":
-        flags = ["--use-target"]
-    elif change == "truncated":
-        cache.write_bytes(cache.read_bytes()[:-1000])
-    else:
-        torch.save({"features": {}}, cache)
-    _, console, stale = run_linear(tmp_path, *common, *flags, data=data)
-    assert len(extractions) == 2
-    assert reason in console and "extracted anew" in console
-    _, _, fresh = run_linear(tmp_path / "fresh", *common, *flags, data=data)
-    assert_same_bits(stale, fresh)
-    run_linear(tmp_path, *common, *flags, data=data)
-    assert len(extractions) == 3  # the new cache is used
-
-
-# Saving, resuming, measuring a saved probe.
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--cached", "--lr", "0.1,1"),
-        ("--mlp",),
-        # Its dropout draws random numbers, which a resumed run must draw again.
-        ("--fine-tune", "--weights", "random", "--arch", "mobilenet_v2", "--image_size", 32),
-    ],
-)
-def test_resumed_run_has_the_bits_of_an_undisturbed_one(run_linear, tmp_path, flags):
-    whole_record, _, whole = run_linear(tmp_path / "whole", *flags)
-    run_linear(tmp_path / "broken", *flags, "--epochs", 1)
-    resume = ("--resume", tmp_path / "broken" / "linear.pth")
-    record, console, resumed = run_linear(tmp_path / "broken", *flags, *resume)
-    assert console.startswith("epoch 2/3")
-    assert_same_bits(whole, resumed)
-    assert record["lr"] == whole_record["lr"]
-
-
-@pytest.mark.parametrize("flags", [("--lr", "0.1,1"), ("--mlp",), ("--fine-tune",)])
-def test_measuring_a_saved_probe(run_linear, extractions, tmp_path, flags):
-    trained, _, _ = run_linear(tmp_path, *flags, "--label_fraction", 0.5)
-    files = [tmp_path / "linear.pth", tmp_path / "linear.json"]
-    before = [path.read_bytes() for path in files]
-    resume = ("--evaluate", "--resume", tmp_path / "linear.pth")
-    _, console, _ = run_linear(tmp_path, *resume, "--cached")
-    measured = json.loads((tmp_path / "evaluate.json").read_text())
-    assert "epoch" not in console and not extractions  # only val is needed
-    for rate, figures in measured["lr"].items():
-        assert figures == {name: trained["lr"][rate][name] for name in ("top1", "top5")}
-    for name in ("top1", "epochs", "counts", "protocol"):
-        assert measured[name] == trained[name]
-    assert [path.read_bytes() for path in files] == before
-
-
-@pytest.mark.parametrize("flags", [("--cached",), ("--fine-tune",)])
-def test_resume_auto_goes_on_from_its_own_file(run_linear, tmp_path, flags):
-    """From the middle, from an end of which linear.json was not written, or from nothing."""
-    auto = (*flags, "--resume", "auto")
-    whole_record, console, whole = run_linear(tmp_path / "whole", *auto)
-    assert console.startswith("epoch 1/3")
-    run_linear(tmp_path / "broken", *flags, "--epochs", 2)
-    for first in ("epoch 3/3", "12 val images"):
-        record, console, resumed = run_linear(tmp_path / "broken", *auto)
-        assert console.startswith(first) and record["lr"] == whole_record["lr"]
-        assert_same_bits(whole, resumed)
-        (tmp_path / "broken" / "linear.json").unlink()
-    # The file of another run, of one with more epochs, and none that can be read.
-    saved = tmp_path / "broken" / "linear.pth"
-    for change, reason in ((("--lr", 0.2), "--lr"), (("--epochs", 1), "it has finished epoch 3")):
-        _, console, _ = run_linear(tmp_path / "broken", *auto, *change)
-        (said,) = [line for line in console.splitlines() if line.endswith(": replaced")]
-        assert f"--resume {saved}: " in said and reason in said and "epoch 1/" in console
-        run_linear(tmp_path / "broken", *flags)
-    saved.write_bytes(b"half")
-    record, console, _ = run_linear(tmp_path / "broken", *auto)
-    assert "not a readable checkpoint" in console and record["lr"] == whole_record["lr"]
-
-
-def test_a_result_that_is_there_is_kept(run_linear, weights, image_tree, tmp_path):
-    keep = ("--cached", "--keep_done")
-    first, _, _ = run_linear(tmp_path, *keep)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    moved = tmp_path.parent / "moved.pth"
-    moved.write_bytes(weights.read_bytes())
-    _, console, _ = run_linear(tmp_path, *keep, "--weights", moved, "-j", 1)
-    assert console.startswith(f"{tmp_path / 'linear.json'}: there already, nothing to do\n")
-    assert f"top1 {first['top1']:g}" in console and "epoch 1/" not in console
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-    other = write_checkpoint(tmp_path.parent / "other.pth", seed=1)
-    for change, reason in (
-        (("--weights", other), "sha256"),
-        (("--use-target",), "encoder"),
-        (("--label_fraction", 0.5), "images"),
-        (("--wd", 0.5), "--wd (0.0001)"),
-        (("--epochs", 1), "--epochs (3)"),
-    ):
-        _, console, _ = run_linear(tmp_path, *keep, *change)
-        assert f"--keep_done: {tmp_path / 'linear.json'} has another {reason}: replaced" in console
-        assert run_linear(tmp_path, *keep)[0]["lr"] == first["lr"]
-    for text in ("", '{"lr": 3}'):
-        (tmp_path / "linear.json").write_text(text)
-        record, console, _ = run_linear(tmp_path, *keep)
-        assert "linear.json: " in console and ": replaced" in console
-        assert record["lr"] == first["lr"]
-
-
-@pytest.mark.parametrize("flags", [("--keep_done", "--cached"), ("--resume", "auto", "--cached")])
-def test_a_result_of_other_pixels_is_not_kept(run_linear, image_tree, tmp_path, flags):
-    """The val images of two classes change places, with the sizes and times of before."""
-    data = shutil.copytree(image_tree, tmp_path / "data")
-    for path in data.rglob("*.jpg"):
-        path.write_bytes(path.read_bytes().ljust(4000, b"\0"))
-        os.utime(path, ns=(10**18, 10**18))
-    first, _, _ = run_linear(tmp_path, *flags, data=data)
-    for number in range(4):
-        one, two = (data / "val" / name / f"{number}.jpg" for name in "ab")
-        pixels = one.read_bytes(), two.read_bytes()
-        for path, content in zip((two, one), pixels, strict=True):
-            path.write_bytes(content)
-            os.utime(path, ns=(10**18, 10**18))
-    again, console, _ = run_linear(tmp_path, *flags, data=data)
-    assert ": replaced" in console and "epoch 3/3" in console
-    fresh, _, _ = run_linear(tmp_path / "fresh", "--cached", data=data)
-    assert again["lr"] == fresh["lr"] != first["lr"]
-
-
-def test_a_finished_run_is_measured_again(run_linear, image_tree, tmp_path):
-    """So that what is said of val, as an image that cannot be read, is so."""
-    data = shutil.copytree(image_tree, tmp_path / "data")
-    (data / "val" / "a" / "0.jpg").write_text("no image")
-    flags = ("--bad_images", "skip", "--resume", "auto")
-    first, _, _ = run_linear(tmp_path, *flags, data=data)
-    (tmp_path / "linear.json").unlink()
-    again, console, _ = run_linear(tmp_path, *flags, data=data)
-    assert "epoch " not in console
-    for name in ("lr", "counts", "bad_images"):
-        assert again[name] == first[name], name
-    assert again["counts"]["val"] == 11 and len(again["bad_images"]) == 1
-
-
 def test_only_checked(call_script, weights, image_tree, tmp_path, monkeypatch):
     flags = (*QUICK, "--check", "--save", tmp_path)
     code, out, _ = call_script(LINEAR, *flags, "--weights", weights, image_tree)
@@ -703,9 +334,6 @@ def test_only_checked(call_script, weights, image_tree, tmp_path, monkeypatch):
     assert_refused(too_much, "--batch_size", "--image_size", "1000")
 
 
-# What it refuses.
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -713,7 +341,7 @@ def test_only_checked(call_script, weights, image_tree, tmp_path, monkeypatch):
         (("--lr", "0"), ("--lr", "0 is no list of learning rates")),
         (("--lr", "-1"), ("--lr",)),
         (("--lr", "nan"), ("--lr", "nan")),
-        (("--lr", "0.1,0.10"), ("--lr", "0.1,0.10", "twice")),
+        (("--lr", "0.1,0.10"), ("--lr", "0.1,0.10", "each once")),
         (("--lr_schedule", "15;30"), ("--lr_schedule", "15;30")),
         (("--epochs", 0), ("--epochs", "0")),
         (("--momentum", 2), ("--momentum", "2")),
@@ -753,35 +381,6 @@ def test_data_that_cannot_teach(call_script, weights, image_tree, tmp_path):
     result = call_script(LINEAR, *common, "--train-file", split, image_tree)
     assert_refused(result, f"--train_file {split}: no labeled image of 2 of 3 classes: b, c")
     assert_refused(call_script(LINEAR, *QUICK, image_tree), "--weights")
-
-
-def test_saved_probes_that_do_not_fit(run_linear, call_script, weights, image_tree, tmp_path):
-    run_linear(tmp_path / "run", "--cached")
-    saved = tmp_path / "run" / "linear.pth"
-    common = (*QUICK, "--epochs", 5, "--cached", "--weights", weights, "--resume", saved)
-    other = write_checkpoint(tmp_path / "other.pth", seed=1)
-
-    def refused(*flags, words):
-        assert_refused(
-            call_script(LINEAR, *common, *flags, image_tree), f"--resume {saved}", *words
-        )
-
-    refused("--weights", other, words=["another checkpoint"])
-    refused("--weights", other, "--evaluate", words=["another checkpoint"])
-    refused("--use-target", words=["another encoder"])
-    refused("--label_fraction", 0.5, words=["another train images"])
-    refused("--lr", "0.2", words=["--lr [0.1], not [0.2]"])
-    refused("--mlp", words=["--mlp False, not True"])
-    refused("--epochs", 3, words=["epoch 3 of --epochs 3"])
-    for split in ("train", "val"):
-        for name in "xyz":
-            write_image(tmp_path / "others" / split / name / "1.jpg", seed=1)
-    result = call_script(LINEAR, *common, "--evaluate", tmp_path / "others")
-    assert_refused(result, f"--resume {saved}", "other classes")
-    result = call_script(LINEAR, *common, "--resume", weights, image_tree)
-    assert_refused(result, f"--resume {weights}", "no linear.pth")
-    saved.write_bytes(saved.read_bytes()[:500])
-    refused(words=["not a readable"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(call_script, weights, image_tree, tmp_path):

@@ -15,6 +15,7 @@ from test_bad_input import assert_refused
 from test_distributed import run
 
 from utils.evaluation import transfer, transfer_data
+from utils.evaluation.transfer import Protocol
 from utils.runtime.errors import InputError
 
 TRANSFER = importlib.import_module("eval.eval_transfer")
@@ -143,9 +144,7 @@ def blobs(counts: dict[str, list[int]], *, seed: int = 0, noise: float = 1.0) ->
 def test_a_class_that_val_lacks_and_one_that_train_lacks():
     """Each split is measured over the classes it holds."""
     features = blobs({"train": [9, 9, 9, 0], "val": [5, 0, 5, 0], "test": [6, 6, 6, 3]}, noise=0.1)
-    figures = transfer.linear_figures(
-        features, strengths=[1e-3, 1.0], num_classes=4, metric="mean_per_class", device="cpu"
-    )
+    figures = Protocol([1e-3, 1.0]).figures(features, "abcd", metric="mean_per_class")
     assert [step["val"] for step in figures["path"]] == [100, 100]
     assert figures["l2"] == 1.0  # the larger of equal ones
     assert figures["top1"] == pytest.approx(100 * 18 / 21)
@@ -155,12 +154,8 @@ def test_a_class_that_val_lacks_and_one_that_train_lacks():
 def test_the_choice_is_by_the_metric():
     """Many images of one class: strong regularization takes them all, the mean over classes not."""
     features = blobs({"train": [60, 4, 4], "val": [60, 4, 4], "test": [9, 9, 9]}, noise=2.5, seed=1)
-    by = {
-        metric: transfer.linear_figures(
-            features, strengths=[1e4, 1e2, 1, 1e-2], num_classes=3, metric=metric, device="cpu"
-        )
-        for metric in transfer.METRICS
-    }
+    protocol = Protocol([1e4, 1e2, 1, 1e-2])
+    by = {name: protocol.figures(features, "abc", metric=name) for name in transfer.METRICS}
     for figures in by.values():
         best = max(step["val"] for step in figures["path"])
         chosen = [step["val"] for step in figures["path"] if step["l2"] == figures["l2"]]
@@ -173,8 +168,8 @@ def test_few_shot_of_scikit_learn_on_the_same_draws():
     """n images of every class, other ones in each draw; mean and spread by hand."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     features = blobs({"train": [12, 9, 7], "val": [3, 2, 4], "test": [50, 50, 20]}, noise=2)
-    flags = {"shots": 4, "draws": 3, "l2": 0.5, "classes": "abc", "seed": 5, "device": "cpu"}
-    figures = transfer.few_shot_figures(features, **flags)
+    protocol = Protocol([0.5], shots=4, draws=3, seed=5)
+    figures = protocol.figures(features, "abc", metric="top1")
     x = torch.cat([features["train"][0], features["val"][0]])
     y = torch.cat([features["train"][1], features["val"][1]]).numpy()
     x, test = (rows / rows.norm(dim=1, keepdim=True) for rows in (x, features["test"][0]))
@@ -194,9 +189,10 @@ def test_few_shot_of_scikit_learn_on_the_same_draws():
     assert figures["top1"] == pytest.approx(np.mean(expected))
     assert figures["top1_std"] == pytest.approx(np.std(expected, ddof=1))
     assert figures["mean_per_class"] != figures["top1"] and figures["converged"]
-    assert transfer.few_shot_figures(features, **flags | {"draws": 1})["top1_std"] is None
+    once = protocol._replace(draws=1).figures(features, "abc", metric="top1")
+    assert once["top1_std"] is None and once["draws"] == figures["draws"][:1]
     with pytest.raises(InputError, match="--shots 12: class b has 11"):
-        transfer.few_shot_figures(features, **flags | {"shots": 12})
+        protocol._replace(shots=12).figures(features, "abc", metric="top1")
 
 
 def test_few_shot_in_table_and_json(call_script, root, image_tree, tmp_path):
@@ -273,16 +269,14 @@ def test_downloads_only_when_told(call_script, tmp_path, monkeypatch):
 
 def test_mean_of_ten_only_of_all_ten():
     row = {"metric": "top1", "top1": 50.0, "l2": 1.0, "converged": False, "counts": {"classes": 2}}
-    rows = dict.fromkeys(transfer_data.NAMES, row)
-    titles = transfer_data.TITLES | {"folder": "mine"}
+    names = list(transfer_data.SETS)
     for count in (10, 9, 1):
-        names = list(transfer_data.NAMES)[:count]
-        some = {name: rows[name] for name in names} | {"folder": row | {"top1": 0.0}}
-        table = transfer.format_table(some, titles=titles, missing={}, in_mean=names)
+        some = dict.fromkeys(names[:count], row) | {"folder": row | {"top1": 0.0}}
+        table = TRANSFER.format_table(some, missing={}, folder="mine")
         assert (f"mean of {count}" in table) == (count > 1)
         assert ("mean of 10" in table) == (count == 10)
         assert "mean of" not in table or table.splitlines()[-1].split()[-1] == "50.00"
-        assert "(not converged)" in table
+        assert "(not converged)" in table and "\nmine  " in table
 
 
 def test_broken_images_are_left_out_and_counted(call_script, image_tree, tmp_path):

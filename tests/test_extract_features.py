@@ -9,10 +9,10 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, write_image
+from linear_runs import write_checkpoint
 from PIL import Image
 from test_bad_input import assert_refused
 from test_distributed import run as run_processes
-from test_eval_linear import write_checkpoint
 from test_export_backbone import published_layout
 
 from utils.data.datasets import read_any_folder

@@ -84,16 +84,16 @@ def test_weights_from_a_path(published, encoder):
 
 
 def test_weights_from_urls(published, server, hub_folder):
-    """Each address is downloaded once, and two that end in the same name are two."""
+    """Each address is downloaded once, and those that end in the same name are several."""
     path, encoders = published
     address, asked = server
     expected = features(encoders.query_encoder.backbone)
     url = f"{address}/ckpt.pth"
-    for weights in (path.as_uri(), url, url):
+    for weights in (path.as_uri(), url, url, f"{url}?download=true"):
         model = load("cmsf_resnet18", weights=weights, progress=False)
         assert torch.equal(features(model), expected)
-    assert asked == ["/ckpt.pth"]
-    assert len(list(hub_folder.iterdir())) == 2
+    assert asked == ["/ckpt.pth", "/ckpt.pth?download=true"]
+    assert [found.suffix for found in hub_folder.iterdir()] == [".pth"] * 3
 
 
 def test_urls_that_cannot_be(server, tmp_path, hub_folder):

@@ -60,7 +60,7 @@ def test_search_on_hand_placed_points():
 
 def test_equal_distances_are_in_the_order_of_the_base():
     base = circle(90, 0, 0, 0, 90)
-    assert knn.search(base, circle(0), k=5).rows.tolist() == [[1, 2, 3, 0, 4]]
+    assert knn.search(base, circle(0), k=5)[0].tolist() == [[1, 2, 3, 0, 4]]
 
 
 def test_search_against_a_loop():
@@ -69,7 +69,7 @@ def test_search_against_a_loop():
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     found = knn.search(base.astype(np.float32), queries.astype(np.float32), k=6)
-    assert found.rows.tolist() == [oracles.nearest_rows(q, base, k=6) for q in queries]
+    assert found[0].tolist() == [oracles.nearest_rows(q, base, k=6) for q in queries]
 
 
 def test_search_refuses_what_has_no_neighbors():
@@ -171,6 +171,6 @@ def test_gpu_search_equals_cpu(monkeypatch):
     random = np.random.default_rng(0)
     base = random.normal(size=(2000, 64)).astype(np.float32)
     base /= np.linalg.norm(base, axis=1, keepdims=True)
-    there = knn.search(base, base[:100], k=20).rows
+    there = knn.search(base, base[:100], k=20)[0]
     monkeypatch.setattr(faiss_library, "has_gpu", lambda faiss: False)
-    assert (there == knn.search(base, base[:100], k=20).rows).mean() > 0.999
+    assert (there == knn.search(base, base[:100], k=20)[0]).mean() > 0.999

@@ -20,8 +20,9 @@ from self_supervised.train_msf_2q import CMSF2Q
 from utils.cli import build_evaluation
 from utils.data.bad_images import BadImages
 from utils.data.datasets import read_split
-from utils.evaluation import feature_cache, knn, linear_probe
+from utils.evaluation import feature_cache, knn, linear_probe, linear_run
 from utils.evaluation.labeled_features import FromFeatures
+from utils.evaluation.linear_run import SETTINGS, LinearRun, Recipe
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.method.memory_bank import MemoryBank
@@ -153,7 +154,7 @@ def test_weights(tmp_path, kind, examples):
 
 
 def test_safetensors(tmp_path, examples):
-    """Ours, sealed by its digest, and others', with any text in the header."""
+    """Ours, with any metadata."""
     pytest.importorskip("safetensors")
     path, content = tmp_path / "odd.safetensors", exported()
 
@@ -234,29 +235,30 @@ def probe_run(monkeypatch, path, *flags):
     monkeypatch.setattr(sys, "argv", ["x", *map(str, flags), "data"])
     args = LINEAR.parse_args()
     classes = ["a", "b"]
-    saved = LINEAR.load_run(args, KEY, classes) if path else None
+    recipe = Recipe(**{name: getattr(args, name) for name in SETTINGS})
+    saved = None
+    if path:
+        measure = args.evaluate
+        saved = linear_run.load(path, recipe, key=KEY, classes=classes, measure_only=measure)
     torch.manual_seed(0)
     split = torch.randn(8, 128), torch.arange(8) % 2
     features = FromFeatures(
         {"train": split, "val": split}, batch_size=4, seed=0, device=args.device
     )
     backbone = build_backbone("conv4")
-    probe, optimizer = LINEAR.build_probe(args, backbone, features, classes=classes, saved=saved)
-    history = saved["history"] if saved else []
-    if args.evaluate:
-        return LINEAR.measure(probe, features)
-    LINEAR.train_probe(
-        *(probe, features, optimizer, history),
-        rates=args.lr,
-        schedule=[1],
-        epochs=args.epochs,
-        eval_freq=1,
-        seed=0,
-        save=lambda: None,
+    run = LinearRun(
+        *(recipe, backbone), num_classes=2, device=args.device, saved=saved, what=f"--resume {path}"
     )
-    json.dumps(linear_probe.summarize(args.lr, history), allow_nan=False)
+    if not saved:
+        run.probe.standardize.measure(features.for_statistics())
+    if args.evaluate:
+        run.measure(features)
+        return
+    list(run.train(features, epochs=args.epochs, eval_freq=1))
+    json.dumps(linear_probe.summarize(args.lr, run.history), allow_nan=False)
     origin = {"key": KEY, "classes": classes, "num_images": 8, "protocol": "x", "bad_images": []}
-    LINEAR.save_run(args, probe, optimizer, backbone.module, history, origin)
+    if args.save:
+        files.save(args.save / "linear.pth", run.state() | origin)
 
 
 @pytest.mark.parametrize("flags", [("--epochs", 3), ("--evaluate",)])

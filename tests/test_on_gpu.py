@@ -33,7 +33,7 @@ from utils.data.image_cache import cache_images
 from utils.data.train_loader import TwoViewLoader
 from utils.evaluation import linear_probe
 from utils.evaluation.features import extract_features
-from utils.evaluation.logistic import Problem
+from utils.evaluation.logistic import fit_path
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.method.neighbors import nearest
@@ -197,7 +197,7 @@ def test_features_and_classifiers_are_those_of_the_cpu(image_tree):
     found = []
     for device in DEVICES:
         loader = EvalLoader(images, batch_size=5, image_size=16, device=device)
-        features, labels = extract_features(backbone.to(device), loader, num_images=len(images))
+        features, labels = extract_features(backbone.to(device), loader)
         assert features.device.type == labels.device.type == "cpu"
         found.append(features)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
@@ -220,7 +220,7 @@ def test_regression_and_head_are_those_of_the_cpu():
     x, y = overlapping()
     weights = []
     for device in DEVICES:
-        *_, fit = Problem(x.to(device), y, num_classes=4).path([1.0, 1e-2], tolerance=1e-7)
+        *_, fit = fit_path(x.to(device), y, [1.0, 1e-2], num_classes=4, tolerance=1e-7)
         assert fit.converged and fit.weight.device.type == device
         weights.append(fit.weight.cpu())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

@@ -11,8 +11,7 @@ from torchvision import datasets
 
 from utils.data.datasets import PixelSet, read_split
 from utils.data.eval_loader import EvalLoader
-from utils.evaluation import transfer_data
-from utils.evaluation.transfer_data import Unavailable, hold_out, open_set
+from utils.evaluation.transfer_data import SETS, Unavailable, hold_out, open_set
 
 
 @pytest.fixture(autouse=True)
@@ -148,21 +147,21 @@ def test_caltech101_draws_thirty_of_every_class(tmp_path):
 
 
 def test_metrics_and_protocols():
-    per_class = {name for name in transfer_data.NAMES if transfer_data.metric(name) != "top1"}
+    per_class = {name for name, entry in SETS.items() if entry.metric == "mean_per_class"}
     assert per_class == {"aircraft", "pets", "caltech101", "flowers102"}
-    assert len(transfer_data.NAMES) == 10
-    assert "50 train and 50 test" in transfer_data.protocol("sun397")
-    assert "30 train" in transfer_data.protocol("caltech101")
-    assert "val: 20%" in transfer_data.protocol("food101")
-    assert "drawn" not in transfer_data.protocol("dtd")
+    assert len(SETS) == 10
+    assert "50 train and 50 test" in SETS["sun397"].protocol
+    assert "30 train" in SETS["caltech101"].protocol
+    assert "val: 20%" in SETS["food101"].protocol
+    assert "drawn" not in SETS["dtd"].protocol
 
 
-@pytest.mark.parametrize("name", transfer_data.NAMES)
+@pytest.mark.parametrize("name", SETS)
 def test_what_is_not_there_is_said_in_one_line(tmp_path, name):
-    with pytest.raises(Unavailable) as error:
+    with pytest.raises(Unavailable, match="not there") as error:
         open_set(name, tmp_path, seed=0)
     text = str(error.value)
-    assert str(tmp_path / transfer_data.FOLDERS[name]) in text and "\n" not in text
+    assert str(tmp_path / SETS[name].folder) in text and "\n" not in text
     assert ("--download" in text) == (name != "cars")
     assert not list(tmp_path.iterdir())  # Caltech101 of torchvision would make its folder
 

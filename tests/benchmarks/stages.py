@@ -80,7 +80,6 @@ def main() -> None:
                 extract_features(
                     network.to(memory_format=torch.channels_last),
                     EvalLoader(images, batch_size=500, image_size=side),
-                    num_images=len(images),
                 )
                 for images in splits
             )

@@ -26,8 +26,7 @@ def build_bad_images(args: argparse.Namespace) -> BadImages:
 def read_weights(args: argparse.Namespace) -> dict:
     """The checkpoint that --weights names, {} for "random" and "pixels".
 
-    Its SHA-256 becomes `args.sha256`, None without a file: what a result says is of the file as it
-    was then, whatever becomes of it.
+    Its SHA-256 as it is now becomes `args.sha256`, None without a file.
     """
     args.sha256 = None
     if args.weights in result_files.NAMED:
@@ -63,10 +62,9 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
 
 
 def place(args: argparse.Namespace, network: nn.Module) -> nn.Module:
-    """The network on the device of the flags; on a CPU with the channels last.
+    """The network on the device of the flags; on a CPU with the channels last, as in training.
 
-    That is faster there, and what training does by default: k-NN figures then have the bits of
-    those in its log.
+    So k-NN figures have the bits of those in its log.
     """
     layout = torch.channels_last if args.device.type == "cpu" else None
     return network.to(args.device, memory_format=layout)
@@ -101,59 +99,46 @@ def eval_loaders(
 
     bad_images: shared by them, and with other loaders; default: a new one by the flags.
     """
-    bad_images = bad_images or build_bad_images(args)
     check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
-    return [
-        EvalLoader(
-            images,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            num_workers=args.num_workers,
-            device=args.device,
-            bad_images=bad_images,
-        )
-        for images in image_sets
-    ]
-
-
-def image_digests(args: argparse.Namespace, **splits: ImageSet) -> dict[str, str]:
-    """A digest of the bytes of each split's image files, names and labels; see `image_digest`.
-
-    All processes call it. Raises InputError for an image that is gone, unless such are skipped.
-    """
-    missing_ok = args.bad_images == "skip"
-    return {
-        split: image_digest(images, missing_ok=missing_ok, text=f"digest of {split}")
-        for split, images in splits.items()
+    common = {
+        "batch_size": args.batch_size,
+        "image_size": args.image_size,
+        "num_workers": args.num_workers,
+        "device": args.device,
+        "bad_images": bad_images or build_bad_images(args),
     }
+    return [EvalLoader(images, **common) for images in image_sets]
 
 
-def feature_key(args: argparse.Namespace, state: dict, digests: dict[str, str]) -> dict[str, str]:
-    """All that an encoder's features depend on, by name; after `evaluated_backbone`.
+def identity(
+    args: argparse.Namespace,
+    state: dict,
+    settings: tuple[str, ...],
+    *,
+    digests: bool,
+    **splits: ImageSet,
+) -> tuple[dict, dict[str, str]]:
+    """What decides a result, for `is_done`, and the key of its features: all that they depend on.
 
-    digests: `image_digests` of the splits ("train", "val").
+    settings: names of the flags that the result depends on. digests: whether it is kept or looked
+    for, so that every image file of the splits ("train", "val") is to be read for it. All processes
+    call it. InputError for an image that is gone, unless such are skipped.
     """
-    origin = f"{args.weights}, seed {args.seed}, torch {torch.__version__}"
-    return {
-        "checkpoint": args.sha256 or origin,
+    found = {}
+    for split, images in splits.items() if digests else ():
+        missing_ok, text = args.bad_images == "skip", f"digest of {split}"
+        found[split] = image_digest(images, missing_ok=missing_ok, text=text)
+    kept = {name: getattr(args, name) for name in settings}
+    wanted = encoder_record(args, state) | {"settings": kept, "images": found}
+    key = {
+        "checkpoint": args.sha256 or f"{args.weights}, seed {args.seed}, torch {torch.__version__}",
         "encoder": encoder_name(args, state),
         "arch": args.arch,
         "stem": "small" if args.small_stem else "as built",
         "image size": str(args.image_size),
         "view": EvalLoader.VIEW,
-    } | {f"{split} images": digest for split, digest in digests.items()}
-
-
-def identity(
-    args: argparse.Namespace, state: dict, settings: tuple[str, ...], digests: dict[str, str]
-) -> dict:
-    """What decides a result, by which it can be told from others: see `is_done`.
-
-    The encoder (see `result_files.Encoder`), those of the flags that are its settings, and
-    `image_digests`.
-    """
-    kept = {name: getattr(args, name) for name in settings}
-    return encoder_record(args, state) | {"settings": kept, "images": digests}
+    }
+    return wanted, key | {f"{split} images": digest for split, digest in found.items()}
 
 
 def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) -> bool:
@@ -164,19 +149,16 @@ def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) ->
     """
     done = False
     if args.keep_done and distributed.is_main():
-        path, found = args.save / name, {}
+        path = args.save / name
         try:
             if found := result_files.read_json(path):
                 rows = checked.take(found, table, result_files.TABLE, what=str(path))
+                if others := _differing(found, wanted):
+                    raise InputError(f"{path} has another {others}")
+                print(f"{path}: there already, nothing to do\n{result_files.format_rows(rows)}")
+                done = True
         except InputError as error:
-            found = {}
             print(printable(f"--keep_done: {error}: replaced"), flush=True)
-        others = _differing(found, wanted) if found else ""
-        done = bool(found) and not others
-        if others:
-            print(f"--keep_done: {path} has another {others}: replaced", flush=True)
-        elif done:
-            print(f"{path}: there already, nothing to do\n{result_files.format_rows(rows)}")
     return distributed.any_true(done)
 
 
@@ -213,10 +195,9 @@ def result_record(
     bad_images: BadImages,
     images: dict[str, ImageSet],
 ) -> dict:
-    """What every result file says of its origin: encoder, counts, command.
+    """What every result file says of its origin: encoder, counts of what was used, command.
 
-    counts: of what was used; bad_images: the files that were not, as they cannot be read. images:
-    by split; "left_out" tells what lies among their files and is no image.
+    images: by split; "left_out" tells what lies among their files and is no image.
     """
     return encoder_record(args, state) | {
         "counts": counts,

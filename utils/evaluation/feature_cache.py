@@ -2,10 +2,8 @@
 
 The file holds its key: checkpoint, encoder, network, view, and a digest of each split's labels and
 of every byte of its image files. Features are handed out only if the whole key is the same, so a
-stale file cannot be used, not even with image files that have the size and the time of others.
-For that all files are read once more, in 4% of the time that decoding and cropping them takes (11%
-for files of 2 kB: tests/benchmarks/feature_key.py), as fast as the disk gives them. They are read
-before the features are made: of a file that changes in between the key has the old bytes.
+stale file cannot be used. The images are read for that before the features are made, in 4% of the
+time of decoding and cropping them (11% for files of 2 kB: tests/benchmarks/feature_key.py).
 """
 
 import hashlib
@@ -22,9 +20,10 @@ from utils.data.datasets import ImageSet, PixelSet
 from utils.data.eval_loader import EvalLoader
 from utils.evaluation.features import extract_features, finite_rows
 from utils.method import checkpoint
+from utils.method.encoders import Backbone
 from utils.runtime import checked, distributed, files, torch_file
 from utils.runtime.checked import Kind
-from utils.runtime.errors import InputError
+from utils.runtime.errors import InputError, printable
 
 FORMAT = "cmsf-features-2"  # 1 had a key of sizes and times
 NAME = "features.pth"
@@ -74,29 +73,38 @@ def _entry(images: ImageSet, number: int, *, missing_ok: bool) -> bytes:
 
 
 def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features | None:
-    """Pass both splits through a backbone: what `features.extract_features` gives for each.
-
-    Of several processes only the main one has features, the others None.
-    """
-    features = {}
-    for split, loader in {"train": train, "val": val}.items():
-        hidden = not distributed.shows_bars()
-        bar = tqdm(loader, f"features of {split}", leave=False, disable=hidden)
-        features[split] = extract_features(
-            backbone,
-            bar,
-            num_images=len(loader.images),
-            left_out=loader.left_out,
-            path_of=loader.images.path,
-        )
+    """`features.extract_features` of both splits; None but on the main process."""
+    features = {
+        split: extract_features(backbone, loader, f"features of {split}")
+        for split, loader in (("train", train), ("val", val))
+    }
     return features if distributed.is_main() else None
 
 
-def save(path: Path, key: dict[str, str], features: Features, *, bad_images: list[str]) -> None:
-    """Write the features of both splits with their key, atomically; RunError if that fails.
+def load_or_extract(
+    path: Path | None, key: dict[str, str], backbone: Backbone, train: EvalLoader, val: EvalLoader
+) -> Features | None:
+    """The features of a file that has this key; extracted, and kept there, where it has not.
 
-    bad_images: the files that have no row in them.
+    None but on the main process, which alone has the file.
     """
+    bad_images, features = train.bad_images, None
+    if distributed.is_main() and path and path.exists():
+        sizes = {"feature_dim": backbone.feature_dim, "num_classes": len(train.images.classes)}
+        try:
+            features = load(path, key, flag="--cached", bad_images=bad_images, **sizes)
+        except InputError as error:
+            print(printable(f"{error}: extracted anew"), flush=True)
+    if distributed.any_true(features is not None):
+        return features
+    features = extract(backbone.module, train, val)
+    if features and path:
+        save(path, key, features, bad_images=bad_images.names)
+    return features
+
+
+def save(path: Path, key: dict[str, str], features: Features, *, bad_images: list[str]) -> None:
+    """Write features with their key, and the files that have no row; RunError if that fails."""
     state = {"format": FORMAT, "key": key, "features": features, "bad_images": bad_images}
     files.save(path, state)
 
@@ -110,21 +118,19 @@ def load(
     feature_dim: int,
     num_classes: int,
 ) -> Features:
-    """Read the features of a file whose key is this one.
+    """Read the features of a file whose key is this one; flag: what the user named it by.
 
-    flag: the user's flag that named the file, for the message. bad_images: is told which images
-    could not be read when the features were made. feature_dim, num_classes: what there is to be.
-    Raises InputError for a file that is missing, unreadable (a truncated one is) or no feature
-    cache, for one of another key, with the names of the parts that differ, for one with more images
-    left out than may be, and for features that are not finite or not of these sizes.
+    bad_images: is told which images could not be read when the features were made. InputError for
+    a file that cannot be read or is no feature cache, for one of another key, with the names of the
+    parts that differ, for more images left out than may be, and for features that are not finite or
+    not of these sizes.
     """
     what = f"{flag} {path}"
     state = checkpoint.load(path, flag=flag)
     if state.get("format") != FORMAT:
         raise InputError(f"{what}: no feature cache of this version")
     saved_key = checked.take(state, "key", checked.table_of(checked.TEXT), what=what)
-    differing = [name for name in key if saved_key.get(name) != key[name]]
-    if differing:
+    if differing := [name for name in key if saved_key.get(name) != key[name]]:
         raise InputError(f"{what}: features of another {', '.join(differing)}")
     names = checked.take(state, "bad_images", checked.list_of(checked.TEXT), what=what, default=[])
     features = checked.take(state, "features", _pairs(feature_dim, num_classes), what=what)
@@ -147,12 +153,6 @@ def _pairs(feature_dim: int, num_classes: int) -> Kind:
         fits = rows.holds(value[0]) and labels.holds(value[1])
         return fits and value[0].shape == (len(value[1]), feature_dim) and len(value[1]) > 0
 
+    table = checked.table_of(Kind("", is_pair))
     words = f"finite features (N, {feature_dim}) and labels below {num_classes} of train and val"
-    return Kind(
-        words,
-        lambda value: (
-            isinstance(value, dict)
-            and value.keys() == {"train", "val"}
-            and all(map(is_pair, value.values()))
-        ),
-    )
+    return Kind(words, lambda value: table.holds(value) and value.keys() == {"train", "val"})

@@ -1,10 +1,10 @@
 """Features of a whole data set, in the order of its images."""
 
-from collections.abc import Callable, Container, Iterable
-
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from utils.data.eval_loader import EvalLoader
 from utils.runtime import distributed
 from utils.runtime.errors import RunError
 
@@ -13,46 +13,39 @@ _CHUNK = 65536  # rows moved at a time
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module,
-    loader: Iterable,
-    *,
-    num_images: int,
-    left_out: Container[int] = (),
-    everywhere: bool = False,
-    path_of: Callable[[int], str] = "number {}".format,
+    backbone: nn.Module, loader: EvalLoader, text: str = "features", *, everywhere: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Pass a data set through a backbone in eval mode.
+    """Pass a data set through a backbone, (B, 3, S, S) -> (B, F), in eval mode; text: of the bar.
 
-    backbone: (B, 3, S, S) -> (B, F). loader: yields `loaders.EvalBatch` (images on the backbone's
-    device). Returns features (N, F) float32, not normalized, and labels (N,) int64, both on the
-    CPU, row i from image i. Every row is written exactly once or RuntimeError is raised. left_out:
-    `loaders.EvalLoader.left_out`, which is known after the pass: numbers of images that could not
-    be read; the rows of those are taken out. The backbone's mode is restored. RunError for features
-    that are not finite; path_of: number of an image -> its file, to name the first.
+    Returns features (N, F) float32, not normalized, and labels (N,) int64, both on the CPU, in the
+    order of the images; those that could not be read have no row. The backbone's mode is restored.
+    RuntimeError unless every row is written exactly once, RunError for features that are not
+    finite.
 
     Of several processes each passes its own part of the images through, and all take the running
     statistics of the main one's backbone. The main one returns all rows, the others None unless
     they are wanted everywhere.
     """
     _share_statistics(backbone)
-    own = distributed.own_share(num_images)
+    count = len(loader.images)
+    own = distributed.own_share(count)
     was_training = backbone.training
     backbone.eval()
     try:
-        features, labels, visits, not_finite = _own_rows(backbone, loader, own)
+        features, labels, visits = _own_rows(backbone, loader, own, text)
     finally:
         backbone.train(was_training)
-    expected = torch.tensor([number not in left_out for number in range(num_images)])
+    expected = torch.tensor([number not in loader.left_out for number in range(count)])
     wrong = int(distributed.add_up((visits != expected[own.start : own.stop]).sum()))
     sizes = distributed.gather_objects(None if features is None else features.shape[1])
     if wrong or not any(sizes):
-        raise RuntimeError(f"{wrong} of {num_images} images not visited exactly once")
-    _check_finite(backbone, not_finite, num_images, path_of)
+        raise RuntimeError(f"{wrong} of {count} images not visited exactly once")
     if features is None:
         features = torch.empty(len(own), next(filter(None, sizes)))
+    not_finite = [own[row] for row in (~finite_rows(features) & (visits > 0)).nonzero().flatten()]
+    _check_finite(backbone, not_finite, loader)
     features, labels = (
-        distributed.rows_on_main(rows, num_images, everywhere=everywhere)
-        for rows in (features, labels)
+        distributed.rows_on_main(rows, count, everywhere=everywhere) for rows in (features, labels)
     )
     if not (everywhere or distributed.is_main()):
         return None
@@ -60,17 +53,15 @@ def extract_features(
 
 
 def _own_rows(
-    backbone: nn.Module, loader: Iterable, own: range
-) -> tuple[Tensor | None, Tensor, Tensor, list[int]]:
+    backbone: nn.Module, loader: EvalLoader, own: range, text: str
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Features (n, F), None without a batch, labels (n,) and visits (n,) of this process' images.
 
-    Labels are -1 and features arbitrary where there was no visit. And the numbers of the images
-    whose features are not finite.
+    Labels are -1 and features arbitrary where there was no visit.
     """
-    not_finite: list[int] = []
     features, labels = None, torch.full((len(own),), -1)
     visits = torch.zeros(len(own), dtype=torch.int64)
-    for batch in loader:
+    for batch in tqdm(loader, text, leave=False, disable=not distributed.shows_bars()):
         part = backbone(batch.images).float().cpu()
         if features is None:
             features = torch.empty(len(own), part.shape[1])
@@ -79,8 +70,7 @@ def _own_rows(
         features[rows] = part
         labels[rows] = batch.label
         visits[rows] += 1
-        not_finite += batch.index[~finite_rows(part)].tolist()
-    return features, labels, visits, not_finite
+    return features, labels, visits
 
 
 def finite_rows(features: Tensor) -> Tensor:
@@ -91,23 +81,20 @@ def finite_rows(features: Tensor) -> Tensor:
     return features.norm(dim=1).isfinite()
 
 
-def _check_finite(
-    backbone: nn.Module, not_finite: list[int], num_images: int, path_of: Callable[[int], str]
-) -> None:
-    """RunError, in all processes, if images have features that are not finite; by their numbers."""
-    numbers = sorted(sum(distributed.gather_objects(not_finite), []))
+def _check_finite(backbone: nn.Module, own: list[int], loader: EvalLoader) -> None:
+    """RunError, in all processes, if a process names images whose features are not finite."""
+    numbers = sorted(sum(distributed.gather_objects(own), []))
     if not numbers:
         return
     finite = all(value.isfinite().all() for value in backbone.state_dict().values())
     weights = "finite, but what it makes of images is not" if finite else "not finite"
     raise RunError(
-        f"the features of {len(numbers)} of {num_images} images are not finite, first image "
-        f"{path_of(numbers[0])}; the network's weights are {weights}: did its training diverge "
-        "(try a lower learning rate)?"
+        f"the features of {len(numbers)} of {len(loader.images)} images are not finite, first "
+        f"image {loader.images.path(numbers[0])}; the network's weights are {weights}: did its "
+        "training diverge (try a lower learning rate)?"
     )
 
 
-@torch.no_grad()
 def _share_statistics(backbone: nn.Module) -> None:
     """Give every process the running statistics of the main one's batch norms.
 

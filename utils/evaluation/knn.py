@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from torch.nn.functional import normalize
 
 from utils.data.eval_loader import EvalLoader
 from utils.data.splits import unreadable_classes
-from utils.evaluation.features import extract_features
-from utils.runtime import checked, distributed, faiss_library
+from utils.evaluation.feature_cache import extract
+from utils.runtime import checked, faiss_library
 from utils.runtime.errors import InputError, RunError
 
 KS = (1, 5, 10, 20)
@@ -24,32 +23,23 @@ TEMPERATURE = 0.07  # of the weighted vote, as in Wu et al., arXiv 1805.01978
 
 def _are_figures(value: object) -> bool:
     row = checked.table_of(checked.or_none(checked.real()))
-    named = isinstance(value, dict) and all(re.fullmatch("[1-9][0-9]{0,8}", k) for k in value)
-    return (
-        bool(value)
-        and named
-        and all(row.holds(r) and r.get("accuracy") is not None for r in value.values())
-    )
+    if not (isinstance(value, dict) and value):
+        return False
+    named = all(re.fullmatch("[1-9][0-9]{0,8}", k) for k in value)
+    return named and all(row.holds(r) and r.get("accuracy") is not None for r in value.values())
 
 
 # What `vote_figures` gives, read back from a log: its k are text there.
 LOGGED = checked.Kind("k-NN figures", _are_figures)
 
 
-class Found(NamedTuple):
-    """Neighbors of Q queries, nearest first: rows (Q, k) int64, similarity (Q, k) float32."""
-
-    rows: np.ndarray
-    similarity: np.ndarray
-
-
-def search(base: np.ndarray, queries: np.ndarray, *, k: int) -> Found:
-    """The k nearest base rows of each query, exact, nearest first.
+def search(base: np.ndarray, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest base rows of each query, exact: rows (Q, k) int64, similarity (Q, k) float32.
 
     base: (N, F), queries: (Q, F), float32, unit norm; the similarity is the inner product, -1 to 1.
-    Equal similarities are in the order of the base. faiss searches on a GPU where it has one, on
-    the CPU otherwise. Raises InputError without faiss, RunError if it gives an empty place (k above
-    N, or a query that is not finite).
+    Nearest first, equal similarities in the order of the base. faiss searches on a GPU where it has
+    one. InputError without faiss, RunError if it gives an empty place (k above N, or a query that
+    is not finite).
     """
     faiss = faiss_library.load("k-NN")
     base, queries = np.ascontiguousarray(base), np.ascontiguousarray(queries)
@@ -60,14 +50,13 @@ def search(base: np.ndarray, queries: np.ndarray, *, k: int) -> Found:
         )
     else:
         similarity, rows = faiss.knn(queries, base, k, metric=metric)
-    if (rows < 0).any() or not np.isfinite(similarity).all():
-        empty = int(((rows < 0) | ~np.isfinite(similarity)).any(axis=1).sum())
+    if empty := int(((rows < 0) | ~np.isfinite(similarity)).any(axis=1).sum()):
         raise RunError(
             f"k-NN: {empty} queries without {k} finite neighbors among {len(base)} rows; "
             f"are the network's weights finite?"
         )
     order = np.lexsort((rows, -similarity), axis=1)
-    return Found(*(np.take_along_axis(found, order, axis=1) for found in (rows, similarity)))
+    return tuple(np.take_along_axis(found, order, axis=1) for found in (rows, similarity))
 
 
 def vote_weights(similarity: np.ndarray, *, temperature: float) -> np.ndarray:
@@ -91,10 +80,9 @@ def _class_votes(neighbor_labels: np.ndarray, weights: np.ndarray | None) -> np.
 
 
 def majority_vote(neighbor_labels: np.ndarray) -> np.ndarray:
-    """The most frequent label among each query's neighbors; a tie goes to the nearer neighbor.
+    """The most frequent label (Q,) among each query's neighbors (Q, k) int, nearest first.
 
-    neighbor_labels: (Q, k) int, nearest first. Returns (Q,). Of the labels with most votes the one
-    whose nearest member is nearest wins. (The published code broke ties at random.)
+    A tie goes to the label of the nearer neighbor. (The published code broke ties at random.)
     """
     # argmax takes the first of equal maxima, and the columns are ordered by distance.
     winner = _class_votes(neighbor_labels, None).argmax(axis=1)
@@ -108,14 +96,12 @@ def rank_classes(neighbor_labels: np.ndarray, weights: np.ndarray | None = None)
     vote; None: one each. Ties go to the nearer neighbor. Returns (Q, k): each class once, then -1.
     """
     votes = _class_votes(neighbor_labels, weights)
-    repeated = np.zeros(votes.shape, dtype=bool)
     for place in range(1, votes.shape[1]):
         before = neighbor_labels[:, :place] == neighbor_labels[:, place, None]
-        repeated[:, place] = before.any(axis=1)
-    votes[repeated] = -1
+        votes[before.any(axis=1), place] = -1  # that class has its place already
     order = np.argsort(-votes, axis=1, kind="stable")
     ranked = np.take_along_axis(neighbor_labels, order, axis=1)
-    ranked[np.take_along_axis(repeated, order, axis=1)] = -1
+    ranked[np.take_along_axis(votes, order, axis=1) < 0] = -1
     return ranked
 
 
@@ -137,27 +123,26 @@ def vote_figures(
     more than five classes; a class without a neighbor has no place).
     """
     weights = vote_weights(similarity, temperature=temperature)
+    true = labels[:, None]
     figures = {}
     for k in ks:
         near = neighbor_labels[:, :k]
-        ranked = rank_classes(near) if num_classes > 5 else None
         weighted = rank_classes(near, weights[:, :k])
         figures[k] = {
             "accuracy": _percent(majority_vote(near) == labels),
-            "purity": _percent(near == labels[:, None]),
+            "purity": _percent(near == true),
             "weighted": _percent(weighted[:, 0] == labels),
-            "top5": None if ranked is None else _percent_among_five(ranked, labels),
-            "weighted_top5": None if ranked is None else _percent_among_five(weighted, labels),
+            "top5": None,
+            "weighted_top5": None,
         }
+        if num_classes > 5:
+            figures[k]["top5"] = _percent((rank_classes(near)[:, :5] == true).any(axis=1))
+            figures[k]["weighted_top5"] = _percent((weighted[:, :5] == true).any(axis=1))
     return figures
 
 
 def _percent(hits: np.ndarray) -> float:
     return 100 * float(hits.mean())
-
-
-def _percent_among_five(ranked: np.ndarray, labels: np.ndarray) -> float:
-    return _percent((ranked[:, :5] == labels[:, None]).any(axis=1))
 
 
 def ks_for(num_images: int, *, also: int | None = None) -> list[int]:
@@ -173,30 +158,20 @@ def ks_for(num_images: int, *, also: int | None = None) -> list[int]:
 def evaluate_knn(
     backbone: nn.Module, train: EvalLoader, val: EvalLoader, *, ks: Sequence[int] = KS
 ) -> dict[int, dict[str, float | None]] | None:
-    """k-NN figures of a backbone for every k in one search (CMSF sec. 4): see `vote_figures`.
+    """k-NN figures of a backbone (CMSF sec. 4), see `vote_figures`; None but on the main process.
 
-    Features are those before the projector, backbone in eval mode, L2-normalized. train: the
-    labeled base, at least max(ks) images; val: the queries. A k above the number of images that can
-    be read has no figures, and a class without such an image is warned of. Of several processes
-    only the main one has figures, the others None.
+    train: the labeled base, at least max(ks) images; val: the queries. A k above the number of
+    images that can be read has no figures, and a class without such an image is warned of.
     """
-    base, queries = (
-        extract_features(
-            backbone,
-            loader,
-            num_images=len(loader.images),
-            left_out=loader.left_out,
-            path_of=loader.images.path,
-        )
-        for loader in (train, val)
-    )
-    if not distributed.is_main():
+    features = extract(backbone, train, val)
+    if features is None:
         return None
-    for labels, images, so in (
-        (base[1], train.images, "its images count as wrong"),
-        (queries[1], val.images, "figures are over the others"),
+    for split, images, so in (
+        ("train", train.images, "its images count as wrong"),
+        ("val", val.images, "figures are over the others"),
     ):
-        unreadable_classes(labels, images.classes, what=f"data {images.root}", so=so)
+        unreadable_classes(features[split][1], images.classes, what=f"data {images.root}", so=so)
+    base, queries = features.values()
     ks = [k for k in ks if k <= len(base[1])]
     return knn_figures(base, queries, ks=ks, num_classes=len(train.images.classes))
 
@@ -214,7 +189,8 @@ def knn_figures(
     base, queries: features (N, F) float32 and labels (N,) int64, as `extract_features` gives them.
     The features are L2-normalized in place: on ImageNet a copy would be 10 GB.
     """
-    rows, similarity = search(_unit(base[0]), _unit(queries[0]), k=max(ks))
+    unit = (normalize(part, dim=1, out=part).numpy() for part in (base[0], queries[0]))
+    rows, similarity = search(*unit, k=max(ks))
     return vote_figures(
         base[1].numpy()[rows],
         similarity,
@@ -223,10 +199,6 @@ def knn_figures(
         num_classes=num_classes,
         temperature=temperature,
     )
-
-
-def _unit(features: Tensor) -> np.ndarray:
-    return normalize(features, dim=1, out=features).numpy()
 
 
 def format_table(figures: dict[int, dict[str, float | None]]) -> str:

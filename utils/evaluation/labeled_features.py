@@ -1,10 +1,10 @@
 """Where a classifier gets features and labels from: images read anew each epoch, or kept features.
 
-Both have the same six: `for_statistics`, `epoch`, `val`, `num_images`, `labels` and `val_labels`. F
-is the feature size.
+Both have the same five: `for_statistics`, `epoch`, `val`, `labels` and `val_labels`. F is the
+feature size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,10 +13,15 @@ from tqdm import tqdm
 
 from utils.data.batches import epoch_batches
 from utils.data.eval_loader import EvalLoader, LabeledLoader
-from utils.evaluation import feature_cache
+from utils.evaluation.feature_cache import Features
 from utils.evaluation.features import extract_features
 from utils.runtime import distributed
 from utils.runtime.streams import upload
+
+
+def _readable(loader: EvalLoader) -> np.ndarray:
+    """Labels (N,) of the images that could be read, as far as known."""
+    return np.delete(loader.images.labels, sorted(loader.left_out))
 
 
 class FromImages:
@@ -47,24 +52,20 @@ class FromImages:
         self._val_is_known = False
 
     @property
-    def num_images(self) -> dict[str, int]:
-        """How many images of each split could be read in the evaluation view, as far as known."""
-        return {"train": self._train.num_readable, "val": self._val.num_readable}
-
-    @property
     def labels(self) -> np.ndarray:
-        """Labels (N,) of the training images that `num_images` counts."""
-        return np.delete(self._train.images.labels, sorted(self._train.left_out))
+        """Labels (N,) of the training images that could be read in the evaluation view."""
+        return _readable(self._train)
 
     @property
     def val_labels(self) -> np.ndarray:
-        """Labels (N,) of the val images that `num_images` counts."""
-        return np.delete(self._val.images.labels, sorted(self._val.left_out))
+        """Labels (N,) of the val images that could be read."""
+        return _readable(self._val)
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images in the evaluation view."""
         self.encoder.eval()
-        batches = iter(_bar(self._train, "statistics"))
+        hidden = not distributed.shows_bars()
+        batches = iter(tqdm(self._train, "statistics", leave=False, disable=hidden))
         none = torch.empty(0, device=self._train.device)
         while True:
             with torch.no_grad():
@@ -78,8 +79,9 @@ class FromImages:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (b, F) and labels (b,) of every training image once, on the device."""
         self.encoder.train(self.fine_tune)
-        batches = self.views.epoch(epoch)
-        for images, _, label in _bar(batches, f"epoch {epoch}", total=len(self.views)):
+        hidden = not distributed.shows_bars()
+        bar = {"total": len(self.views), "leave": False, "disable": hidden}
+        for images, _, label in tqdm(self.views.epoch(epoch), f"epoch {epoch}", **bar):
             with torch.set_grad_enabled(self.fine_tune):
                 features = distributed.gather_uneven(self.encoder(images))
             label = distributed.gather_uneven(label)
@@ -89,13 +91,7 @@ class FromImages:
         """Features (N, F) and labels (N,) of the val images in the evaluation view."""
         if self.fine_tune or not self._val_is_known:
             self._val_is_known = True
-            self._val_features = extract_features(
-                self.encoder,
-                _bar(self._val, "val"),
-                num_images=len(self._val.images),
-                left_out=self._val.left_out,
-                path_of=self._val.images.path,
-            )
+            self._val_features = extract_features(self.encoder, self._val, "val")
         return self._val_features
 
 
@@ -103,26 +99,12 @@ class FromFeatures:
     """Labeled features extracted once; batches are taken from one tensor on the device."""
 
     def __init__(
-        self, features: feature_cache.Features, *, batch_size: int, seed: int, device: torch.device
+        self, features: Features, *, batch_size: int, seed: int, device: torch.device
     ) -> None:
         self._features, self._labels = (part.to(device) for part in features["train"])
         self._val = features["val"]
+        self.labels, self.val_labels = (features[split][1].numpy() for split in ("train", "val"))
         self.batch_size, self.seed = batch_size, seed
-
-    @property
-    def num_images(self) -> dict[str, int]:
-        """How many images of each split there are features of."""
-        return {"train": len(self._labels), "val": len(self._val[1])}
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels (N,) of the training images."""
-        return self._labels.cpu().numpy()
-
-    @property
-    def val_labels(self) -> np.ndarray:
-        """Labels (N,) of the val images."""
-        return self._val[1].cpu().numpy()
 
     def for_statistics(self) -> Iterator[Tensor]:
         """Features (b, F) of all training images."""
@@ -137,8 +119,3 @@ class FromFeatures:
     def val(self) -> tuple[Tensor, Tensor]:
         """Features (N, F) and labels (N,) of the val images."""
         return self._val
-
-
-def _bar(batches: Iterable, text: str, *, total: int | None = None) -> Iterable:
-    """A progress bar around batches."""
-    return tqdm(batches, text, total=total, leave=False, disable=not distributed.shows_bars())

@@ -197,11 +197,10 @@ def history_row(
 def summarize(
     rates: Sequence[float], history: Sequence[dict[str, list]]
 ) -> dict[str, dict[str, float | int | None]]:
-    """What a run found for each learning rate, by the rate as text.
+    """What a run found for each learning rate, by the rate as text; history: of `history_row`.
 
-    history: for each epoch from 1 lists over the rates: loss, top1, top5 (None where val was not
-    measured, or the classifier had diverged). The figures are those of the last epoch; best_top1 is
-    the highest of all measured, best_epoch the first that reached it; None without any.
+    The figures are those of the last epoch; best_top1 is the highest of all measured, best_epoch
+    the first that reached it; None without any.
     """
     summary = {}
     for i, rate in enumerate(rates):
@@ -219,17 +218,12 @@ def summarize(
 
 def best_rate(summary: dict[str, dict[str, float | int | None]]) -> str:
     """The learning rate of the highest top1, the first of equal ones; one at least has a top1."""
-    return max(
-        (rate for rate in summary if summary[rate]["top1"] is not None),
-        key=lambda rate: summary[rate]["top1"],
-    )
+    top1 = {rate: row["top1"] for rate, row in summary.items() if row["top1"] is not None}
+    return max(top1, key=top1.get)
 
 
 def format_table(summary: dict[str, dict[str, float | int | None]]) -> str:
-    """A text table: a line for each learning rate, percent; columns for what the summary holds.
-
-    A dash stands for what a classifier that diverged does not have.
-    """
+    """A text table: a line for each learning rate, percent; columns for what the summary holds."""
     rows = summary.values()
     with_top5 = any(row["top5"] is not None for row in rows)
     with_best = any("best_top1" in row for row in rows)

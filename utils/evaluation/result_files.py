@@ -31,10 +31,8 @@ def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
         raise InputError(f"{what}: ends in none of {', '.join(endings)}")
     if not path.parent.is_dir():
         raise InputError(f"{what}: no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"{what}: is a folder")
     if path.exists() and not path.is_file():
-        raise InputError(f"{what}: not a regular file")
+        raise InputError(f"{what}: {'is a folder' if path.is_dir() else 'not a regular file'}")
     make_folder(path.parent, flag="--output")
     if not path.exists():
         return
@@ -47,8 +45,8 @@ def check_output(args: argparse.Namespace, *, endings: tuple[str, ...]) -> None:
 def check_own(path: Path, *, flag: str, kind: str, is_own: Callable[[Path], bool]) -> None:
     """InputError where a file is there that `is_own` does not take for one of this kind.
 
-    So a script replaces what it wrote itself and nothing else; told by content, as a name can be
-    anybody's. Whatever is_own raises counts as no. An empty file has nothing to lose.
+    So a script replaces what it wrote itself and nothing else, told by content. Whatever is_own
+    raises counts as no. An empty file has nothing to lose.
     """
     if not os.path.exists(path):
         return
@@ -119,12 +117,9 @@ def append_line(path: Path, line: str, *, flag: str) -> None:
             end, data = file.seek(0, os.SEEK_END), f"{line}\n".encode() if line else b""
             if end and data and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 data = b"\n" + data  # of a line that somebody else wrote
-            try:
-                if file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
+            if file.write(data) < len(data):
                 file.truncate(end)
-                raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise InputError(f"{what}: {error.strerror}") from error
 
@@ -174,7 +169,7 @@ class Encoder(NamedTuple):
     def is_same(self, other: "Encoder") -> bool:
         """Whether two results are of one encoder; what one of them does not say is not asked.
 
-        One that says nothing of its weights, as of an early version, is of no other's.
+        One that says nothing of its weights is of no other's.
         """
         asked = ["encoder", "arch", "image_size", "small_stem"]
         if self.sha256 is None:
@@ -187,36 +182,40 @@ class Encoder(NamedTuple):
         """In words, in one line."""
         if not self.is_known:
             return "an encoder that it does not name"
-        parts = [f"sha256 {self.sha256[:12]}" if self.sha256 else None]
-        if self.checkpoint == "random":
-            parts.append(f"seed {self.seed}")
-        if self.checkpoint != "pixels":
-            parts += [f"epoch {self.epoch}" if self.epoch else None, self.arch]
-            parts.append(f"{self.encoder} encoder" if self.encoder and self.sha256 else None)
-        parts.append(f"{self.image_size} px" if self.image_size else None)
-        parts = [part for part in parts if part]
+        is_network = self.checkpoint != "pixels"
+        parts = {
+            f"sha256 {(self.sha256 or '')[:12]}": self.sha256,
+            f"seed {self.seed}": self.checkpoint == "random",
+            f"epoch {self.epoch}": self.epoch and is_network,
+            self.arch: self.arch and is_network,
+            f"{self.encoder} encoder": self.encoder and self.sha256 and is_network,
+            f"{self.image_size} px": self.image_size,
+        }
+        parts = [part for part, is_said in parts.items() if is_said]
         name = Path(self.checkpoint or "a checkpoint").name
         return printable(f"{name} ({', '.join(parts)})" if parts else name)
 
 
+_ENCODER = {
+    "checkpoint": checked.TEXT,
+    "sha256": checked.TEXT,
+    "epoch": checked.whole(0),
+    "encoder": checked.TEXT,
+    "arch": checked.TEXT,
+    "image_size": checked.whole(1),
+    "small_stem": checked.FLAG,
+    "seed": checked.whole(0),
+}
+
+
+def _said(record: dict, name: str, kind: checked.Kind, *, what: str) -> Any:
+    """record[name], None where it has none; InputError that begins with `what` for odd types."""
+    return checked.take(record, name, checked.or_none(kind), what=what, default=None)
+
+
 def encoder_of(record: dict, *, what: str) -> Encoder:
     """The encoder that a result file tells of; InputError that begins with `what` for odd types."""
-    kinds = {
-        "checkpoint": checked.TEXT,
-        "sha256": checked.TEXT,
-        "epoch": checked.whole(0),
-        "encoder": checked.TEXT,
-        "arch": checked.TEXT,
-        "image_size": checked.whole(1),
-        "small_stem": checked.FLAG,
-        "seed": checked.whole(0),
-    }
-    return Encoder(
-        **{
-            name: checked.take(record, name, checked.or_none(kind), what=what, default=None)
-            for name, kind in kinds.items()
-        }
-    )
+    return Encoder(*(_said(record, name, kind, what=what) for name, kind in _ENCODER.items()))
 
 
 class ValImages(NamedTuple):
@@ -246,13 +245,12 @@ class ValImages(NamedTuple):
 
 def val_images_of(record: dict, *, what: str) -> ValImages:
     """The val images that a result file tells of; InputError that begins with `what` as above."""
-    table = checked.table_of(checked.ANY)
-    digests = checked.take(record, "images", table, what=what, default={})
-    digest = checked.take(digests, "val", checked.or_none(checked.TEXT), what=what, default=None)
-    counts = checked.take(record, "counts", table, what=what, default={})
-    kind = checked.or_none(checked.whole(0))
-    numbers = (checked.take(counts, n, kind, what=what, default=None) for n in ("val", "classes"))
-    return ValImages(digest, *numbers)
+    digests, counts = (
+        checked.take(record, name, checked.TABLE, what=what, default={})
+        for name in ("images", "counts")
+    )
+    numbers = (_said(counts, name, checked.whole(0), what=what) for name in ("val", "classes"))
+    return ValImages(_said(digests, "val", checked.TEXT, what=what), *numbers)
 
 
 def is_fine_tuned(record: dict, *, what: str) -> bool | None:
@@ -260,13 +258,9 @@ def is_fine_tuned(record: dict, *, what: str) -> bool | None:
 
     Its settings tell, or, in older files, its protocol in words. InputError as above.
     """
-    table = checked.table_of(checked.ANY)
-    settings = checked.take(record, "settings", table, what=what, default={})
-    kind = checked.or_none(checked.FLAG)
-    tuned = checked.take(settings, "fine_tune", kind, what=what, default=None)
-    if tuned is None:
-        kind = checked.or_none(checked.TEXT)
-        words = checked.take(record, "protocol", kind, what=what, default=None) or ""
-        said = {"encoder trained too": True, "frozen encoder": False}
-        tuned = next((value for text, value in said.items() if text in words), None)
-    return tuned
+    settings = checked.take(record, "settings", checked.TABLE, what=what, default={})
+    tuned = _said(settings, "fine_tune", checked.FLAG, what=what)
+    words = _said(record, "protocol", checked.TEXT, what=what) or ""
+    if tuned is None and "encoder trained too" in words:
+        return True
+    return False if tuned is None and "frozen encoder" in words else tuned

@@ -7,7 +7,8 @@ val accuracy, the classifier then fitted again on train and val. Few-shot as in 
 are no val images to choose it on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.splits import draw_per_class
-from utils.evaluation.logistic import MAX_ITERATIONS, TOLERANCE, Fit, Problem
+from utils.evaluation.logistic import MAX_ITERATIONS, STRENGTHS, TOLERANCE, Fit, fit_path
 from utils.runtime import distributed
 from utils.runtime.errors import InputError
 
@@ -25,15 +26,6 @@ METRICS = {"top1": "top-1", "mean_per_class": "mean per class"}
 _OBJECTIVE = (
     "multinomial logistic regression, objective: sum of cross-entropies + l2/2 |W|^2, bias free"
 )
-PROTOCOLS = {
-    "chosen": f"features before the projector, as they are; {_OBJECTIVE}; l2 with the best val "
-    "accuracy, the larger of equal ones; then fitted on train and val",
-    "fixed": f"features before the projector, as they are; {_OBJECTIVE}; l2 as given; fitted on "
-    "train and val",
-    "few-shot": f"features before the projector, L2-normalized; {_OBJECTIVE}; l2 as given; fitted "
-    "on images drawn from train and val, as many of every class; mean and standard deviation over "
-    "the draws",
-}
 SOLVER = (
     f"L-BFGS in float64, from strong to weak l2, until the largest component of the gradient is at "
     f"most {TOLERANCE:g} of that at weights 0 (principal axes, each in the unit of its second "
@@ -45,6 +37,84 @@ SOLVER = (
 Features = dict[str, tuple[Tensor, Tensor]]
 
 
+class Protocol(NamedTuple):
+    """How features are measured, on a device that has float64.
+
+    strengths: the l2 to choose from, or one. shots: the number of images of every class to fit on,
+    drawn `draws` times by the seed; None: fit on all.
+    """
+
+    strengths: Sequence[float] = STRENGTHS
+    shots: int | None = None
+    draws: int = 5
+    seed: int = 0
+    device: torch.device | str = "cpu"
+
+    def __str__(self) -> str:
+        """In words, for the result file."""
+        if self.shots:
+            features, choice = "L2-normalized", "l2 as given;"
+            images = "images drawn from train and val, as many of every class; mean and standard "
+            images += "deviation over the draws"
+        else:
+            features, images = "as they are", "train and val"
+            chosen = "l2 with the best val accuracy, the larger of equal ones; then"
+            choice = chosen if len(self.strengths) > 1 else "l2 as given;"
+        return (
+            f"features before the projector, {features}; {_OBJECTIVE}; {choice} fitted on {images}"
+        )
+
+    def figures(self, features: Features, classes: Sequence[str], *, metric: str) -> dict:
+        """Test accuracy of a classifier on train and val, or of several on images out of them.
+
+        Returns "top1" and "mean_per_class", percent; "l2"; "converged". "path": what each strength
+        gave on val by the metric, from strong to weak, empty where there is nothing to choose. With
+        shots the accuracies are means, top1_std and mean_per_class_std standard deviations (n - 1;
+        None for one draw), and "draws" has those of each; a draw depends on seed, its number, the
+        class and the order of the images. InputError without a val image to choose on, and where a
+        class has fewer images than shots.
+        """
+        if self.shots:
+            return self._few_shot_figures(features, classes)
+        path, strengths = [], sorted(self.strengths, reverse=True)
+        if len(strengths) > 1:
+            if "val" not in features:
+                raise InputError("--l2: no val image to choose it on; name a single value")
+            fits = self._fits(*features["train"], strengths, classes)
+            hidden = not distributed.shows_bars()
+            for fit in tqdm(fits, "l2", total=len(strengths), leave=False, disable=hidden):
+                row = {"l2": fit.l2, "val": _accuracies_of(fit, *features["val"])[metric]}
+                path.append(row | {"converged": fit.converged, "iterations": fit.iterations})
+            # max takes the first of equal ones, which is the most regularized.
+            strengths = [max(path, key=lambda row: row["val"])["l2"]]
+        (fit,) = self._fits(*_train_and_val(features), strengths, classes)
+        figures = _accuracies_of(fit, *features["test"])
+        return figures | {"l2": fit.l2, "converged": fit.converged, "path": path}
+
+    def _few_shot_figures(self, features: Features, classes: Sequence[str]) -> dict:
+        x, y = _train_and_val(features)
+        check_shots(self.shots, y.numpy(), classes)
+        x, test_x = F.normalize(x, dim=1), F.normalize(features["test"][0], dim=1)
+        rows, converged = [], True
+        for draw in range(self.draws):
+            counts = [self.shots] * len(classes)
+            index = draw_per_class(y.numpy(), counts, seed=[self.seed, draw])
+            (fit,) = self._fits(x[index], y[index], self.strengths, classes)
+            rows.append(_accuracies_of(fit, test_x, features["test"][1]))
+            converged &= fit.converged
+        figures = {"draws": rows, "l2": fit.l2, "converged": converged}
+        for metric in METRICS:
+            values = np.array([row[metric] for row in rows])
+            figures[metric] = values.mean().item()
+            figures[f"{metric}_std"] = values.std(ddof=1).item() if self.draws > 1 else None
+        return figures
+
+    def _fits(
+        self, x: Tensor, y: Tensor, strengths: Sequence[float], classes: Sequence[str]
+    ) -> Iterator[Fit]:
+        return fit_path(x.to(self.device), y, strengths, num_classes=len(classes))
+
+
 def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, float]:
     """top1 and mean_per_class in percent, of predictions and labels (N,) int64, N > 0.
 
@@ -53,67 +123,13 @@ def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, float]:
     hits = (predictions == labels).double()
     sizes = labels.bincount()
     of_classes = labels.bincount(weights=hits)[sizes > 0] / sizes[sizes > 0]
-    return {
-        "top1": 100 * hits.mean().item(),
-        "mean_per_class": 100 * of_classes.mean().item(),
-    }
+    return {"top1": 100 * hits.mean().item(), "mean_per_class": 100 * of_classes.mean().item()}
 
 
-def linear_figures(
-    features: Features,
-    *,
-    strengths: Sequence[float],
-    num_classes: int,
-    metric: str,
-    device: torch.device | str,
-) -> dict:
-    """Test accuracy of the classifier on train and val, its l2 the best of strengths on val.
-
-    Returns "top1", "mean_per_class" (percent); "l2"; "converged"; "path": what each strength gave
-    on val, from strong to weak, empty where there is one strength and so nothing to choose.
-    metric: which of the accuracies the choice goes by. device: where to compute. Raises InputError
-    if there is something to choose and no val image.
-    """
-    path = []
-    if len(strengths) > 1:
-        if "val" not in features:
-            raise InputError("--l2: no val image to choose it on; name a single value")
-        path = _val_path(
-            *(features["train"], features["val"], sorted(strengths, reverse=True)),
-            num_classes=num_classes,
-            metric=metric,
-            device=device,
-        )
-        # max takes the first of equal ones, which is the most regularized.
-        strengths = [max(path, key=lambda row: row["val"])["l2"]]
-    x, y = (rows.to(device) for rows in _train_and_val(features))
-    (fit,) = Problem(x, y, num_classes=num_classes).path(strengths)
-    figures = accuracies(_predict(fit, features["test"][0]), features["test"][1])
-    return figures | {"l2": fit.l2, "converged": fit.converged, "path": path}
-
-
-def _val_path(
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
-    strengths: Sequence[float],
-    *,
-    num_classes: int,
-    metric: str,
-    device: torch.device | str,
-) -> list[dict]:
-    """What each strength gives on val when fitted on train."""
-    x, y = (rows.to(device) for rows in train)
-    fits = Problem(x, y, num_classes=num_classes).path(strengths)
-    hidden = not distributed.shows_bars()
-    return [
-        {
-            "l2": fit.l2,
-            "val": accuracies(_predict(fit, val[0]), val[1])[metric],
-            "converged": fit.converged,
-            "iterations": fit.iterations,
-        }
-        for fit in tqdm(fits, "l2", total=len(strengths), leave=False, disable=hidden)
-    ]
+def _accuracies_of(fit: Fit, rows: Tensor, labels: Tensor) -> dict[str, float]:
+    """Those of a classifier on features on the CPU; in chunks, as they become float64."""
+    parts = [fit.predict(part.to(fit.weight.device)).cpu() for part in rows.split(65536)]
+    return accuracies(torch.cat(parts), labels)
 
 
 def _train_and_val(features: Features) -> tuple[Tensor, Tensor]:
@@ -121,48 +137,6 @@ def _train_and_val(features: Features) -> tuple[Tensor, Tensor]:
     parts = [features[split] for split in ("train", "val") if split in features]
     rows, labels = zip(*parts, strict=True)
     return torch.cat(rows), torch.cat(labels)
-
-
-def _predict(fit: Fit, features: Tensor, *, chunk: int = 65536) -> Tensor:
-    """Predictions (N,) for features on the CPU, there; in chunks, as they become float64."""
-    device = fit.weight.device
-    return torch.cat([fit.predict(rows.to(device)).cpu() for rows in features.split(chunk)])
-
-
-def few_shot_figures(
-    features: Features,
-    *,
-    shots: int,
-    draws: int,
-    l2: float,
-    classes: Sequence[str],
-    seed: int,
-    device: torch.device | str,
-) -> dict:
-    """Test accuracy with `shots` images of every class, drawn from train and val `draws` times.
-
-    Returns for "top1" and "mean_per_class" the mean over the draws, for top1_std and
-    mean_per_class_std the standard deviation (n - 1; None for one draw), in percent; "draws": the
-    accuracies of each; "l2"; "converged": whether all did. Each draw depends on seed, its number,
-    the class and the order of the images. Raises InputError where a class has too few images.
-    """
-    x, y = _train_and_val(features)
-    check_shots(shots, y.numpy(), classes)
-    x, (test_x, test_y) = F.normalize(x, dim=1), features["test"]
-    test_x = F.normalize(test_x, dim=1)
-    rows, converged = [], True
-    for draw in range(draws):
-        index = draw_per_class(y.numpy(), [shots] * len(classes), seed=[seed, draw])
-        part = Problem(x[index].to(device), y[index], num_classes=len(classes))
-        (fit,) = part.path([l2])
-        rows.append(accuracies(_predict(fit, test_x), test_y))
-        converged &= fit.converged
-    figures = {"draws": rows, "l2": l2, "converged": converged}
-    for metric in METRICS:
-        values = np.array([row[metric] for row in rows])
-        figures[metric] = values.mean().item()
-        figures[f"{metric}_std"] = values.std(ddof=1).item() if draws > 1 else None
-    return figures
 
 
 def check_shots(shots: int, labels: np.ndarray, classes: Sequence[str]) -> None:
@@ -173,33 +147,3 @@ def check_shots(shots: int, labels: np.ndarray, classes: Sequence[str]) -> None:
         raise InputError(
             f"--shots {shots}: class {classes[label]} has {sizes[label]} training images"
         )
-
-
-def mean_figure(rows: dict[str, dict]) -> float:
-    """The mean over data sets of the accuracy that each is reported by, percent."""
-    return sum(row[row["metric"]] for row in rows.values()) / len(rows)
-
-
-def format_table(
-    rows: dict[str, dict], *, titles: dict[str, str], missing: dict[str, str], in_mean: list[str]
-) -> str:
-    """A text table, percent: a line for each data set, then the mean, then what lacks and why.
-
-    rows: by name, "metric" (of METRICS), "counts" (train, val, test, classes) and what
-    `linear_figures` or `few_shot_figures` returned. titles: by name. in_mean: names of the rows
-    that the mean is over; from two on it is shown.
-    """
-    counts = ("train", "val", "test", "classes")
-    head = f"{'':<12}{'accuracy':>14}  {'':<14}{'l2':>8}"
-    lines = [head + "".join(f"{name:>9}" for name in counts)]
-    for name, row in rows.items():
-        std = row.get(f"{row['metric']}_std")
-        accuracy = f"{row[row['metric']]:.2f}" + ("" if std is None else f" ± {std:.2f}")
-        line = f"{titles[name]:<12}{accuracy:>14}  {METRICS[row['metric']]:<14}{row['l2']:>8.2g}"
-        line += "".join(f"{row['counts'].get(split, 0):>9}" for split in counts)
-        lines.append(line + ("" if row["converged"] else "  (not converged)"))
-    if len(in_mean) > 1:
-        mean = mean_figure({name: rows[name] for name in in_mean})
-        lines.append(f"{f'mean of {len(in_mean)}':<12}{mean:>14.2f}")
-    lines += [f"{titles[name]:<12}{'-':>14}  {reason}" for name, reason in missing.items()]
-    return "\n".join(lines)

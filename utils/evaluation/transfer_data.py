@@ -1,12 +1,10 @@
 """The ten data sets of the transfer table (CMSF, supervised section), read through torchvision.
 
 Each is a train, a val and a test set of images; where the data set has no such split, it is drawn
-here, and `protocol` says how.
+here, and its `protocol` says how.
 """
 
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +17,7 @@ from utils.data.splits import draw_per_class
 from utils.runtime.errors import Interrupted
 
 VAL_FRACTION = 0.2  # of the training images, where the data set has no val images
-SUN397_PER_CLASS = 50  # train images of a class, and as many test images
-CALTECH101_TRAIN_PER_CLASS = 30
+_TWO, _THREE = ("train", "test"), ("train", "val", "test")
 
 
 class Unavailable(Exception):
@@ -35,133 +32,143 @@ class Splits(NamedTuple):
     test: ImageSet
 
 
-class _Set(NamedTuple):
-    """A data set: read(root, part, download=) gives the images of a part of it.
+class TransferSet(NamedTuple):
+    """A data set. folder: what torchvision's class reads below the root.
 
-    folder: what torchvision reads below root. parts: its names of train, val and test, of train and
-    test, or one of all there is. per_class: the field reports the mean accuracy of the classes.
+    parts: the class's names of train, val and test, of train and test, or of all there is. drawn:
+    train and test images of every class to draw then; 0: the rest. per_class: the field reports the
+    mean accuracy of the classes (Kornblith et al. 2019). origin: where train and test come from.
     """
 
     title: str
-    folder: str
-    read: Callable[..., ImageSet]
-    parts: tuple[str, ...] = ("train", "test")
+    folder: str = ""
+    kind: type | None = None
+    parts: tuple[str, ...] = _TWO
+    drawn: tuple[int, int] = (0, 0)
     per_class: bool = False
+    origin: str = "train and test as torchvision has them"
+
+    @property
+    def metric(self) -> str:
+        """What it is reported by."""
+        return "mean_per_class" if self.per_class else "top1"
+
+    @property
+    def protocol(self) -> str:
+        """Where its splits come from, for the result file."""
+        if self.parts == _THREE:
+            return "train, val and test as torchvision has them"
+        return f"{self.origin}; val: {VAL_FRACTION:.0%} of the train images, drawn in every class"
 
 
-def _image_set(root: Path, samples: list[tuple[str | Path, int]], classes: list[str]) -> ImageSet:
-    """The files (path, label), in the order of their paths, which no file system changes."""
-    samples = sorted((os.path.relpath(path, root), int(label)) for path, label in samples)
-    paths, labels = ([sample[i] for sample in samples] for i in (0, 1))
-    return ImageSet(root, paths, labels, list(classes))
-
-
-def _read_files(kind: type, root: Path, part: str, *, download: bool) -> ImageSet:
-    """A data set of files whose class takes a loader: one that gives the path back."""
-    options = {"split": part} if part else {}
-    if kind is not datasets.StanfordCars:  # which raises when asked to, also if it is there
-        options["download"] = download
-    found = kind(root, loader=str, **options)
-    return _image_set(root, [found[i] for i in range(len(found))], found.classes)
-
-
-def _read_pets(root: Path, part: str, *, download: bool) -> ImageSet:
-    """OxfordIIITPet takes no loader; its public access decodes every image."""
-    found = datasets.OxfordIIITPet(root, split=part, download=download)
-    samples = list(zip(found._images, found._labels, strict=True))
-    return _image_set(root, samples, found.classes)
-
-
-def _read_caltech(root: Path, part: str, *, download: bool) -> ImageSet:
-    folder = root / "caltech101"
-    if not folder.is_dir() and not download:  # torchvision would make it
-        raise RuntimeError("Dataset not found")
-    found = datasets.Caltech101(root, download=download)
-    images = folder / "101_ObjectCategories"
-    samples = [
-        (images / found.categories[label] / f"image_{number:04d}.jpg", label)
-        for number, label in zip(found.index, found.y, strict=True)
-    ]
-    return _image_set(root, samples, found.categories)
-
-
-def _read_cifar(kind: type, root: Path, part: str, *, download: bool) -> PixelSet:
-    found = kind(root, train=part == "train", download=download)
-    pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-    names = [str(number) for number in range(len(pixels))]
-    where = root / found.base_folder / part
-    return PixelSet(where, names, found.targets, found.classes, pixels)
-
-
-_SETS = {
-    "food101": _Set("Food101", "food-101", partial(_read_files, datasets.Food101)),
-    "cifar10": _Set("CIFAR-10", "cifar-10-batches-py", partial(_read_cifar, datasets.CIFAR10)),
-    "cifar100": _Set("CIFAR-100", "cifar-100-python", partial(_read_cifar, datasets.CIFAR100)),
-    "sun397": _Set("SUN397", "SUN397", partial(_read_files, datasets.SUN397), parts=("",)),
-    "cars": _Set("Cars196", "stanford_cars", partial(_read_files, datasets.StanfordCars)),
-    "aircraft": _Set(
-        "Aircraft",
-        "fgvc-aircraft-2013b",
-        partial(_read_files, datasets.FGVCAircraft),
-        parts=("train", "val", "test"),
-        per_class=True,
+SETS = {
+    "food101": TransferSet("Food101", "food-101", datasets.Food101),
+    "cifar10": TransferSet("CIFAR-10", "cifar-10-batches-py", datasets.CIFAR10),
+    "cifar100": TransferSet("CIFAR-100", "cifar-100-python", datasets.CIFAR100),
+    "sun397": TransferSet(
+        *("SUN397", "SUN397", datasets.SUN397, ("",), (50, 50)),
+        origin="50 train and 50 test images drawn in every class, since torchvision has no split "
+        "of it",
     ),
-    "dtd": _Set("DTD", "dtd", partial(_read_files, datasets.DTD), parts=("train", "val", "test")),
-    "pets": _Set("Pets", "oxford-iiit-pet", _read_pets, parts=("trainval", "test"), per_class=True),
-    "caltech101": _Set("Caltech101", "caltech101", _read_caltech, parts=("",), per_class=True),
-    "flowers102": _Set(
-        "Flowers102",
-        "flowers-102",
-        partial(_read_files, datasets.Flowers102),
-        parts=("train", "val", "test"),
-        per_class=True,
+    "cars": TransferSet("Cars196", "stanford_cars", datasets.StanfordCars),
+    "aircraft": TransferSet(
+        "Aircraft", "fgvc-aircraft-2013b", datasets.FGVCAircraft, _THREE, per_class=True
+    ),
+    "dtd": TransferSet("DTD", "dtd", datasets.DTD, _THREE),
+    "pets": TransferSet(
+        "Pets", "oxford-iiit-pet", datasets.OxfordIIITPet, ("trainval", "test"), per_class=True
+    ),
+    "caltech101": TransferSet(
+        *("Caltech101", "caltech101", datasets.Caltech101, ("",), (30, 0), True),
+        origin="30 train images drawn in every class, the rest is test; 101 classes, as "
+        "torchvision leaves the background out (Kornblith et al. count it)",
+    ),
+    "flowers102": TransferSet(
+        "Flowers102", "flowers-102", datasets.Flowers102, _THREE, per_class=True
     ),
 }
-NAMES = tuple(_SETS)
-TITLES = {name: entry.title for name, entry in _SETS.items()}
-FOLDERS = {name: entry.folder for name, entry in _SETS.items()}  # what torchvision reads below root
-HELD_OUT = f"val: {VAL_FRACTION:.0%} of the train images, drawn in every class"
-_DRAWN = {
-    "sun397": f"{SUN397_PER_CLASS} train and {SUN397_PER_CLASS} test images drawn in every class, "
-    "since torchvision has no split of it",
-    "caltech101": f"{CALTECH101_TRAIN_PER_CLASS} train images drawn in every class, the rest is "
-    "test; 101 classes, as torchvision leaves the background out (Kornblith et al. count it)",
-}
-
-
-def protocol(name: str) -> str:
-    """Where the splits of a data set come from, for the result file."""
-    if len(_SETS[name].parts) == 3:
-        return "train, val and test as torchvision has them"
-    origin = _DRAWN.get(name, "train and test as torchvision has them")
-    return f"{origin}; {HELD_OUT}"
-
-
-def metric(name: str) -> str:
-    """What the field reports of a data set (Kornblith et al. 2019): "mean_per_class" or "top1"."""
-    return "mean_per_class" if _SETS[name].per_class else "top1"
 
 
 def open_set(name: str, root: Path, *, seed: int, download: bool = False) -> Splits:
-    """List the images of a data set of NAMES below root; what is drawn is drawn by the seed.
+    """List the images of one of SETS below root; what is drawn is drawn by the seed.
 
     download: fetch it if it is not there. Raises Unavailable with the reason if it cannot be had.
     """
-    entry = _SETS[name]
+    entry = SETS[name]
+    folder = root / entry.folder
+    hint = "" if download else " (--download fetches it)"
+    if name == "cars":
+        hint, download = ", and its publisher no longer offers it for download", False
+    if not folder.is_dir() and not download:  # which torchvision's Caltech101 would make
+        raise Unavailable(f"{folder}: not there{hint}")
     try:
-        parts = [entry.read(root, part, download=download) for part in entry.parts]
+        parts = [_read(entry, root, part, download=download) for part in entry.parts]
     except (MemoryError, Interrupted):
         raise
-    except Exception as error:  # missing, damaged or not to be fetched: about anything is raised
-        raise Unavailable(_reason(name, root, error, download=download)) from error
-    first = parts[0]
-    if any(part.classes != first.classes or not len(part) for part in parts):
-        raise Unavailable(f"{root / entry.folder}: its parts differ in their classes, or are empty")
+    except Exception as error:  # damaged or not to be fetched: about anything is raised
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        text = text.splitlines()[0]
+        if "scipy" in text.lower():
+            raise Unavailable("needs scipy (pip install scipy)") from error
+        if text.startswith("Dataset not found"):
+            text = f"not there as torchvision expects it{hint}"
+        raise Unavailable(f"{folder}: {text}") from error
+    if any(part.classes != parts[0].classes or not len(part) for part in parts):
+        raise Unavailable(f"{folder}: its parts differ in their classes, or are empty")
     if len(parts) == 3:
         return Splits(*parts)
     if len(parts) == 1:
-        parts = _drawn_parts(name, first, seed=seed)
+        parts = _drawn_parts(entry, parts[0], seed=seed)
     return hold_out(*parts, seed=seed)
+
+
+def _read(entry: TransferSet, root: Path, part: str, *, download: bool) -> ImageSet:
+    """The images of a part; files in the order of their paths, which no file system changes."""
+    options = {"download": True} if download else {}
+    if issubclass(entry.kind, datasets.CIFAR10):
+        found = entry.kind(root, train=part == "train", **options)
+        pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+        names = [str(number) for number in range(len(pixels))]
+        return PixelSet(root / entry.folder / part, names, found.targets, found.classes, pixels)
+    if part:
+        options["split"] = part
+    if entry.kind is datasets.Caltech101:  # it takes no loader
+        found = entry.kind(root, **options)
+        classes, images = found.categories, Path(found.root) / "101_ObjectCategories"
+        samples = [
+            (images / classes[label] / f"image_{number:04d}.jpg", label)
+            for number, label in zip(found.index, found.y, strict=True)
+        ]
+    elif entry.kind is datasets.OxfordIIITPet:  # nor does this
+        found = entry.kind(root, **options)
+        classes, samples = found.classes, zip(found._images, found._labels, strict=True)
+    else:
+        found = entry.kind(root, loader=str, **options)  # a loader that gives the path back
+        classes, samples = found.classes, [found[i] for i in range(len(found))]
+    samples = sorted((os.path.relpath(path, root), int(label)) for path, label in samples)
+    paths, labels = zip(*samples, strict=True) if samples else ((), ())
+    return ImageSet(root, list(paths), labels, list(classes))
+
+
+def _drawn_parts(entry: TransferSet, images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Train and test images of a data set without a split; Unavailable if a class is too small.
+
+    The draw must not be that of `hold_out`, hence a seed of two numbers.
+    """
+    train, test = entry.drawn
+    sizes = np.bincount(images.labels, minlength=len(images.classes))
+    if sizes.min() < train + max(1, test):
+        label = int(sizes.argmin())
+        raise Unavailable(
+            f"{images.root / entry.folder}: {sizes[label]} images of the class "
+            f"{images.classes[label]}, the draw of a split needs {train + max(1, test)}"
+        )
+    index = draw_per_class(images.labels, [train] * len(sizes), seed=[seed, 1])
+    drawn, rest = _apart(images, index)
+    if test:
+        index = draw_per_class(rest.labels, [test] * len(sizes), seed=[seed, 2])
+        rest, _ = _apart(rest, index)
+    return drawn, rest
 
 
 def hold_out(train: ImageSet, test: ImageSet, *, seed: int) -> Splits:
@@ -171,44 +178,10 @@ def hold_out(train: ImageSet, test: ImageSet, *, seed: int) -> Splits:
     """
     sizes = np.bincount(train.labels, minlength=len(train.classes)).tolist()
     counts = [min(max(1, round(VAL_FRACTION * size)), max(0, size - 1)) for size in sizes]
-    val = draw_per_class(train.labels, counts, seed=seed)
-    rest = np.setdiff1d(np.arange(len(train)), val)
-    return Splits(train.take(rest), train.take(val), test)
+    val, rest = _apart(train, draw_per_class(train.labels, counts, seed=seed))
+    return Splits(rest, val, test)
 
 
-def _drawn_parts(name: str, images: ImageSet, *, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Train and test images of a data set that has no split; Unavailable if a class is too small.
-
-    The draw must not be that of `hold_out`, hence a seed of two numbers.
-    """
-    sun = name == "sun397"
-    count = SUN397_PER_CLASS if sun else CALTECH101_TRAIN_PER_CLASS
-    least = 2 * SUN397_PER_CLASS if sun else count + 1
-    sizes = np.bincount(images.labels, minlength=len(images.classes))
-    if sizes.min() < least:
-        label = int(sizes.argmin())
-        raise Unavailable(
-            f"{images.root / FOLDERS[name]}: {sizes[label]} images of the class "
-            f"{images.classes[label]}, the draw of a split needs {least}"
-        )
-    train = draw_per_class(images.labels, [count] * len(sizes), seed=[seed, 1])
-    rest = images.take(np.setdiff1d(np.arange(len(images)), train))
-    if sun:
-        test = draw_per_class(rest.labels, [count] * len(sizes), seed=[seed, 2])
-        rest = rest.take(test)
-    return images.take(train), rest
-
-
-def _reason(name: str, root: Path, error: Exception, *, download: bool) -> str:
-    """One line on why a data set cannot be had."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = text.splitlines()[0]
-    where = root / FOLDERS[name]
-    if "scipy" in text.lower():
-        return "needs scipy (pip install scipy)"
-    if not text.startswith("Dataset not found"):
-        return f"{where}: {text}"
-    if name == "cars":
-        return f"{where}: not there, and its publisher no longer offers it for download"
-    missing = "not there" if not where.exists() else "not there as torchvision expects it"
-    return f"{where}: {missing}" + ("" if download else " (--download fetches it)")
+def _apart(images: ImageSet, index: np.ndarray) -> tuple[ImageSet, ImageSet]:
+    """The images of these numbers, and the others."""
+    return images.take(index), images.take(np.setdiff1d(np.arange(len(images)), index))

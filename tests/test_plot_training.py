@@ -92,7 +92,7 @@ def test_named_runs_with_other_flags_are_one_group_with_a_warning(tmp_path, caps
 @pytest.mark.parametrize(
     ("run", "output", "reason"),
     [
-        ("missing", "a.svg", "missing: no such file or folder"),
+        ("missing", "a.svg", "missing: no run, there is no log.jsonl"),
         ("=run", "a.svg", "=run: not NAME=RUN, the name is empty"),
         ("run", "a.png", "--output a.png: a name that ends in .svg"),
         ("run", "/proc/self/a.svg", "--output /proc/self: "),

@@ -321,8 +321,8 @@ def test_results_are_on_the_same_val_images(call_script, folder):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["missing"], "missing: no such file or folder"),
-        (["."], "no run, there is no log.jsonl in it"),
+        (["missing"], "missing: no run, there is no log.jsonl"),
+        (["."], "no run, there is no log.jsonl"),
         (["empty"], "empty, the run has not logged anything yet"),
         (["run", "--results", "missing"], "--results missing: no such folder"),
         (["run", "--neighbors", "missing"], "--neighbors missing: no PNG file"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.evaluation.result_files import TABLE
+from utils.evaluation import result_files
 from utils.runtime import checked, plain_json
 from utils.runtime.errors import InputError
 from utils.training.log import record_of
@@ -20,7 +20,11 @@ KNN = "knn_"  # how the names of k-NN accuracies begin: knn_20
 RANKS = "constrained_ranks"
 _DRAWN = checked.real(-1e100, 1e100)  # beyond, the axis of a chart overflows
 # What is computed with, of a line of a log and of a start of run.json.
-_LINE = {"seconds": checked.real(0, 1e12), "knn": TABLE, RANKS: checked.list_of(checked.ANY)}
+_LINE = {
+    "seconds": checked.real(0, 1e12),
+    "knn": result_files.TABLE,
+    RANKS: checked.list_of(checked.ANY),
+}
 _START = {
     "method": checked.TEXT,
     **dict.fromkeys(("epochs", "steps"), checked.whole(1)),
@@ -93,11 +97,9 @@ def read(path: str | Path) -> RunLog:
     Raises InputError for what is missing, empty, damaged or no log.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
     log = path / LOG if path.is_dir() else path
     if not log.is_file():
-        raise InputError(f"{path}: no run, there is no {LOG} in it")
+        raise InputError(f"{path}: no run, there is no {LOG}")
     lines = plain_json.read_text(log).rstrip("\n").split("\n")
     records = [record_of(line) for line in lines]
     cut = records[-1] is None and lines[-1] != ""
@@ -121,11 +123,8 @@ def _starts(path: Path) -> list[dict]:
     """The starts that a run.json tells of, [] without one."""
     if not os.path.lexists(path):
         return []
-    try:
-        starts = plain_json.loads(plain_json.read_text(path))["starts"]
-        starts = [dict(start.items()) for start in starts]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: damaged, it does not tell of the starts of a run") from None
+    kind, record = checked.list_of(checked.TABLE), result_files.read_json(path)
+    starts = checked.take(record, "starts", kind, what=str(path))
     for number, start in enumerate(starts, 1):
         _check(start, _START, what=f"{path}, start {number}")
     return [{name: v for name, v in start.items() if v is not None} for start in starts]

@@ -59,11 +59,7 @@ class RunLog:
         name: as in the log; "knn_20": accuracy of 20-NN. Step s of S in epoch e is e - 1 + s / S.
         Of two lines of one step the later counts.
         """
-        return {
-            self._passed(record): number
-            for record in self.records
-            if (number := _figure(record, name)) is not None
-        }
+        return {self._passed(r): _number(r[name]) for r in self.records if name in r}
 
     def last(self, name: str) -> float | None:
         """The newest finite figure of this name."""
@@ -75,16 +71,11 @@ class RunLog:
         Bin i is the share in percent of constrained neighbors that by plain distance have rank
         2^i to 2^(i+1) - 1, up to the last bin that any has.
         """
-        found = {
-            self._passed(record): [_number(share) for share in record[RANKS]]
-            for record in self.records
-            if record.get(RANKS)
-        }
-        found = {epoch: shares for epoch, shares in found.items() if np.isfinite(shares).any()}
-        used = max((np.flatnonzero(s)[-1] + 1 for s in found.values() if np.any(s)), default=0)
-        places = np.linspace(0, len(found) - 1, 4).round().astype(int)
-        chosen = [list(found)[i] for i in np.unique(places)] if used else []
-        return {epoch: found[epoch][:used] for epoch in chosen}
+        found = {self._passed(r): [*map(_number, r[RANKS])] for r in self.records if r.get(RANKS)}
+        found = {place: shares for place, shares in found.items() if np.nansum(shares) > 0}
+        used = max((np.flatnonzero(shares)[-1] + 1 for shares in found.values()), default=0)
+        chosen = np.linspace(0, len(found) - 1, 4).round()
+        return {place: found[place][:used] for i, place in enumerate(found) if i in chosen}
 
     def _passed(self, record: dict) -> float:
         return record["epoch"] - 1 + record["step"] / self.steps
@@ -108,6 +99,8 @@ def read(path: str | Path) -> RunLog:
         if record is None:
             raise InputError(f"{log}: damaged, line {number} is no record of a run")
         _check(record, _LINE, what=f"{log}, line {number}")
+        for k, row in (record.get("knn") or {}).items():
+            record |= {f"{KNN}{k}": row["accuracy"]} if "accuracy" in row else {}
     if not records:
         raise InputError(f"{log}: empty, the run has not logged anything yet")
     return RunLog(log, records, _starts(log.parent / ABOUT), cut=cut)
@@ -128,14 +121,6 @@ def _starts(path: Path) -> list[dict]:
     for number, start in enumerate(starts, 1):
         _check(start, _START, what=f"{path}, start {number}")
     return [{name: v for name, v in start.items() if v is not None} for start in starts]
-
-
-def _figure(record: dict, name: str) -> float | None:
-    """A figure of a line, nan for null; None if it has no such figure."""
-    if not name.startswith(KNN):
-        return _number(record[name]) if name in record else None
-    row = (record.get("knn") or {}).get(name.removeprefix(KNN))
-    return None if row is None else _number(row.get("accuracy"))
 
 
 def _number(value: object) -> float:

@@ -14,13 +14,12 @@ written to a JSON file beside it.
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.functional import normalize
 
@@ -94,51 +93,45 @@ def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | Non
     return args.index
 
 
-def choose(
-    args: argparse.Namespace, named: list[int] | None, searched: Searched, row_of: dict[int, int]
-) -> list[int]:
-    """The named targets, or --count drawn of those in `row_of`; InputError for others."""
-    images, constraint, there = searched.images, searched.constraint, sorted(row_of)
+def choose(args: argparse.Namespace, named: list[int] | None, searched: Searched) -> list[int]:
+    """The rows of the named targets, or of --count drawn ones; InputError for what has no row."""
+    images, row_of, constraint = searched.images, searched.row_of, searched.constraint
     if wrong := [images.name(number) for number in named or [] if number not in row_of]:
         flag = "images" if args.images else "index"
         reason = "cannot be read" if args.from_features else "not in the bank"
         raise InputError(
-            f"--{flag}: {', '.join(wrong[:5])} {reason}, {len(there)} of {len(images)} images are "
+            f"--{flag}: {', '.join(wrong[:5])} {reason}, {len(row_of)} of {len(images)} images are "
             f"there (without --{flag}, such are drawn)"
         )
-    if named is not None:
-        return named
-    if constraint:  # such as have one, if there are any
-        there = [number for number in there if constraint.there[row_of[number]]] or there
-    if len(there) < args.count:
-        print(f"--count {args.count}: only {len(there)} images to draw from, all are shown")
-    count = min(args.count, len(there))
-    return sorted(np.random.default_rng(args.seed).choice(there, count, replace=False).tolist())
+    if named is None:
+        there = sorted(row_of)
+        if constraint:  # such as have one, if there are any
+            there = [number for number in there if constraint.there[row_of[number]]] or there
+        if len(there) < args.count:
+            print(f"--count {args.count}: only {len(there)} images to draw from, all are shown")
+        count = min(args.count, len(there))
+        named = sorted(np.random.default_rng(args.seed).choice(there, count, replace=False))
+    return [row_of[number] for number in named]
 
 
-def search_bank(
-    args: argparse.Namespace, images: ImageSet
-) -> tuple[Searched, dict[int, int], list[str], dict]:
-    """The bank, each image's newest row in it, notes for the picture, and the checkpoint."""
+def search_bank(args: argparse.Namespace, images: ImageSet) -> tuple[Searched, list[str], dict]:
+    """What is searched in the bank, notes for the picture, and the checkpoint."""
     if not args.weights:
         raise InputError("--weights: name the checkpoint to show neighbors of")
     state, what = build_evaluation.read_weights(args), f"--weights {args.weights}"
-    bank = shown_neighbors.bank_of(state, images, what=what)
-    constraint = shown_neighbors.constraint_of(state, bank, what=what)
-    newest = bank.newest(bank.filled)  # the last of an image comes last
-    row_of = dict(zip(bank.index[newest].tolist(), newest.tolist(), strict=True))
+    searched = shown_neighbors.from_bank(state, images, k=args.neighbors, what=what)
     step = f", step {state['step']}" if state.get("step") else ""
     about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
-    notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
-    notes += [PREVIOUS, f"{RANKS} {COSINES}"] if hasattr(bank, "previous") else [RANKS]
-    rows = bank.in_use("features", "index")
-    return Searched(images, *rows, args.neighbors, constraint), row_of, notes, state
+    rows = f"M: memory bank of {len(searched.index)} rows; t: the target's newest row in it."
+    has_previous = searched.constraint and searched.constraint.groups is None
+    notes = [PREVIOUS, f"{RANKS} {COSINES}"] if has_previous else [RANKS]
+    return searched, [f"{about}; {rows}", *notes], state
 
 
 def search_features(
     args: argparse.Namespace, images: ImageSet, bad_images: BadImages
-) -> tuple[Searched, dict[int, int], list[str], dict] | None:
-    """The same by features of all training images; None but on the main process."""
+) -> tuple[Searched, list[str], dict] | None:
+    """The same of the features of all training images; None but on the main process."""
     backbone, state = build_evaluation.evaluated_backbone(args)
     (loader,) = build_evaluation.eval_loaders(args, images, bad_images=bad_images)
     network = build_evaluation.place(args, backbone.module)
@@ -146,31 +139,22 @@ def search_features(
     if extracted is None:
         return None
     features = normalize(extracted[0], dim=1, out=extracted[0])
-    index = sorted(set(range(len(images))) - {*loader.left_out})
-    if not index:
+    index = torch.tensor(sorted(set(range(len(images))) - {*loader.left_out}))
+    if not len(index):
         raise InputError(f"data {images.root}: no image in it can be read")
     encoder = "target" if args.use_target else "query"
     about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
     notes = [f"{about}; {len(index)} training images. {COSINES}"]
-    searched = Searched(images, features, torch.tensor(index), args.neighbors, by_rank=False)
-    return searched, {number: row for row, number in enumerate(index)}, notes, state
+    row_of = {number: row for row, number in enumerate(index.tolist())}
+    return Searched(images, features, index, row_of, args.neighbors, by_rank=False), notes, state
 
 
-def thumbnails(images: ImageSet, bad_images: BadImages) -> Callable[[int, int], Image.Image | None]:
-    """A function that gives an image, by its number, in a size; None where it cannot be read."""
-
-    @cache
-    def read(number: int, side: int) -> Image.Image | None:
-        def fit(_: int, picture: torch.Tensor) -> Image.Image:
-            picture = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
-
-        made, broken = read_images(images, [number], fit, tolerated=bad_images.tolerated)
-        for reason in broken.values():
-            bad_images.add(images.path(number), reason)
-        return made.get(number)
-
-    return read
+def read_picture(images: ImageSet, bad_images: BadImages, number: int) -> Image.Image | None:
+    """The picture of an image; None where it cannot be read."""
+    made, broken = read_images(images, [number], lambda _, p: p, tolerated=bad_images.tolerated)
+    for reason in broken.values():
+        bad_images.add(images.path(number), reason)
+    return Image.fromarray(made[number].permute(1, 2, 0).numpy()) if made else None
 
 
 def main() -> None:
@@ -192,10 +176,10 @@ def main() -> None:
         found = search_bank(args, images) if distributed.is_main() else None
     if found is None:  # not the main process
         return
-    searched, row_of, notes, state = found
-    targets = [searched.target(row_of[n]) for n in choose(args, named, searched, row_of)]
+    searched, notes, state = found
+    targets = [searched.target(row) for row in choose(args, named, searched)]
     title = "Neighbors by features" if args.from_features else "Neighbors in the memory bank"
-    read = thumbnails(images, bad_images)
+    read = partial(read_picture, images, bad_images)
     picture = neighbor_sheet(targets, read, title=title, notes=notes, side=args.side)
     with files.atomic_file(args.output, flag="--output") as file:
         says = PngInfo()

@@ -11,9 +11,9 @@ LONG = "a class name of many words that no thumbnail is wide enough for"
 COLORS = ["#808080", "red", "green", "yellow", "purple", "teal"]
 
 
-def read(number, side):
-    """A square of the color of its number; of -1 there is none."""
-    return None if number < 0 else Image.new("RGB", (side, side), COLORS[number])
+def read(number):
+    """A picture of the color of its number; of -1 there is none."""
+    return None if number < 0 else Image.new("RGB", (50, 40), COLORS[number])
 
 
 def tile(number=0, *words, same=None):

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SAME, OTHER, GRAY = "#0072B2", "#D55E00", "#555555"  # Okabe-Ito blue and vermilion
 MARKS = {
@@ -25,7 +25,7 @@ _LEAST = 660  # width beside the targets in which every caption fits
 
 def neighbor_sheet(
     targets: list[dict],
-    read: Callable[[int, int], Image.Image | None],
+    read: Callable[[int], Image.Image | None],
     *,
     title: str,
     notes: Sequence[str] = (),
@@ -33,9 +33,9 @@ def neighbor_sheet(
 ) -> Image.Image:
     """Draw targets, as `shown_neighbors` tells of them, below each other; RGB.
 
-    read: the thumbnail of an image's number and side in pixels; None where a file cannot be read.
-    side: of the neighbors'; a target has half as much again. Words that do not fit end in an
-    ellipsis. "place" of all that is drawn becomes its thumbnail's left and top edge and side.
+    read: the picture of an image's number; None where a file cannot be read. side: of a neighbor's
+    thumbnail, the central square; a target's is half as much again. Words that do not fit end in
+    an ellipsis. "place" of all that is drawn becomes its thumbnail's left and top edge and side.
     """
     big = side * 3 // 2
     neighbors = [line["neighbors"] for target in targets for line in target["rows"]]
@@ -103,7 +103,8 @@ def _draw_tile(sheet: Image.Image, record: dict, place: tuple, side: int, read: 
     color, width = {True: (SAME, 2), False: (OTHER, _FRAME), None: ("#BBBBBB", 1)}[same]
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((left - width, top - width, right + width, bottom + width), fill=color)
-    if image := read(record["index"], side):
+    if image := read(record["index"]):
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
         sheet.paste(image, (left, top))
     else:
         draw.rectangle((left, top, right, bottom), fill="#DDDDDD")

@@ -35,69 +35,18 @@ class Constraint(NamedTuple):
     previous: Tensor | None = None  # (K, D), M' of CMSF-2Q
 
 
-def bank_of(state: dict, images: ImageSet, *, what: str) -> MemoryBank:
-    """The memory bank in a checkpoint of this repository that was trained on these images.
-
-    InputError, begun by `what`, if there is none, or the images are others in names, order or
-    classes: the picture would show what the encoder never saw.
-    """
-    weights = state.get("state_dict", {}) if state.get("format") == checkpoint.FORMAT else {}
-    torch_file.check_weights(weights, what=what)
-    columns = {n.removeprefix("bank."): v for n, v in weights.items() if n.startswith("bank.")}
-    if not {"features", "index", "label", "_extra_state"} <= columns.keys():
-        raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
-    own = f"{what}: its memory bank"
-    features = checked.take(columns, "features", _ROWS, what=own)
-    others = {f"with_{name}": name in columns for name in ("previous", "true_label")}
-    bank = MemoryBank(*features.shape, **others)
-    # Of half precision in float32: similarities are shown to more digits than 16 bits have.
-    bank.to(torch.promote_types(features.dtype, torch.float32))
-    checkpoint.load_strictly(bank, columns, what=own)
-    if not bank.filled:
-        raise InputError(f"{own} is empty")
-    if images.digest() not in state.get("data", {}).values():
-        reason = f"not the images or classes that {what} was trained on, or another --dataset"
-        raise InputError(f"data {images.root}: {reason}")
-    if fault := bank.fault(num_images=len(images), num_classes=len(images.classes)):
-        raise InputError(f"{own}: {fault}")
-    of_each = torch_file.tensor(
-        f"({len(images)},)", lambda v: len(v) == len(images), dims=1, dtype=torch.int64
-    )
-    checked.take(weights, "clusters", of_each, what=what, default=None)
-    return bank
-
-
-def constraint_of(state: dict, bank: MemoryBank, *, what: str) -> Constraint | None:
-    """The constraint of a checkpoint's method; None if it has none (MSF).
-
-    A method whose neighbors have the label of the target in the bank, which others keep for their
-    figures, says so by an attribute `constraint` that names it.
-    """
-    index, label = bank.in_use("index", "label")
-    if hasattr(bank, "previous"):
-        older, there = bank.in_use("previous", "has_previous")
-        return Constraint("previous embedding", there, previous=older)
-    if "clusters" in state["state_dict"]:
-        groups = state["state_dict"]["clusters"][index]
-        return Constraint("cluster", groups >= 0, groups)
-    older = _BY_LABEL.get(state.get("method"))
-    name = checked.take(
-        state, "constraint", checked.or_none(checked.TEXT), what=what, default=older
-    )
-    return Constraint(name, label >= 0, label) if name else None
-
-
 @dataclass(frozen=True)
 class Searched:
-    """What is searched for neighbors, and how many of them.
+    """What is searched for k neighbors of a row.
 
-    embeddings: (K, D), unit norm; index: (K,) int64, of the image each is of. by_rank: neighbors
-    are told by their ranks, otherwise by their similarity alone.
+    embeddings: (K, D), unit norm; index: (K,) int64, of the image each is of; row_of: the newest
+    row of each image. by_rank: neighbors are told by their ranks, else by their similarity alone.
     """
 
     images: ImageSet
     embeddings: Tensor
     index: Tensor
+    row_of: dict[int, int]
     k: int
     constraint: Constraint | None = None
     by_rank: bool = True
@@ -167,3 +116,58 @@ class Searched:
         name = self.images.classes[label] if label >= 0 else None
         record = {"file": file, "index": image, "label": label, "class": name, "bank_row": row}
         return record | {"words": [name or Path(file).name]}
+
+
+def from_bank(state: dict, images: ImageSet, *, k: int, what: str) -> Searched:
+    """The memory bank in a checkpoint of this repository that was trained on these images.
+
+    InputError, begun by `what`, if there is none, or the images are others in names, order or
+    classes: the picture would show what the encoder never saw.
+    """
+    weights = state.get("state_dict", {}) if state.get("format") == checkpoint.FORMAT else {}
+    torch_file.check_weights(weights, what=what)
+    columns = {n.removeprefix("bank."): v for n, v in weights.items() if n.startswith("bank.")}
+    if not {"features", "index", "label", "_extra_state"} <= columns.keys():
+        raise InputError(f"{what}: no memory bank in it (--from_features needs none)")
+    own = f"{what}: its memory bank"
+    features = checked.take(columns, "features", _ROWS, what=own)
+    others = {f"with_{name}": name in columns for name in ("previous", "true_label")}
+    bank = MemoryBank(*features.shape, **others)
+    # Of half precision in float32: similarities are shown to more digits than 16 bits have.
+    bank.to(torch.promote_types(features.dtype, torch.float32))
+    checkpoint.load_strictly(bank, columns, what=own)
+    if not bank.filled:
+        raise InputError(f"{own} is empty")
+    if images.digest() not in state.get("data", {}).values():
+        reason = f"not the images or classes that {what} was trained on, or another --dataset"
+        raise InputError(f"data {images.root}: {reason}")
+    if fault := bank.fault(num_images=len(images), num_classes=len(images.classes)):
+        raise InputError(f"{own}: {fault}")
+    of_each = torch_file.tensor(
+        f"({len(images)},)", lambda v: len(v) == len(images), dims=1, dtype=torch.int64
+    )
+    checked.take(weights, "clusters", of_each, what=what, default=None)
+    newest = bank.newest(bank.filled)  # the last of an image comes last
+    row_of = dict(zip(bank.index[newest].tolist(), newest.tolist(), strict=True))
+    constraint = _constraint_of(state, bank, what=what)
+    return Searched(images, *bank.in_use("features", "index"), row_of, k, constraint)
+
+
+def _constraint_of(state: dict, bank: MemoryBank, *, what: str) -> Constraint | None:
+    """The constraint of a checkpoint's method; None if it has none (MSF).
+
+    A method whose neighbors have the label of the target in the bank, which others keep for their
+    figures, says so by an attribute `constraint` that names it.
+    """
+    index, label = bank.in_use("index", "label")
+    if hasattr(bank, "previous"):
+        older, there = bank.in_use("previous", "has_previous")
+        return Constraint("previous embedding", there, previous=older)
+    if "clusters" in state["state_dict"]:
+        groups = state["state_dict"]["clusters"][index]
+        return Constraint("cluster", groups >= 0, groups)
+    older = _BY_LABEL.get(state.get("method"))
+    name = checked.take(
+        state, "constraint", checked.or_none(checked.TEXT), what=what, default=older
+    )
+    return Constraint(name, label >= 0, label) if name else None

@@ -11,7 +11,6 @@ and a band from the lowest to the highest of them. The picture is an SVG file, f
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,7 +29,7 @@ OWN = "<!-- by plot_training.py -->\n"  # how its pictures begin, by which they 
 
 def build_groups(texts: list[str]) -> list[Group]:
     """The groups of the command line's runs, in its order; InputError for runs that do not mix."""
-    by_key: dict[Any, list[RunLog]] = {}
+    by_key: dict[tuple, list[RunLog]] = {}  # the name, or what runs of an experiment have in common
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists():
@@ -38,12 +37,14 @@ def build_groups(texts: list[str]) -> list[Group]:
         elif not name:
             raise InputError(f"{text}: not NAME=RUN, the name is empty")
         run = run_log.read(path)
-        runs = by_key.setdefault(name or _experiment(run), [])
+        experiment = (run.method, sorted(_flags(run).items()), run.about.get("data"))
+        experiment = experiment if run.starts else run.path.resolve()  # not known: a group alone
+        runs = by_key.setdefault((name, None if name else repr(experiment)), [])
         if run.path.resolve() in [other.path.resolve() for other in runs]:
             raise InputError(f"{text}: a run that is there already, under the same name")
         runs.append(run)
-    names = iter(_names([runs for key, runs in by_key.items() if not isinstance(key, str)]))
-    groups = [Group(k if isinstance(k, str) else next(names), runs) for k, runs in by_key.items()]
+    names = iter(_names([runs[0] for (name, _), runs in by_key.items() if not name]))
+    groups = [Group(name or next(names), runs) for (name, _), runs in by_key.items()]
     for group in groups:
         _check(group)
     return groups
@@ -54,13 +55,6 @@ def _flags(run: RunLog) -> dict:
     return {n: v for n, v in resume_check.decisive(run.settings).items() if n != "seed"}
 
 
-def _experiment(run: RunLog) -> tuple:
-    """What runs that differ by their seed alone have in common."""
-    if not run.starts:
-        return (str(run.path.resolve()),)  # not known: a group of its own
-    return run.method, repr(sorted(_flags(run).items())), repr(run.about.get("data"))
-
-
 def _differing(runs: list[RunLog]) -> list[str]:
     """The names of the flags that are not everywhere the same."""
     flags = [_flags(run) for run in runs]
@@ -68,17 +62,16 @@ def _differing(runs: list[RunLog]) -> list[str]:
     return [n for n in every if any(one.get(n) != flags[0].get(n) for one in flags)]
 
 
-def _names(groups: list[list[RunLog]]) -> list[str]:
-    """Names of groups that the user gave none: method and flags that differ, or the folder."""
-    first = [runs[0] for runs in groups]
-    differing = _differing(first)
+def _names(runs: list[RunLog]) -> list[str]:
+    """Names of groups that the user gave none, of a run each: method and flags that differ."""
+    flags = _differing(runs) if runs else []
     names = [
-        " ".join([run.method or run.name, *(f"--{n} {_flags(run).get(n)}" for n in differing)])
-        for run in first
+        " ".join([run.method or run.name, *(f"--{n} {_flags(run).get(n)}" for n in flags)])
+        for run in runs
     ]
     if len({*names}) == len(names) and max(map(len, names), default=0) <= LONGEST_NAME:
         return names
-    return [str(run.path.parent) for run in first]
+    return [str(run.path.parent) for run in runs]
 
 
 def _check(group: Group) -> None:

@@ -268,7 +268,6 @@ def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path
     [
         ("own", ""),
         (None, "of an encoder that it does not name, not of the run's last checkpoint"),
-        ("{}", "of an encoder that it does not name, not of the run's last checkpoint"),
         ("{", "neighbors_val.json: no result file"),
         ('{"sha256": 3}', "neighbors_val.json: sha256 is 3"),
         (json.dumps({"checkpoint": "x.pth", "sha256": "b" * 64}), "of x.pth (sha256 bbbbbbbbbbbb)"),

@@ -40,8 +40,6 @@ TABLES = {
     "knn.json": ("k", "{}-NN", "k-NN"),
     "linear.json": ("lr", "learning rate {}", "linear classifier"),
 }
-TITLES = {"top1": "top-1", "top5": "top-5", "weighted_top5": "weighted top-5"}
-TITLES |= {"best_top1": "best top-1", "best_epoch": "its epoch"}
 QUESTION = "<h2>Is this run healthy?</h2>"  # by which a page of ours is known
 
 
@@ -187,11 +185,8 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
         status=status(run, now=now),
         made=time.strftime("%Y-%m-%d %H:%M", time.gmtime(now)),
         question=QUESTION,
-        verdicts=health.verdicts(run),
-        signs=health.SIGNS,
-        rules=health.RULES,
+        health=health,
         charts=curves.build_charts([curves.Group(run.name, [run])]),
-        titles=TITLES,
         **parts,
     )
 

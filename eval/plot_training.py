@@ -11,7 +11,6 @@ and a band from the lowest to the highest of them. The picture is an SVG file, f
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,27 +27,24 @@ LONGEST_NAME = 60
 OWN = "<!-- by plot_training.py -->\n"  # how its pictures begin, by which they are known
 
 
-def named(text: str) -> tuple[str | None, RunLog]:
-    """The name (None: it has none) and the run of "name=RUN" or "RUN"."""
-    name, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        return None, run_log.read(text)
-    if not name:
-        raise InputError(f"{text}: not NAME=RUN, the name is empty")
-    return name, run_log.read(path)
-
-
 def build_groups(texts: list[str]) -> list[Group]:
     """The groups of the command line's runs, in its order; InputError for runs that do not mix."""
-    by_key: dict[Any, list[RunLog]] = {}
+    by_key: dict[tuple, list[RunLog]] = {}  # the name, or what runs of an experiment have in common
     for text in texts:
-        name, run = named(text)
-        runs = by_key.setdefault(name or _experiment(run), [])
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = None, text
+        elif not name:
+            raise InputError(f"{text}: not NAME=RUN, the name is empty")
+        run = run_log.read(path)
+        experiment = (run.method, sorted(_flags(run).items()), run.about.get("data"))
+        experiment = experiment if run.starts else run.path.resolve()  # not known: a group alone
+        runs = by_key.setdefault((name, None if name else repr(experiment)), [])
         if run.path.resolve() in [other.path.resolve() for other in runs]:
             raise InputError(f"{text}: a run that is there already, under the same name")
         runs.append(run)
-    names = iter(_names([runs for key, runs in by_key.items() if not isinstance(key, str)]))
-    groups = [Group(k if isinstance(k, str) else next(names), runs) for k, runs in by_key.items()]
+    names = iter(_names([runs[0] for (name, _), runs in by_key.items() if not name]))
+    groups = [Group(name or next(names), runs) for (name, _), runs in by_key.items()]
     for group in groups:
         _check(group)
     return groups
@@ -59,38 +55,30 @@ def _flags(run: RunLog) -> dict:
     return {n: v for n, v in resume_check.decisive(run.settings).items() if n != "seed"}
 
 
-def _experiment(run: RunLog) -> tuple:
-    """What runs that differ by their seed alone have in common."""
-    if not run.starts:
-        return (str(run.path.resolve()),)  # not known: a group of its own
-    return run.method, repr(sorted(_flags(run).items())), repr(run.about.get("data"))
-
-
-def _differing(flags: list[dict]) -> list[str]:
+def _differing(runs: list[RunLog]) -> list[str]:
     """The names of the flags that are not everywhere the same."""
+    flags = [_flags(run) for run in runs]
     every = sorted({name for one in flags for name in one})
     return [n for n in every if any(one.get(n) != flags[0].get(n) for one in flags)]
 
 
-def _names(groups: list[list[RunLog]]) -> list[str]:
-    """Names of groups that the user gave none: method and flags that differ, or the folder."""
-    flags = [_flags(runs[0]) for runs in groups]
-    differing, names = _differing(flags), []
-    for runs, own in zip(groups, flags, strict=True):
-        parts = [f"--{n} {own[n]}" for n in differing if n in own]
-        names.append(" ".join([runs[0].method or runs[0].name, *parts]))
-    if len(set(names)) == len(names) and max(map(len, names), default=0) <= LONGEST_NAME:
+def _names(runs: list[RunLog]) -> list[str]:
+    """Names of groups that the user gave none, of a run each: method and flags that differ."""
+    flags = _differing(runs) if runs else []
+    names = [
+        " ".join([run.method or run.name, *(f"--{n} {_flags(run).get(n)}" for n in flags)])
+        for run in runs
+    ]
+    if len({*names}) == len(names) and max(map(len, names), default=0) <= LONGEST_NAME:
         return names
-    names = [runs[0].name for runs in groups]
-    return names if len(set(names)) == len(names) else [str(r[0].path.parent) for r in groups]
+    return [str(run.path.parent) for run in runs]
 
 
 def _check(group: Group) -> None:
     """InputError for a group of several methods; says what its band leaves out."""
     runs = group.runs
     methods = {run.method or "an unknown method" for run in runs}
-    kinds = {(run.has("purity_constrained"), run.has("confident")) for run in runs}
-    if len(methods) > 1 or len(kinds) > 1:
+    if len(methods) > 1:
         of = " and ".join(sorted(methods))
         raise InputError(f"{group.name}: runs of several methods in one group ({of})")
     common = set.intersection(*({(r["epoch"], r["step"]) for r in run.records} for run in runs))
@@ -99,8 +87,7 @@ def _check(group: Group) -> None:
     if len({run.place for run in runs}) > 1:
         ends = ", ".join(str(run.place[0]) for run in runs)
         print(f"{group.name}: runs up to epoch {ends}: drawn as far as the shortest", flush=True)
-    others = _differing([_flags(run) for run in runs])
-    if others and all(run.starts for run in runs):
+    if others := _differing(runs):
         print(f"WARNING {group.name}: runs that differ in --{', --'.join(others)}", flush=True)
 
 
@@ -114,19 +101,10 @@ def draw(groups: list[Group], output: Path) -> int:
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="Curves of training runs in one picture.")
-    parser.add_argument(
-        *("runs",),
-        nargs="+",
-        type=arguments.named_path,
-        metavar="[NAME=]RUN",
-        help="folder or log.jsonl",
-    )
-    parser.add_argument(
-        *("--output",),
-        type=arguments.path,
-        default=Path("training.svg"),
-        help="SVG to write, replaces only one like it",
-    )
+    run = {"nargs": "+", "type": arguments.named_path, "metavar": "[NAME=]RUN"}
+    parser.add_argument("runs", **run, help="folder or log.jsonl")
+    path, text = Path("training.svg"), "SVG to write, replaces only one like it"
+    parser.add_argument("--output", type=arguments.path, default=path, help=text)
     return parser.parse_args()
 
 
@@ -135,12 +113,8 @@ def main() -> None:
     args = parse_args()
     if args.output.suffix.lower() != ".svg":
         raise InputError(f"--output {args.output}: a name that ends in .svg")
-    result_files.check_own(
-        args.output,
-        flag="--output",
-        kind="picture of curves",
-        is_own=lambda path: path.read_bytes().startswith(OWN.encode()),
-    )
+    own = {"kind": "picture of curves", "is_own": lambda p: p.read_text().startswith(OWN)}
+    result_files.check_own(args.output, flag="--output", **own)
     groups = build_groups(args.runs)
     result_files.make_folder(args.output.parent, flag="--output")
     count = draw(groups, args.output)

@@ -12,6 +12,7 @@ run's last checkpoint and on the val images of the first; what is left out is na
 
 import argparse
 import base64
+import datetime
 import itertools
 import os
 import sys
@@ -39,11 +40,7 @@ TABLES = {
     "knn.json": ("k", "{}-NN", "k-NN"),
     "linear.json": ("lr", "learning rate {}", "linear classifier"),
 }
-TITLES = {"top1": "top-1", "top5": "top-5", "weighted_top5": "weighted top-5"}
-TITLES |= {"best_top1": "best top-1", "best_epoch": "its epoch"}
-ENDINGS = (".html", ".htm")
 QUESTION = "<h2>Is this run healthy?</h2>"  # by which a page of ours is known
-PATIENCE = 5  # intervals between lines after which a run has perhaps been broken off
 
 
 class Result(NamedTuple):
@@ -70,21 +67,10 @@ def status(run: RunLog, *, now: float) -> str:
         return f"finished: {place}"
     if (run.path.parent / REQUEUE).exists():
         return f"stopped by a signal, to be resumed (--resume auto): {place}"
-    if not run.epochs:
-        return f"up to {place} (without run.json nothing tells how many epochs it is to have)"
-    age = max(0, now - run.path.stat().st_mtime)
-    times = [taken for record in run.records if (taken := record.get("seconds")) is not None]
-    gaps = [b - a for a, b in itertools.pairwise(times)] or [600]
-    late = age > PATIENCE * max(60, *gaps)
-    word = "perhaps broken off, or still going on" if late else "still going on"
-    return f"{word}: {place}; the last line was written {duration(age)} before this page"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    word = "still going on, or broken off"
+    word = word if run.epochs else "of how many epochs is not known (no run.json)"
+    age = datetime.timedelta(seconds=round(max(0, now - run.path.stat().st_mtime)))
+    return f"{word}: {place}; the last line was written {age} before this page"
 
 
 def find_results(
@@ -98,38 +84,37 @@ def find_results(
     """
     found: dict[Path, Result] = {}
     left_out: dict[Path, str] = {}
-    seen: set[str] = set()
+    paths: dict[str, tuple[Path, bool]] = {}
     for folder, name in itertools.product([*named, also], RESULTS):
-        path = folder / name
-        if (real := os.path.realpath(path)) in seen:
-            continue
-        seen.add(real)
+        paths.setdefault(os.path.realpath(folder / name), (folder / name, folder in named))
+    for path, is_named in paths.values():
         try:
             if not (record := result_files.read_json(path)):
                 continue
-            result = (read_comparison if name == COMPARISON else read_result)(path, record)
-            reason = why_not(result, found, last=last)
+            result = (read_comparison if path.name == COMPARISON else read_result)(path, record)
         except InputError as error:
-            if folder in named:
+            if is_named:
                 raise
-            reason = str(error).removeprefix(f"{path}: ")
-        if reason:
+            left_out[path] = str(error).removeprefix(f"{path}: ")
+            continue
+        told = [first for first in found if found[first].images != ValImages()]
+        if reason := not_of(result.encoders, last=last):
             left_out[path] = reason
+        elif told and not result.images.is_same(images := found[told[0]].images):
+            left_out[path] = f"on {result.images}, not on {images} as {told[0]}"
         else:
             found[path] = result
     return found, left_out
 
 
-def why_not(result: Result, found: dict[Path, Result], *, last: str | None) -> str:
-    """Why a result is left out, "" if it goes with the run and with those found before it."""
+def not_of(encoders: list[Encoder], *, last: str | None) -> str:
+    """Why what is of these encoders is not of the last checkpoint (its sha256), "" if it is."""
     if last is None:
         return "the run has no checkpoint yet"
-    if last not in {encoder.sha256 for encoder in result.encoders}:
-        whose = " and ".join(dict.fromkeys(map(str, result.encoders))) or "nothing"
-        return f"of {whose}, not of the run's last checkpoint ({last[:12]})"
-    told = ((path, first.images) for path, first in found.items() if first.images != ValImages())
-    path, images = next(told, (None, result.images))
-    return "" if result.images.is_same(images) else f"on {result.images}, not on {images} as {path}"
+    if last in {encoder.sha256 for encoder in encoders}:
+        return ""
+    whose = " and ".join(dict.fromkeys(map(str, encoders))) or "nothing"
+    return f"of {whose}, not of the run's last checkpoint ({last[:12]})"
 
 
 def read_result(path: Path, record: dict) -> Result:
@@ -150,64 +135,40 @@ def read_comparison(path: Path, record: dict) -> Result:
     """What compare.py has written: rows of several encoders, of which one is the run's."""
     encoders, rows = {}, {}
     for name in record:
-        row = checked.take(record, name, checked.table_of(checked.ANY), what=str(path))
         what = f"{path}, {printable(name)}"
-        of = checked.take(row, result_files.OF, checked.TABLE, what=what, default={})
+        rows[name] = row = dict(checked.take(record, name, checked.TABLE, what=str(path)))
+        row.pop(result_files.LEFT_OUT, None)
+        of = {result_files.OF: row.pop(result_files.OF, {})}
+        of = checked.take(of, result_files.OF, checked.TABLE, what=what)
         encoders[name] = result_files.encoder_of(of, what=what)
-        own = (result_files.OF, result_files.LEFT_OUT)
-        rows[name] = {
-            column: checked.take(row, column, result_files.FIGURE, what=what)
-            for column in row
-            if column not in own
-        }
+    checked.take({"its table": rows}, "its table", result_files.TABLE, what=str(path))
     whose = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
     note = f"accuracy on the val images, percent; {whose}"
     return Result("comparison", rows, note, list(encoders.values()))
 
 
-def last_checkpoint(folder: Path) -> tuple[Path | None, str | None]:
-    """The checkpoint farthest on and its sha256; a run that goes on may remove older ones."""
-    for path in checkpoints_in(folder):
-        try:
-            return path, files.sha256(path)
-        except FileNotFoundError:
-            continue
-    return None, None
-
-
 def find_pictures(folder: Path, named: list[Path], *, last: str | None) -> dict[Path, str]:
     """PNG files of neighbors, the named ones or neighbors*.png of the folder.
 
-    To each why it is not known to be of the last checkpoint, "" if it is.
+    To each why it is not known to be of the last checkpoint, by the JSON beside it; "" if it is.
     """
-    for path in named:
-        if not path.is_file():
-            raise InputError(f"--neighbors {path}: no such file")
-        if not result_files.is_png(path):
-            raise InputError(f"--neighbors {path}: no PNG file")
-    paths = named or filter(Path.is_file, sorted(folder.glob("neighbors*.png")))
-    return {path: of_another(path, last=last) for path in paths}
-
-
-def of_another(picture: Path, *, last: str | None) -> str:
-    """Why a picture is not known to be of the last checkpoint, by the JSON beside it; "" if so."""
-    about = picture.with_suffix(".json")
-    try:
-        encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))
-    except InputError as error:
-        return f"not known of which checkpoint ({error})"
-    if not encoder.is_known:
-        return f"not known of which checkpoint (no {about.name} beside it that says so)"
-    same = encoder.sha256 is not None and encoder.sha256 == last
-    return "" if same else f"of {encoder}, not of the run's last checkpoint"
+    notes = {}
+    for path in named or sorted(folder.glob("neighbors*.png")):
+        if not path.is_file() or not result_files.is_png(path):
+            if named:
+                raise InputError(f"--neighbors {path}: no PNG file")
+            continue
+        about = path.with_suffix(".json")
+        try:
+            encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))
+            notes[path] = not_of([encoder], last=last)
+        except InputError as error:
+            notes[path] = str(error)
+    return notes
 
 
 def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
     """The whole page as text; parts: results, pictures, what is left out, the last checkpoint."""
-    taken = run.records[-1].get("seconds")
-    facts = [] if taken is None else [f"{duration(taken)} of training"]
-    facts.append(f"made {time.strftime('%Y-%m-%d %H:%M', time.gmtime(now))} UTC")
-    facts += ["the last line of the log is half written and left out"] * run.cut
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "cell": lambda x: "–" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x),
@@ -215,19 +176,17 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
         "pairs": lambda table, words: ", ".join(words.format(*pair) for pair in table.items()),
         "json": plain_json.dumps,
         "svg": curves.chart_svg,
+        "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
         "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
     return page.from_string(Path(__file__).with_suffix(".html").read_text()).render(
         run=run,
         style=Path(__file__).with_suffix(".css").read_text(),
         status=status(run, now=now),
-        facts=facts,
+        made=time.strftime("%Y-%m-%d %H:%M", time.gmtime(now)),
         question=QUESTION,
-        verdicts=health.verdicts(run),
-        signs=health.SIGNS,
-        rules=health.RULES,
+        health=health,
         charts=curves.build_charts([curves.Group(run.name, [run])]),
-        titles=TITLES,
         **parts,
     )
 
@@ -235,8 +194,8 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
     parser = arguments.Parser(description="A page on one training run.")
-    text = "the run's folder, or its log.jsonl"
-    parser.add_argument("run", type=arguments.path_text, metavar="RUN", help=text)
+    run = {"type": arguments.path_text, "metavar": "RUN"}
+    parser.add_argument("run", **run, help="the run's folder, or its log.jsonl")
     text = "HTML to write, replaces only a page like it; default: report.html in RUN"
     parser.add_argument("--output", type=arguments.path, help=text)
     several = {"nargs": "+", "default": [], "type": arguments.path}
@@ -245,27 +204,23 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file is a page that was written here."""
-    with path.open(encoding="utf-8") as file:
-        head = file.read(2**20)
-    return head.startswith("<!doctype html>") and QUESTION in head
-
-
 def main() -> None:
     """Write the page and say what it says."""
     args = parse_args()
     run = run_log.read(args.run)
     folder = run.path.parent
     output = args.output or folder / "report.html"
-    if output.suffix.lower() not in ENDINGS:
-        raise InputError(f"--output {output}: ends in none of {', '.join(ENDINGS)}")
-    result_files.check_own(output, flag="--output", kind="page on a run", is_own=is_page)
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--output {output}: ends in none of .html, .htm")
+    result_files.check_own(
+        output, flag="--output", kind="page on a run", is_own=lambda p: QUESTION in p.read_text()
+    )
     result_files.make_folder(output.parent, flag="--output")
     for path in args.results:
         if not path.is_dir():
             raise InputError(f"--results {path}: no such folder")
-    checkpoint, last = last_checkpoint(folder)
+    checkpoint = next(iter(checkpoints_in(folder)), None)
+    last = checkpoint and files.sha256(checkpoint)
     above = folder.resolve().parent
     results, left_out = find_results([folder, *args.results], also=above, last=last)
     pictures = find_pictures(folder, args.neighbors, last=last)

@@ -14,26 +14,25 @@ written to a JSON file beside it.
 
 import argparse
 import sys
-from collections.abc import Collection
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
-from utils.data.bad_images import BadImages, reason_of
+from utils.data.bad_images import BadImages, read_images
 from utils.data.datasets import ImageSet, read_split
 from utils.evaluation import result_files
 from utils.evaluation.features import extract_features
 from utils.reporting import shown_neighbors
 from utils.reporting.pictures import neighbor_sheet
-from utils.reporting.shown_neighbors import neighbors_of, newest_rows
+from utils.reporting.shown_neighbors import Searched
 from utils.runtime import distributed, files, script
 from utils.runtime.errors import InputError
 
@@ -73,18 +72,11 @@ def check_output(path: Path) -> None:
     """InputError unless picture and JSON can be written without loss of another file."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--output {path}: name a file that ends in .png")
-    about = path.with_suffix(".json")
-
-    def is_record(path: Path) -> bool:
-        return isinstance(result_files.read_json(path).get("targets"), list)
-
-    def is_picture(path: Path) -> bool:  # older ones say nothing themselves
-        said = result_files.is_png_of(path, PROGRAM)
-        return said or (result_files.is_png(path) and is_record(about))
-
-    check = partial(result_files.check_own, flag="--output")
-    check(about, kind="record of neighbors", is_own=is_record)
-    check(path, kind="picture of neighbors", is_own=is_picture)
+    for own, kind, is_own in (
+        (path.with_suffix(".json"), "record", lambda p: "targets" in result_files.read_json(p)),
+        (path, "picture", lambda p: result_files.is_png_of(p, PROGRAM)),
+    ):
+        result_files.check_own(own, flag="--output", kind=f"{kind} of neighbors", is_own=is_own)
 
 
 def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | None:
@@ -101,61 +93,45 @@ def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | Non
     return args.index
 
 
-def choose(
-    args: argparse.Namespace,
-    images: ImageSet,
-    named: list[int] | None,
-    there: Collection[int],
-    *,
-    absent: str,
-    preferred: Collection[int] = (),
-) -> list[int]:
-    """The targets: the named ones, or --count drawn from the preferred, or else all, sorted.
-
-    InputError for named ones that are not there; absent: what is said of them.
-    """
-    if wrong := [images.name(number) for number in named or [] if number not in there]:
+def choose(args: argparse.Namespace, named: list[int] | None, searched: Searched) -> list[int]:
+    """The rows of the named targets, or of --count drawn ones; InputError for what has no row."""
+    images, row_of, constraint = searched.images, searched.row_of, searched.constraint
+    if wrong := [images.name(number) for number in named or [] if number not in row_of]:
         flag = "images" if args.images else "index"
+        reason = "cannot be read" if args.from_features else "not in the bank"
         raise InputError(
-            f"--{flag}: {', '.join(wrong[:5])} {absent}, {len(there)} of {len(images)} images are "
+            f"--{flag}: {', '.join(wrong[:5])} {reason}, {len(row_of)} of {len(images)} images are "
             f"there (without --{flag}, such are drawn)"
         )
-    if named is not None:
-        return named
-    available = sorted(preferred or there)
-    if len(available) < args.count:
-        print(f"--count {args.count}: only {len(available)} images to draw from, all are shown")
-    count = min(args.count, len(available))
-    return sorted(np.random.default_rng(args.seed).choice(available, count, replace=False).tolist())
+    if named is None:
+        there = sorted(row_of)
+        if constraint:  # such as have one, if there are any
+            there = [number for number in there if constraint.there[row_of[number]]] or there
+        if len(there) < args.count:
+            print(f"--count {args.count}: only {len(there)} images to draw from, all are shown")
+        count = min(args.count, len(there))
+        named = sorted(np.random.default_rng(args.seed).choice(there, count, replace=False))
+    return [row_of[number] for number in named]
 
 
-def shown_from_bank(
-    args: argparse.Namespace, images: ImageSet, named: list[int] | None
-) -> tuple[dict, dict]:
-    """What is shown of targets and their neighbors in the bank, and the checkpoint."""
+def search_bank(args: argparse.Namespace, images: ImageSet) -> tuple[Searched, list[str], dict]:
+    """What is searched in the bank, notes for the picture, and the checkpoint."""
     if not args.weights:
         raise InputError("--weights: name the checkpoint to show neighbors of")
-    state = build_evaluation.read_weights(args)
-    bank = shown_neighbors.bank_of(state, images, what=f"--weights {args.weights}")
-    constraint, newest = shown_neighbors.constraint_of(state, bank), newest_rows(bank)
-    preferred = [n for n, row in newest.items() if constraint and constraint.there[row]]
-    numbers = choose(args, images, named, newest, absent="not in the bank", preferred=preferred)
-    rows = torch.tensor([newest[number] for number in numbers])
-    found = neighbors_of(
-        rows, *bank.in_use("features", "index"), images, k=args.neighbors, constraint=constraint
-    )
+    state, what = build_evaluation.read_weights(args), f"--weights {args.weights}"
+    searched = shown_neighbors.from_bank(state, images, k=args.neighbors, what=what)
     step = f", step {state['step']}" if state.get("step") else ""
     about = f"{Path(args.weights).name}: {state.get('method')}, epoch {state.get('epoch')}{step}"
-    notes = [f"{about}; M: memory bank of {bank.filled} rows; t: the target's newest row in it."]
-    notes += [PREVIOUS, f"{RANKS} {COSINES}"] if hasattr(bank, "previous") else [RANKS]
-    shown = {"title": "Neighbors in the memory bank", "notes": notes, "targets": found}
-    return shown | {"constraint": constraint and constraint.name, "rows": bank.filled}, state
+    rows = f"M: memory bank of {len(searched.index)} rows; t: the target's newest row in it."
+    has_previous = searched.constraint and searched.constraint.groups is None
+    notes = [PREVIOUS, f"{RANKS} {COSINES}"] if has_previous else [RANKS]
+    return searched, [f"{about}; {rows}", *notes], state
 
 
-def shown_from_features(
-    args: argparse.Namespace, images: ImageSet, named: list[int] | None, bad_images: BadImages
-) -> tuple[dict, dict] | None:
-    """The same by features of all training images; None but on the main process."""
+def search_features(
+    args: argparse.Namespace, images: ImageSet, bad_images: BadImages
+) -> tuple[Searched, list[str], dict] | None:
+    """The same of the features of all training images; None but on the main process."""
     backbone, state = build_evaluation.evaluated_backbone(args)
     (loader,) = build_evaluation.eval_loaders(args, images, bad_images=bad_images)
     network = build_evaluation.place(args, backbone.module)
@@ -163,36 +139,22 @@ def shown_from_features(
     if extracted is None:
         return None
     features = normalize(extracted[0], dim=1, out=extracted[0])
-    row_of = {n: i for i, n in enumerate(sorted(set(range(len(images))) - {*loader.left_out}))}
-    if not row_of:
+    index = torch.tensor(sorted(set(range(len(images))) - {*loader.left_out}))
+    if not len(index):
         raise InputError(f"data {images.root}: no image in it can be read")
-    numbers = choose(args, images, named, row_of, absent="cannot be read")
-    rows, index = torch.tensor([row_of[number] for number in numbers]), torch.tensor([*row_of])
-    found = neighbors_of(rows, features, index, images, k=args.neighbors, by_rank=False)
     encoder = "target" if args.use_target else "query"
     about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
-    notes = [f"{about}; {len(row_of)} training images. {COSINES}"]
-    shown = {"title": "Neighbors by features", "notes": notes, "targets": found}
-    return shown | {"constraint": None, "rows": len(row_of)}, state
+    notes = [f"{about}; {len(index)} training images. {COSINES}"]
+    row_of = {number: row for row, number in enumerate(index.tolist())}
+    return Searched(images, features, index, row_of, args.neighbors, by_rank=False), notes, state
 
 
-def draw(shown: dict, images: ImageSet, bad_images: BadImages, *, side: int) -> Image.Image:
-    """The picture, for which each file is read once in each size."""
-
-    @cache
-    def thumbnail(number: int, side: int) -> Image.Image | None:
-        try:
-            image = Image.fromarray(images.image(number).permute(1, 2, 0).numpy())
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged file can raise about anything
-            path = images.path(number)
-            bad_images.add(path, reason_of(error, path))
-            return None
-        return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-
-    words = {"title": shown["title"], "notes": shown["notes"]}
-    return neighbor_sheet(shown["targets"], thumbnail, **words, side=side)
+def read_picture(images: ImageSet, bad_images: BadImages, number: int) -> Image.Image | None:
+    """The picture of an image; None where it cannot be read."""
+    made, broken = read_images(images, [number], lambda _, p: p, tolerated=bad_images.tolerated)
+    for reason in broken.values():
+        bad_images.add(images.path(number), reason)
+    return Image.fromarray(made[number].permute(1, 2, 0).numpy()) if made else None
 
 
 def main() -> None:
@@ -209,21 +171,31 @@ def main() -> None:
     result_files.make_folder(args.output.parent, flag="--output")
     bad_images = build_evaluation.build_bad_images(args)
     if args.from_features:
-        found = shown_from_features(args, images, named, bad_images)
+        found = search_features(args, images, bad_images)
     else:
-        found = shown_from_bank(args, images, named) if distributed.is_main() else None
+        found = search_bank(args, images) if distributed.is_main() else None
     if found is None:  # not the main process
         return
-    shown, state = found
-    picture = draw(shown, images, bad_images, side=args.side)
+    searched, notes, state = found
+    targets = [searched.target(row) for row in choose(args, named, searched)]
+    title = "Neighbors by features" if args.from_features else "Neighbors in the memory bank"
+    read = partial(read_picture, images, bad_images)
+    picture = neighbor_sheet(targets, read, title=title, notes=notes, side=args.side)
     with files.atomic_file(args.output, flag="--output") as file:
         says = PngInfo()
         says.add_text("Software", PROGRAM)
         picture.save(file, format="PNG", pnginfo=says)
-    counts = {"train": len(images), "rows": shown.pop("rows"), "classes": len(images.classes)}
-    shown |= {"method": state.get("method"), "from_features": args.from_features}
-    shown |= {"size": list(picture.size), "side": args.side}
-    record = shown | build_evaluation.result_record(
+    counts = {"train": len(images), "rows": len(searched.index), "classes": len(images.classes)}
+    record = {
+        "title": title,
+        "notes": notes,
+        "targets": targets,
+        "constraint": searched.constraint and searched.constraint.name,
+        "method": state.get("method"),
+        "from_features": args.from_features,
+        "size": list(picture.size),
+        "side": args.side,
+    } | build_evaluation.result_record(
         args, state, counts=counts, bad_images=bad_images, images={"train": images}
     )
     name = args.output.with_suffix(".json").name

@@ -67,6 +67,8 @@ class PseudoCMSF(nn.Module):
     empties it.
     """
 
+    constraint = "pseudo-label"  # neighbors have it in the bank: for `show_neighbors.py`
+
     def __init__(
         self,
         encoders: QueryTargetEncoders,

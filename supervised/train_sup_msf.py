@@ -51,6 +51,8 @@ class SupervisedCMSF(nn.Module):
     the images' own.
     """
 
+    constraint = "label"  # neighbors have it in the bank: for `show_neighbors.py`
+
     def __init__(
         self,
         encoders: QueryTargetEncoders,

@@ -312,8 +312,10 @@ def test_bank(tmp_path, image_tree, kind, examples):
     args = argparse.Namespace(weights=str(path), count=2, seed=0, neighbors=3, images=None)
 
     def read():
-        shown, state = SHOW.shown_from_bank(args, images, None)
-        SHOW.draw(shown, images, BadImages(), side=64)
+        searched, notes, state = SHOW.search_bank(args, images)
+        shown = [searched.target(row) for row in SHOW.choose(args, None, searched)]
+        read = functools.partial(SHOW.read_picture, images, BadImages())
+        SHOW.neighbor_sheet(shown, read, title="x", notes=notes)
         json.dumps([shown, state.get("method"), state.get("epoch")], allow_nan=False)
 
     mutate(examples, read, content, path)

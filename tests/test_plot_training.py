@@ -38,7 +38,7 @@ def test_runs_that_differ_otherwise_are_groups_named_by_it(tmp_path):
     assert [group.label for group in groups] == ["CMSF2Q --topk 5 (2 runs)", "CMSF2Q --topk 10"]
     flags = {f"flag_{i}": "a value" for i in range(20)}  # too long for a legend
     logs.write(tmp_path / "other", logs.records(), starts=[logs.start(settings=flags)])
-    assert [group.name for group in SCRIPT.build_groups(runs)] == ["seed_0", "other"]
+    assert [group.name for group in SCRIPT.build_groups(runs)] == [runs[0], runs[2]]
 
 
 def test_without_run_json_each_run_is_alone(tmp_path):
@@ -65,12 +65,9 @@ def test_no_run_counts_twice(tmp_path):
     assert len(SCRIPT.build_groups([f"a={run}", f"b={run}"])) == 2
 
 
-@pytest.mark.parametrize("kind", ["method", "figures"])
-def test_methods_do_not_mix_in_a_group(tmp_path, kind):
-    starts = [logs.start()], [logs.start(method="PseudoCMSF")]
-    one, two = starts if kind == "method" else (None, None)
-    logs.write(tmp_path / "1", logs.records(), starts=one)
-    logs.write(tmp_path / "2", logs.records(confident=4.0), starts=two)
+def test_methods_do_not_mix_in_a_group(tmp_path):
+    logs.write(tmp_path / "1", logs.records(), starts=[logs.start()])
+    logs.write(tmp_path / "2", logs.records(), starts=[logs.start(method="PseudoCMSF")])
     with pytest.raises(InputError, match="a: runs of several methods in one group"):
         SCRIPT.build_groups([f"a={tmp_path / '1'}", f"a={tmp_path / '2'}"])
     assert len(SCRIPT.build_groups([f"a={tmp_path / '1'}", f"b={tmp_path / '2'}"])) == 2
@@ -95,7 +92,7 @@ def test_named_runs_with_other_flags_are_one_group_with_a_warning(tmp_path, caps
 @pytest.mark.parametrize(
     ("run", "output", "reason"),
     [
-        ("missing", "a.svg", "missing: no such file or folder"),
+        ("missing", "a.svg", "missing: no run, there is no log.jsonl"),
         ("=run", "a.svg", "=run: not NAME=RUN, the name is empty"),
         ("run", "a.png", "--output a.png: a name that ends in .svg"),
         ("run", "/proc/self/a.svg", "--output /proc/self: "),

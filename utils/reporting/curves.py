@@ -4,12 +4,15 @@ A chart is as wide as its box; its text keeps its proportion, so that a box of 3
 suits it. Nothing has to be installed to draw it, and neither a network nor a script to show it.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+import jinja2  # torch needs it, so that it is there
 import numpy as np
 
 from utils.reporting.run_log import KNN, RunLog
@@ -25,8 +28,7 @@ STYLES = (
     *(("#0072B2", "none"), ("#D55E00", "7 4"), ("#00795A", "2 3"), ("#A0457A", "9 3 2 3")),
     *(("#000000", "14 4"), ("#56B4E9", "4 2"), ("#E69F00", "1 2")),
 )
-_TEXT = 'fill="#3c4046" font-size="13" font-family="sans-serif"'
-_GRID = 'class="grid" stroke="#e3e5e8"'
+_TEMPLATE = Path(__file__).with_suffix(".svg")
 BAND = "line: mean, band: lowest to highest of the runs of a name"
 _PURITY = {"purity_constrained": "constrained", "purity_plain": "plain"}
 # Title, unit, and name in the log -> label, in the order they are drawn.
@@ -91,14 +93,6 @@ class Group:
         band = (values.min(axis=0), values.max(axis=0)) if len(curves) > 1 else ()
         return Curve(label, places, values.mean(axis=0), style, *band)
 
-    def rank_histograms(self) -> dict[float, np.ndarray]:
-        """As `RunLog.rank_histograms`, the mean of the runs; {} where they do not go together."""
-        each = [run.rank_histograms() for run in self.runs]
-        bins = {len(shares) for one in each for shares in one.values()}
-        if any(list(one) != list(each[0]) for one in each) or len(bins) > 1:
-            return {}
-        return {place: np.mean([one[place] for one in each], axis=0) for place in each[0]}
-
 
 def build_charts(groups: list[Group]) -> list[Chart]:
     """The charts of which some group has a figure.
@@ -118,46 +112,37 @@ def build_charts(groups: list[Group]) -> list[Chart]:
                 curves = [g.curve(name, "", i) for i, g in enumerate(groups) if g.has(name)]
                 text = f"{title}: {there[name]}" if len(figures) > 1 else title
                 charts.append(Chart(text, unit, curves, x_end=x_end))
-    for group in groups:
+    if len(groups) == len(groups[0].runs) == 1:
+        ranks = groups[0].runs[0].rank_histograms()
         curves = [
             Curve(f"epoch {epoch:.3g}", range(len(shares)), shares, style)
-            for style, (epoch, shares) in enumerate(group.rank_histograms().items())
-            if np.isfinite(shares).any()
+            for style, (epoch, shares) in enumerate(ranks.items())
         ]
-        if curves:
-            of = f", {group.name}" if len(groups) > 1 else ""
-            x_label = "log2 of the rank by plain distance"
-            charts.append(Chart(f"ranks of constrained neighbors{of}", "percent", curves, x_label))
+        x_label = "log2 of the rank by plain distance"
+        charts += [Chart("ranks of constrained neighbors", "percent", curves, x_label)] * bool(
+            curves
+        )
     return charts
 
 
 def chart_svg(chart: Chart) -> str:
     """A chart as an SVG element, without its title but for readers by ear."""
-    parts, height = _draw(chart)
-    return _svg(WIDTH, height, chart.title, parts)
+    drawn = _draw(chart)
+    return _render(chart.title, WIDTH, drawn["height"], charts=[drawn])
 
 
 def sheet_svg(charts: list[Chart], groups: list[Group]) -> str:
     """Charts with their titles below a legend of groups, each of a style, as an SVG file."""
-    width, top, parts = COLUMNS * (WIDTH + _GAP) + _GAP, _GAP, []
-    for style, group in enumerate(groups):
-        sample = _sample(style, _GAP, top) if len(groups) > 1 else ""
-        parts += [sample, _words(group.label, _GAP + 42 if sample else _GAP, top + 4, size=16)]
-        top += _LINE
-    if any(len(group.runs) > 1 for group in groups):
-        parts.append(_words(BAND, _GAP, top + 4))
-        top += _LINE
-    for first in range(0, len(charts), COLUMNS):
-        drawn = [(chart, *_draw(chart)) for chart in charts[first : first + COLUMNS]]
-        for column, (chart, inside, _) in enumerate(drawn):
-            left = _GAP + column * (WIDTH + _GAP)
-            title = chart.title if len(chart.title) <= 48 else f"{chart.title[:47]}…"
-            parts.append(_words(title, left + WIDTH / 2, top + _GAP, "middle", size=16))
-            move = f'transform="translate({left} {top + _GAP + 10})"'
-            parts += [f"<g {move}>", f"<title>{_escaped(chart.title)}</title>", *inside, "</g>"]
-        top += max(height for *_, height in drawn) + 2 * _GAP
-    paper = f'<rect width="{width}" height="{top}" fill="white"/>'
-    return _svg(width, top, "curves of training runs", [paper, *parts])
+    styles = itertools.cycle(STYLES) if len(groups) > 1 else itertools.repeat(None)
+    legend = [(style, group.label) for style, group in zip(styles, groups, strict=False)]
+    legend += [(None, BAND)] * any(len(group.runs) > 1 for group in groups)
+    drawn = [_draw(chart) for chart in charts]
+    top, step = _GAP + _LINE * len(legend), max(chart["height"] for chart in drawn) + 2 * _GAP
+    for number, chart in enumerate(drawn):
+        chart["left"] = _GAP + number % COLUMNS * (WIDTH + _GAP)
+        chart["top"] = top + number // COLUMNS * step + _GAP + 10
+    width, height = COLUMNS * (WIDTH + _GAP) + _GAP, drawn[-1]["top"] + step
+    return _render("curves of training runs", width, height, charts=drawn, legend=legend)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -173,85 +158,62 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _svg(width: float, height: float, title: str, parts: list[str]) -> str:
-    """An SVG element of this size."""
-    head = f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-    head += f' width="{width}" height="{height}" role="img" aria-label="{_escaped(title)}" {_TEXT}>'
-    return "\n".join([head, f"<title>{_escaped(title)}</title>", *filter(None, parts), "</svg>"])
-
-
-def _escaped(text: str) -> str:
-    return escape(printable(text))
-
-
-def _words(text: str, x: float, y: float, anchor: str = "start", *, size: int = 13) -> str:
-    where = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"'
-    return f"<text {where}>{_escaped(text)}</text>"
-
-
-def _stroke(style: int) -> str:
-    color, dashes = STYLES[style % len(STYLES)]
-    return (
-        f'class="curve" fill="none" stroke-width="2" stroke="{color}" stroke-dasharray="{dashes}"'
+@cache
+def _template() -> jinja2.Template:
+    page = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda x: printable(x) if type(x) is str else x,  # not what a macro made
     )
+    page.filters["path"] = lambda points: "M" + "L".join(f"{x} {y}" for x, y in points)
+    return page.from_string(_TEMPLATE.read_text())
 
 
-def _sample(style: int, x: float, y: float) -> str:
-    """A piece of a line, for a legend."""
-    return f'<path {_stroke(style)} d="M{x:g} {y:g}h34"/>'
+def _render(title: str, width: int, height: int, **parts: list) -> str:
+    """An SVG element of this size; with a legend a sheet on white paper."""
+    sides = {"left": _LEFT, "right": WIDTH - _RIGHT, "top": _TOP, "bottom": HEIGHT - _BOTTOM}
+    sides |= {"title": title, "width": width, "height": height, "gap": _GAP, "line_height": _LINE}
+    return _template().render(sides | parts)
 
 
-def _draw(chart: Chart) -> tuple[list[str], int]:
-    """Axes, grid, curves and, below, a legend of several; and how high that is."""
+def _draw(chart: Chart) -> dict:
+    """What the template draws of a chart, and how high that is."""
     heights = np.concatenate([part for c in chart.curves for part in (c.y, c.low, c.high)])
     heights = heights[np.isfinite(heights)]
     x_ticks = ticks(0, max(chart.x_end, *(curve.x[-1] for curve in chart.curves)))
     y_ticks = ticks(heights.min(), heights.max())
-    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
         """The place of a point in the picture, in pixels."""
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        place = _LEFT + across * (right - _LEFT), bottom - up * (bottom - _TOP)
-        return round(float(place[0]), 1), round(float(place[1]), 1)
+        place = _LEFT + across * (WIDTH - _RIGHT - _LEFT), HEIGHT - _BOTTOM
+        return round(float(place[0]), 1), round(float(place[1] - up * (place[1] - _TOP)), 1)
 
-    parts = []
-    for tick in y_ticks:
-        y = at(0, tick)[1]
-        parts.append(f'<path {_GRID} d="M{_LEFT} {y}H{right}"/>')
-        parts.append(_words(f"{tick:g}", _LEFT - 5, y + 4, "end"))
-    for tick in x_ticks:
-        x = at(tick, y_ticks[0])[0]
-        parts.append(f'<path {_GRID} d="M{x} {_TOP}V{bottom}"/>')
-        parts.append(_words(f"{tick:g}", x, bottom + 16, "middle"))
-    parts.append(_words(chart.x_label, (_LEFT + right) / 2, HEIGHT - 6, "middle"))
-    parts.append(f'<g transform="translate(13 {(_TOP + bottom) / 2}) rotate(-90)">')
-    parts += [_words(chart.unit, 0, 0, "middle"), "</g>"]
-    for curve in chart.curves:
-        parts += _curve(curve, at)
     named = [curve for curve in chart.curves if curve.label and len(chart.curves) > 1]
-    for place, curve in enumerate(named):  # two abreast
-        x, y = _LEFT + place % 2 * 150, HEIGHT + 8 + _LINE * (place // 2)
-        parts += [_sample(curve.style, x, y), _words(curve.label, x + 40, y + 4)]
-    return parts, HEIGHT + _LINE * math.ceil(len(named) / 2)
+    return chart._asdict() | {
+        "height": HEIGHT + _LINE * math.ceil(len(named) / 2),
+        "x_ticks": [(f"{tick:g}", at(tick, y_ticks[0])[0]) for tick in x_ticks],
+        "y_ticks": [(f"{tick:g}", at(0, tick)[1]) for tick in y_ticks],
+        "pieces": [piece for curve in chart.curves for piece in _pieces(curve, at)],
+        "legend": [  # two abreast
+            (_style(c), c.label, _LEFT + i % 2 * 150, HEIGHT + 8 + _LINE * (i // 2))
+            for i, c in enumerate(named)
+        ],
+    }
 
 
-def _curve(curve: Curve, at: Callable) -> Iterator[str]:
-    """Band and line with gaps where y is not finite; a few points, and those alone, as dots."""
-    color = STYLES[curve.style % len(STYLES)][0]
+def _style(curve: Curve) -> tuple[str, str]:
+    return STYLES[curve.style % len(STYLES)]
+
+
+def _pieces(curve: Curve, at: Callable) -> Iterator[tuple]:
+    """Style, band, line and dots of each piece between gaps; dots of few points, or of one."""
     few = np.isfinite(curve.y).sum() <= _FEW
     for part in np.ma.clump_unmasked(np.ma.masked_invalid(curve.y)):
         line, low, high = (
             [at(*point) for point in zip(curve.x[part], y[part], strict=False)]
             for y in (curve.y, curve.low, curve.high)
         )
-        if low:
-            edge = "L".join(f"{x} {y}" for x, y in low + high[::-1])
-            fill = f'fill="{color}" stroke="{color}" opacity="0.2"'  # of one point a stroke
-            yield f'<path class="band" {fill} d="M{edge}Z"/>'
-        if len(line) > 1:
-            places = "L".join(f"{x} {y}" for x, y in line)
-            yield f'<path {_stroke(curve.style)} d="M{places}"/>'
-        for x, y in line if few or len(line) == 1 else []:
-            yield f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>'
+        yield _style(curve), low + high[::-1], line, line if few or len(line) == 1 else []

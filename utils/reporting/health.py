@@ -13,8 +13,7 @@ RULES = (
     "These are rules of thumb: the limits of the training's own warnings, chance, and what was "
     "measured on small data sets (docs/results.md)."
 )
-# Twice what training warns of; and three quarters of the embeddings' squared length the same.
-_LOW_RANK, _LOW_SPREAD = 2 * collapse.LOW_RANK, 0.5
+_LOW_SPREAD = 0.5  # three quarters of the embeddings' squared length the same
 _TIMES_CHANCE = 1.5
 _EARLY = 0.1  # share of a run's epochs in which purity may yet fall
 _ACCURACY, _FEW_CONFIDENT = {"bad": 50, "low": 80}, 25  # percent of the pseudo-labels
@@ -37,18 +36,19 @@ def verdicts(run: RunLog) -> list[Verdict]:
     """Whether a run is healthy as of its last lines, question by question."""
     flags = (run.settings.get(name) for name in ("proj_dim", "mem_bank_size"))
     most = min((n for n in flags if type(n) is int), default=math.inf)  # that the rank can be
+    rank = {"bad": collapse.LOW_RANK, "low": min(2 * collapse.LOW_RANK, most / 2)}
     found = [
         Verdict("loss", *_loss(run)),
-        _limited(run, "effective_rank", bad=collapse.LOW_RANK, low=min(_LOW_RANK, most / 2)),
-        _limited(run, "spread", bad=collapse.LOW_SPREAD, low=_LOW_SPREAD),
+        Verdict("effective rank", *_limited(run, "effective_rank", **rank)),
+        Verdict("spread", *_limited(run, "spread", bad=collapse.LOW_SPREAD, low=_LOW_SPREAD)),
         Verdict("purity of plain neighbors", *_purity(run)),
     ]
     if pays := _neighbors_pay(run):
         found.append(Verdict("whether neighbors pay", *pays))
     if run.curve("confident"):
+        right = _limited(run, "accuracy_confident", "%", **_ACCURACY)
         found.append(Verdict("coverage of pseudo-labels", *_coverage(run)))
-        question = "accuracy of confident pseudo-labels"
-        found.append(_limited(run, "accuracy_confident", question, "%", **_ACCURACY))
+        found.append(Verdict("accuracy of confident pseudo-labels", *right))
     return found
 
 
@@ -56,16 +56,13 @@ def _text(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _limited(
-    run: RunLog, name: str, question: str = "", unit: str = "", *, bad: float, low: float
-) -> Verdict:
-    """The verdict on a figure that should be high."""
-    question = question or name.replace("_", " ")
+def _limited(run: RunLog, name: str, unit: str = "", *, bad: float, low: float) -> tuple[str, str]:
+    """Whether a figure is as high as it should be."""
     if (last := run.last(name)) is None:
-        return Verdict(question, "no figure", "nothing is logged yet")
+        return "no figure", "nothing is logged yet"
     word = "unhealthy" if last < bad else "look" if last < low else "healthy"
     limits = f"look below {_text(low)}{unit}, unhealthy below {_text(bad)}{unit}"
-    return Verdict(question, word, f"{_text(last)}{unit} now; {limits}")
+    return word, f"{_text(last)}{unit} now; {limits}"
 
 
 def _loss(run: RunLog) -> tuple[str, str]:
@@ -86,20 +83,16 @@ def _loss(run: RunLog) -> tuple[str, str]:
 def _purity(run: RunLog) -> tuple[str, str]:
     """Plain neighbors are of one class more often than by chance, and than at the start."""
     curve, last = run.curve("purity_plain"), run.last("purity_plain")
-    if last is None:
-        return "no figure", "the images have no classes, or nothing is logged yet"
-    if run.settings.get("topk") == 1:
-        return "no figure", "with --topk 1 the target is its only neighbor"
+    if last is None or run.settings.get("topk") == 1:
+        return "no figure", "not known, or with --topk 1 of the target alone"
     first, passed = next(filter(math.isfinite, curve.values())), max(curve)
-    classes = run.counts.get("classes")
-    chance = 100 / classes if classes else 0
     late = passed > _EARLY * (run.epochs or passed)
     word = "look" if last < first and late else "healthy"
     text = f"{_text(first)}% at first, {_text(last)}% now; look if it falls below its start"
-    if chance:
-        limit = _TIMES_CHANCE * chance
+    if classes := run.counts.get("classes"):
+        limit = _TIMES_CHANCE * 100 / classes
         word = "unhealthy" if last < limit else word
-        text += f"; by chance {_text(chance)}%, unhealthy below {_text(limit)}%"
+        text += f"; by chance {_text(100 / classes)}%, unhealthy below {_text(limit)}%"
     return word, text
 
 
@@ -118,14 +111,10 @@ def _neighbors_pay(run: RunLog) -> tuple[str, str] | None:
         return None
     # Of clusters the plain ones: a small one has fewer than k, and the target counts for more.
     purity = run.last("purity_constrained" if by_visit else "purity_plain")
-    if purity is None:
-        return "no figure", "their purity is not known"
-    if images >= _SMALL:
-        reason = f"known for small data sets only, not for {images} images; in the paper they do"
-        return "no figure", reason
-    if run.settings.get("symmetric") or (type(bank) is int and 0 < images < bank):
-        reason = "purity beside the image itself is not known: the bank holds several rows of it"
-        return "no figure", reason
+    several = run.settings.get("symmetric") or (type(bank) is int and 0 < images < bank)
+    if purity is None or several or images >= _SMALL:
+        reason = f"known where classes are, of less than {_SMALL:,} images (in the paper they do)"
+        return "no figure", f"{reason}, each in the bank once at most"
     others = min(beside_target(purity, k), 100.0)
     text = f"beside the target itself {_text(others)}% of the neighbors are of its class"
     text += f"; up to {_text(NEAREST_COST_UP_TO)}% the target alone learned more on small data sets"

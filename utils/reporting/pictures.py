@@ -6,11 +6,10 @@ well (the colors are two of Okabe and Ito's, which people with any color vision 
 """
 
 import textwrap
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SAME, OTHER, GRAY = "#0072B2", "#D55E00", "#555555"  # Okabe-Ito blue and vermilion
 MARKS = {
@@ -26,7 +25,7 @@ _LEAST = 660  # width beside the targets in which every caption fits
 
 def neighbor_sheet(
     targets: list[dict],
-    read: Callable[[int, int], Image.Image | None],
+    read: Callable[[int], Image.Image | None],
     *,
     title: str,
     notes: Sequence[str] = (),
@@ -34,21 +33,20 @@ def neighbor_sheet(
 ) -> Image.Image:
     """Draw targets, as `shown_neighbors` tells of them, below each other; RGB.
 
-    read: the thumbnail of an image's number and side in pixels; None where a file cannot be read.
-    side: of the neighbors'; a target has half as much again. Words that do not fit end in an
-    ellipsis. "place" of all that is drawn becomes its thumbnail's left and top edge and side.
+    read: the picture of an image's number; None where a file cannot be read. side: of a neighbor's
+    thumbnail, the central square; a target's is half as much again. Words that do not fit end in
+    an ellipsis. "place" of all that is drawn becomes its thumbnail's left and top edge and side.
     """
     big = side * 3 // 2
-    lines = [line for target in targets for line in target["rows"]]
-    columns = max((len(line["neighbors"]) for line in lines), default=0)
+    neighbors = [line["neighbors"] for target in targets for line in target["rows"]]
     left = _MARGIN + big + 2 * (_FRAME + _GAP)  # of the neighbors
-    right = left + max(columns * (side + 2 * _FRAME + _GAP), _LEAST)
+    column = side + 2 * _FRAME + _GAP
+    right = left + max(max(map(len, neighbors), default=0) * column, _LEAST)
     head = [(part, GRAY) for note in notes for part in textwrap.wrap(note, (right - _MARGIN) // 8)]
-    if any(n["same_class"] is not None for line in lines for n in line["neighbors"]):
+    if any(one["same_class"] is not None for line in neighbors for one in line):
         head += MARKS.items()
-    line_height = side + 2 * _FRAME + 3 * _LINE + _GAP  # with a caption and two words
-    least = big + 2 * _FRAME + 4 * _LINE
-    heights = [max(len(t["rows"]) * line_height, least) + 2 * _GAP for t in targets]
+    row = column + 3 * _LINE  # with a caption and two words
+    heights = [max(len(t["rows"]) * row, big + 2 * _FRAME + 4 * _LINE) + 2 * _GAP for t in targets]
     top = _MARGIN + (len(head) + 2) * _LINE
     sheet = Image.new("RGB", (right + _MARGIN, top + sum(heights) + _MARGIN), "white")
     _write(sheet, title, (_MARGIN, _MARGIN), right - _MARGIN, size=_TITLE)
@@ -59,8 +57,13 @@ def neighbor_sheet(
         _write(sheet, "target", (_MARGIN + _FRAME, top + 2 * _GAP), big)
         _draw_tile(sheet, target, (_MARGIN, top + 2 * _GAP + _LINE), big, read)
         for number, line in enumerate(target["rows"]):
-            place = (left, top + 2 * _GAP + number * line_height)
-            _draw_line(sheet, line, place, side, read)
+            y = top + 2 * _GAP + number * row
+            _write(sheet, line["caption"], (left + _FRAME, y), right - left)
+            for place, neighbor in enumerate(line["neighbors"]):
+                _draw_tile(sheet, neighbor, (left + place * column, y + _LINE), side, read)
+            if not line["neighbors"]:
+                place = (left + _FRAME, y + _LINE)
+                _write(sheet, line["remark"], place, right - left, color=GRAY)
         top += height
     return sheet
 
@@ -71,13 +74,8 @@ def corner_side(side: int) -> int:
 
 
 def shortened(text: str, size: int, width: float) -> str:
-    """As much of a text as fits into `width` pixels, in letters that the font has.
-
-    Accents are dropped, other letters become "?"; what is cut off an ellipsis.
-    """
-    plain = unicodedata.normalize("NFKD", text)
-    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
-    text = "".join(letter if " " <= letter <= "~" else "?" for letter in plain)
+    """As much of a text as fits into `width` pixels, then an ellipsis; other letters become "?"."""
+    text = "".join(letter if " " <= letter <= "~" else "?" for letter in text)
     if font_of(size).getlength(text) <= width:
         return text
     while text and font_of(size).getlength(text + "…") > width:
@@ -96,18 +94,6 @@ def _write(sheet: Image.Image, text: str, place: tuple, width: int, *, size=_TEX
     ImageDraw.Draw(sheet).text(place, text, font=font_of(size), fill=color)
 
 
-def _draw_line(sheet: Image.Image, line: dict, place: tuple, side: int, read: Callable) -> None:
-    """A caption, and below it the neighbors, or why there are none."""
-    x, y = place
-    _write(sheet, line["caption"], (x + _FRAME, y), sheet.width - _MARGIN - x)
-    if not line["neighbors"]:
-        place = (x + _FRAME, y + _LINE)
-        _write(sheet, line["remark"], place, sheet.width - _MARGIN - x, color=GRAY)
-    for column, neighbor in enumerate(line["neighbors"]):
-        left = x + column * (side + 2 * _FRAME + _GAP)
-        _draw_tile(sheet, neighbor, (left, y + _LINE), side, read)
-
-
 def _draw_tile(sheet: Image.Image, record: dict, place: tuple, side: int, read: Callable) -> None:
     """A framed thumbnail and its words; a gray square with a cross for what cannot be read."""
     left, top = place[0] + _FRAME, place[1] + _FRAME
@@ -117,7 +103,8 @@ def _draw_tile(sheet: Image.Image, record: dict, place: tuple, side: int, read: 
     color, width = {True: (SAME, 2), False: (OTHER, _FRAME), None: ("#BBBBBB", 1)}[same]
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((left - width, top - width, right + width, bottom + width), fill=color)
-    if image := read(record["index"], side):
+    if image := read(record["index"]):
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
         sheet.paste(image, (left, top))
     else:
         draw.rectangle((left, top, right, bottom), fill="#DDDDDD")

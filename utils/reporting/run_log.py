@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.evaluation.result_files import TABLE
+from utils.evaluation import result_files
 from utils.runtime import checked, plain_json
 from utils.runtime.errors import InputError
 from utils.training.log import record_of
@@ -20,7 +20,11 @@ KNN = "knn_"  # how the names of k-NN accuracies begin: knn_20
 RANKS = "constrained_ranks"
 _DRAWN = checked.real(-1e100, 1e100)  # beyond, the axis of a chart overflows
 # What is computed with, of a line of a log and of a start of run.json.
-_LINE = {"seconds": checked.real(0), "knn": TABLE, RANKS: checked.list_of(checked.ANY)}
+_LINE = {
+    "seconds": checked.real(0, 1e12),
+    "knn": result_files.TABLE,
+    RANKS: checked.list_of(checked.ANY),
+}
 _START = {
     "method": checked.TEXT,
     **dict.fromkeys(("epochs", "steps"), checked.whole(1)),
@@ -55,36 +59,23 @@ class RunLog:
         name: as in the log; "knn_20": accuracy of 20-NN. Step s of S in epoch e is e - 1 + s / S.
         Of two lines of one step the later counts.
         """
-        return {
-            self._passed(record): number
-            for record in self.records
-            if (number := _figure(record, name)) is not None
-        }
-
-    def has(self, name: str) -> bool:
-        """Whether there is a finite figure of this name."""
-        return self.last(name) is not None
+        return {self._passed(r): _number(r[name]) for r in self.records if name in r}
 
     def last(self, name: str) -> float | None:
         """The newest finite figure of this name."""
         return next(filter(np.isfinite, reversed(self.curve(name).values())), None)
 
-    def rank_histograms(self, count: int = 4) -> dict[float, list[float]]:
-        """Epochs that have passed -> histogram, `count` of them, evenly taken from first to last.
+    def rank_histograms(self) -> dict[float, list[float]]:
+        """Epochs that have passed -> histogram, four of them, evenly taken from first to last.
 
         Bin i is the share in percent of constrained neighbors that by plain distance have rank
         2^i to 2^(i+1) - 1, up to the last bin that any has.
         """
-        found = {
-            self._passed(record): [_number(share) for share in record[RANKS]]
-            for record in self.records
-            if record.get(RANKS)
-        }
-        found = {epoch: shares for epoch, shares in found.items() if np.isfinite(shares).any()}
-        used = max((np.flatnonzero(s)[-1] + 1 for s in found.values() if np.any(s)), default=0)
-        places = np.linspace(0, len(found) - 1, count).round().astype(int)
-        chosen = [list(found)[i] for i in np.unique(places)] if used else []
-        return {epoch: found[epoch][:used] for epoch in chosen}
+        found = {self._passed(r): [*map(_number, r[RANKS])] for r in self.records if r.get(RANKS)}
+        found = {place: shares for place, shares in found.items() if np.nansum(shares) > 0}
+        used = max((np.flatnonzero(shares)[-1] + 1 for shares in found.values()), default=0)
+        chosen = np.linspace(0, len(found) - 1, 4).round()
+        return {place: found[place][:used] for i, place in enumerate(found) if i in chosen}
 
     def _passed(self, record: dict) -> float:
         return record["epoch"] - 1 + record["step"] / self.steps
@@ -97,11 +88,9 @@ def read(path: str | Path) -> RunLog:
     Raises InputError for what is missing, empty, damaged or no log.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
     log = path / LOG if path.is_dir() else path
     if not log.is_file():
-        raise InputError(f"{path}: no run, there is no {LOG} in it")
+        raise InputError(f"{path}: no run, there is no {LOG}")
     lines = plain_json.read_text(log).rstrip("\n").split("\n")
     records = [record_of(line) for line in lines]
     cut = records[-1] is None and lines[-1] != ""
@@ -110,6 +99,8 @@ def read(path: str | Path) -> RunLog:
         if record is None:
             raise InputError(f"{log}: damaged, line {number} is no record of a run")
         _check(record, _LINE, what=f"{log}, line {number}")
+        for k, row in (record.get("knn") or {}).items():
+            record |= {f"{KNN}{k}": row["accuracy"]} if "accuracy" in row else {}
     if not records:
         raise InputError(f"{log}: empty, the run has not logged anything yet")
     return RunLog(log, records, _starts(log.parent / ABOUT), cut=cut)
@@ -125,22 +116,11 @@ def _starts(path: Path) -> list[dict]:
     """The starts that a run.json tells of, [] without one."""
     if not os.path.lexists(path):
         return []
-    try:
-        starts = plain_json.loads(plain_json.read_text(path))["starts"]
-        starts = [dict(start.items()) for start in starts]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: damaged, it does not tell of the starts of a run") from None
+    kind, record = checked.list_of(checked.TABLE), result_files.read_json(path)
+    starts = checked.take(record, "starts", kind, what=str(path))
     for number, start in enumerate(starts, 1):
         _check(start, _START, what=f"{path}, start {number}")
     return [{name: v for name, v in start.items() if v is not None} for start in starts]
-
-
-def _figure(record: dict, name: str) -> float | None:
-    """A figure of a line, nan for null; None if it has no such figure."""
-    if not name.startswith(KNN):
-        return _number(record[name]) if name in record else None
-    row = (record.get("knn") or {}).get(name.removeprefix(KNN))
-    return None if row is None else _number(row.get("accuracy"))
 
 
 def _number(value: object) -> float:

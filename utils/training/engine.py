@@ -46,7 +46,7 @@ class Run:
     args: all of the script's flags, those of `options.add_training_options` among them. model:
     `forward(batch)` returns a loss and a dict of scalar tensors, `diagnostics()` the figures that
     tell its health, `spread` and `effective_rank` among them; low ones are warned of, unless the
-    model has `can_collapse = False`. data: digests by name of what is trained on, compared when
+    model has `can_collapse = False`. Its `constraint`, if any, is kept in checkpoints. data: digests by name of what is trained on, compared when
     resuming. about: builtins for `run.json`. evaluate: returns k-NN figures. compare_with: others
     by name, for `finish`. num_images, num_classes: of the data, for the banks in a checkpoint.
 
@@ -322,6 +322,7 @@ class Run:
         return {
             "format": checkpoint.FORMAT,
             "method": self._method,
+            "constraint": getattr(self.model, "constraint", None),
             "epoch": self.epoch,
             "step": None if self._epoch_ended else self.epoch_step,
             "state_dict": weights,

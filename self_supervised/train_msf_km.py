@@ -158,6 +158,7 @@ def main() -> None:
             loss, stats = run.forward(batch)
             run.step(loss, stats)
             if run.epoch_step == run.epoch_steps:
+                run.check_loss()
                 run.note(model.refit(seed=[args.seed, run.total_steps]))
         run.finish("CMSF-KM")
 

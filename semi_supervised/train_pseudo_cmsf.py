@@ -38,7 +38,7 @@ from utils.method.memory_bank import MemoryBank
 from utils.method.neighbors import mean_shift_loss, nearest, nearest_with_label, purity
 from utils.method.ranks import constrained_ranks
 from utils.runtime import script
-from utils.runtime.distributed import is_main
+from utils.runtime.distributed import gather, is_main
 from utils.runtime.errors import InputError
 from utils.runtime.streams import upload
 
@@ -162,7 +162,8 @@ class PseudoCMSF(nn.Module):
 
 
 def _percent(hits: Tensor, among: Tensor) -> Tensor:
-    """Share of hits (B,) bool among some (B,) bool, in percent; nan without any."""
+    """Share of hits (B,) bool among some, (B,) bool, in percent; nan without any."""
+    hits, among = gather(hits, among)
     return 100 * (hits & among).sum() / among.sum()
 
 
@@ -255,6 +256,7 @@ def main() -> None:
             loss, stats = run.forward(batch, constrained=constrained)
             run.step(loss, stats)
             if constrained and run.epoch_step in (run.epoch_steps // 2, run.epoch_steps):
+                run.check_loss()
                 seed = [args.seed, run.total_steps]
                 run.note(train_round(model, labeled_images, args, seed=seed))
         run.finish("semi-supervised CMSF")

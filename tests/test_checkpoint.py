@@ -221,7 +221,7 @@ def test_code_in_a_file_is_not_run(tmp_path, kind):
         torch.save(state, path)
     else:
         path.write_bytes(pickle.dumps(state))
-    words = "holds a pickled object; only" if kind == "torch" else "not a readable"
+    words = ", a pickled object; only" if kind == "torch" else "not a readable"
     with pytest.raises(InputError, match=f"evil.pth: {words}"):
         checkpoint.load(path, flag="--weights")
     assert not trace.exists()

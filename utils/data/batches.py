@@ -153,10 +153,18 @@ def read_batches(
 ) -> Iterator[CropBatch]:
     """What workers send, once the broken images have been noted: InputError as `BadImages.add`.
 
-    loader: a `DataLoader`, or the like without workers. RunError if workers cannot be started, fail
-    or die. (A worker returns what it has to say of an image: raised there, it would arrive as a
-    traceback.)
+    loader: a `DataLoader`, or the like without workers. (A worker returns what it has to say of an
+    image: raised there, it would arrive as a traceback.)
     """
+    for batch in _from_workers(loader):
+        for number, reason in batch.broken.items():
+            bad_images.add(images.path(number), reason)
+        index, label = map(torch.as_tensor, (batch.index, batch.label))
+        yield batch._replace(index=index, label=label)
+
+
+def _from_workers(loader: Iterable[CropBatch]) -> Iterator[CropBatch]:
+    """The batches of a loader; RunError if its workers cannot be started, fail or die."""
     num_workers = getattr(loader, "num_workers", 0)
     earlier = getattr(loader, "_iterator", None)  # its workers persist
     workers = getattr(earlier, "_workers", [] if num_workers else None)
@@ -165,11 +173,7 @@ def read_batches(
             check_room(num_workers)
         batches = iter(loader)
         workers = getattr(batches, "_workers", workers)
-        for batch in batches:
-            for number, reason in batch.broken.items():
-                bad_images.add(images.path(number), reason)
-            index, label = map(torch.as_tensor, (batch.index, batch.label))
-            yield batch._replace(index=index, label=label)
+        yield from batches
     except (RuntimeError, OSError, MemoryError, ImportError, EOFError) as error:
         if reason := worker_failure(error, workers):
             raise RunError(reason) from error

@@ -54,7 +54,7 @@ def _is_worth_choosing(queries: Tensor, rows: Tensor, k: int) -> bool:
         and len(queries) >= _MANY_QUERIES
         and queries.dtype == torch.float32
         and _has_fast_bfloat16()
-        and rows.shape[0] >= 64 * _CANDIDATES * k
+        and rows.shape[0] >= 64 * _CANDIDATES * k > 0
         and rows.shape[1] >= 64
     )
 

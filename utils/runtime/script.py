@@ -130,9 +130,17 @@ def follow_torchrun() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
+def _is_gone(torchrun: int) -> bool:
+    """Whether it was killed before this process could see who it was: then it is the first one."""
+    try:  # in a container torchrun may be the first one
+        return torchrun == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def _end_with(torchrun: int) -> None:
     """Wait until this process has another parent; then ask it to stop, and see that it does."""
-    while os.getppid() == torchrun:
+    while os.getppid() == torchrun and not _is_gone(torchrun):
         time.sleep(_LOOKS_EVERY)
     if os.environ.get("LOCAL_RANK") == "0":
         with suppress(OSError):

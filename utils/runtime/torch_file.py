@@ -5,6 +5,7 @@ What a tensor out of a file must be is said here, as `checked` says it of other 
 
 import argparse
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ _DTYPES = {
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 }
 _NAME = 80  # characters of a name out of a file
+_FOLDER = 0x10  # in the attributes of an entry of a zip archive
 
 
 def read(path: str | Path, *, what: str) -> Any:
@@ -30,23 +32,26 @@ def read(path: str | Path, *, what: str) -> Any:
 
     argparse.Namespace, of published checkpoints, is the one class let in beside tensors and
     builtins. Raises, begun by `what`, InputError for a whole file with another, DamagedError for
-    one that is damaged or of another kind. torch.load itself ignores the archive's checksums.
+    one that is damaged or of another kind. torch.load itself ignores the archive's checksums, and
+    takes an entry for a folder, whose tensor is whatever lay in memory, by a bit that none covers.
     """
-    whole = False
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                whole = archive.testzip() is None
-            if not whole:
-                raise DamagedError(unreadable(what))
+                folders = any(entry.external_attr & _FOLDER for entry in archive.infolist())
+                if folders or archive.testzip() is not None:
+                    raise DamagedError(unreadable(what))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DamagedError(f"{what}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise about anything
-        if not (whole and isinstance(error, pickle.UnpicklingError)):
+        refused = re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error))
+        if not (refused and isinstance(error, pickle.UnpicklingError)):
             raise DamagedError(unreadable(what)) from error
-        reason = "only tensors and plain values are read (save its state_dict())"
-        raise InputError(f"{what}: holds a pickled object; {reason}") from error
+        reason = "a pickled object; only tensors and plain values are read (save its state_dict())"
+        raise InputError(f"{what}: holds {one_line(refused[1])}, {reason}") from error
 
 
 def unreadable(what: str) -> str:

@@ -46,9 +46,10 @@ class Run:
     args: all of the script's flags, those of `options.add_training_options` among them. model:
     `forward(batch)` returns a loss and a dict of scalar tensors, `diagnostics()` the figures that
     tell its health, `spread` and `effective_rank` among them; low ones are warned of, unless the
-    model has `can_collapse = False`. Its `constraint`, if any, is kept in checkpoints. data: digests by name of what is trained on, compared when
-    resuming. about: builtins for `run.json`. evaluate: returns k-NN figures. compare_with: others
-    by name, for `finish`. num_images, num_classes: of the data, for the banks in a checkpoint.
+    model has `can_collapse = False`. Its `constraint`, if any, is kept in checkpoints. data:
+    digests by name of what is trained on, compared when resuming. about: builtins for `run.json`.
+    evaluate: returns k-NN figures. compare_with: others by name, for `finish`. num_images,
+    num_classes: of the data, for the banks in a checkpoint.
 
     Without `--resume` an earlier run in the folder is moved aside. Of several processes each makes
     the same run; `forward` is the model's, with gradients that are the mean over all of them.
@@ -196,9 +197,13 @@ class Run:
         self._means.add({"loss": loss, **stats})
         self._interval_steps += 1
 
+    def check_loss(self) -> None:
+        """RunError now if the loss of the last step is not finite; waits for a GPU."""
+        self._losses.check()
+
     def note(self, figures: dict[str, float], **texts: str) -> None:
         """Log figures of something that happened within an epoch, and texts; say the figures."""
-        self._losses.check()
+        self.check_loss()
         self.log.write(self._place() | figures | texts)
         shown = (f"{n} {v:.4g}" for n, v in figures.items() if not isinstance(v, list))
         self.log.say(f"epoch {self.epoch}/{self.epochs} step {self.epoch_step}  {'  '.join(shown)}")

@@ -51,7 +51,9 @@ def extract_features(
     if features is None:
         features = torch.empty(len(own), next(filter(None, sizes)))
     features, labels = (
-        distributed.rows_on_main(rows, num_images, everywhere=everywhere)
+        distributed.gather_uneven(rows)
+        if everywhere
+        else distributed.on_main(rows, slice(own.start, own.stop), num_images)
         for rows in (features, labels)
     )
     if not (everywhere or distributed.is_main()):

@@ -269,8 +269,9 @@ class Run:
         """
         due = 0 < self.args.save_minutes <= (time.monotonic() - self._saved_at) / 60
         at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
-        told = torch.tensor([self._signals.received or 0, due and not at_end])
-        number, due = distributed.highest(told, of_main=[1]).tolist()
+        due = due and not at_end and distributed.is_main()
+        told = torch.tensor([self._signals.received or 0, due])
+        number, due = distributed.highest(told).tolist()
         if number:
             self._save_and_stop(signal.Signals(number))
         if due:

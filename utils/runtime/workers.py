@@ -54,7 +54,11 @@ def worker_failure(
     if workers:
         time.sleep(0.1)  # the end of one may be a moment away
     if ended := next((worker for worker in workers or () if worker.exitcode), None):
-        return _end_of(ended)
+        if ended.exitcode > 0:
+            how = f"ended with exit code {ended.exitcode}, what it printed says why"
+        else:
+            how = f"was killed by signal {signal.strsignal(-ended.exitcode)}"
+        return f"DataLoader worker (pid {ended.pid}) {how}: {_ADVICE}"
     if "in DataLoader worker process" in text:  # raised there; a mistake of ours is no failure
         if not isinstance(error, (OSError, ImportError, MemoryError)) and "memory" not in text:
             return None
@@ -65,14 +69,6 @@ def worker_failure(
     if isinstance(error, RuntimeError) and _OF_WORKERS.search(text):
         return f"{text.splitlines()[0].split('. ')[0]}: {_ADVICE}"
     return None
-
-
-def _end_of(worker: multiprocessing.Process) -> str:
-    if worker.exitcode > 0:
-        how = f"ended with exit code {worker.exitcode}, what it printed says why"
-    else:
-        how = f"was killed by signal {signal.strsignal(-worker.exitcode)}"
-    return f"DataLoader worker (pid {worker.pid}) {how}: {_ADVICE}"
 
 
 def check_room(num_workers: int) -> None:

@@ -112,12 +112,9 @@ def build_loader(
     """
     twice = getattr(args, "symmetric", False)
     if getattr(args, "mem_bank_size", 0) > len(images) * (1 + twice):
-        print(
-            f"WARNING --mem_bank_size {args.mem_bank_size}: above {'twice ' * twice}the "
-            f"{len(images)} training images, so that images have several rows in the bank, the "
-            "older ones of an earlier encoder",
-            flush=True,
-        )
+        above = f"above {'twice ' * twice}the {len(images)} training images"
+        old = "some have several rows in the bank, the older ones of an earlier encoder"
+        print(f"WARNING --mem_bank_size {args.mem_bank_size}: {above}: {old}", flush=True)
     bad_images = build_bad_images(args)
     batch = min(args.batch_size, len(images)) // distributed.world_size()
     check_view_memory(args, batch, views=1 if single else 2)

@@ -32,7 +32,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A worker that is not forked imports the script, and would begin another run in its folder.
-        sys.exit('worker processes cannot start without an `if __name__ == "__main__":` guard')
+        guard = '`if __name__ == "__main__":` guard'
+        print(f"worker processes cannot start without an {guard}", file=sys.stderr, flush=True)
+        os._exit(1)
     follow_torchrun()
     atexit.register(_remove_cache_folder)
     code, name = 0, printable(os.path.basename(sys.argv[0]))

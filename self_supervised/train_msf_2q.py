@@ -106,7 +106,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    build_training.check_bank(args)
     train, val = build_training.read_training_data(args)
     model = CMSF2Q(
         build_training.build_encoders(args),

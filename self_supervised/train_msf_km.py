@@ -138,7 +138,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    build_training.check_bank(args)
     faiss_library.load("k-means")  # an epoch would be over before it is needed
     train, val = build_training.read_training_data(args)
     if args.num_clusters > len(train):

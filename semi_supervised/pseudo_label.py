@@ -78,22 +78,15 @@ def train_head(
     head.eval().requires_grad_(False)
     for value in head.state_dict().values():  # kernels may round differently on each GPU
         distributed.from_main(value)
-    loss, accuracy = _figures(head, sums / len(labels))
+    finite = torch.stack([value.isfinite().all() for value in head.state_dict().values()]).all()
+    means = distributed.from_main((sums / len(labels)).where(finite, torch.nan))
+    loss, accuracy = means.tolist()  # the only wait for a GPU in a round
     if not math.isfinite(loss):
         raise RunError(
             f"--pseudo_lbl_lr {learning_rate:g}: the classifier head has diverged (trained on "
             f"{len(labels)} rows); try a lower one"
         )
     return {"head_loss": loss, "head_accuracy": 100 * accuracy, "head_rows": len(labels)}
-
-
-def _figures(head: PseudoLabelHead, means: Tensor) -> list[float]:
-    """The means (2,) of loss and hits as the main process has them; nan if the head is not finite.
-
-    The only wait for a GPU in a round.
-    """
-    finite = torch.stack([value.isfinite().all() for value in head.state_dict().values()]).all()
-    return distributed.from_main(means.where(finite, torch.nan)).tolist()
 
 
 def _train_epoch(

@@ -173,35 +173,25 @@ def parse_args() -> argparse.Namespace:
     options.add_training_options(parser)
     options.add_crop_options(parser)
     options.add_split_options(parser, "--sup_split_file", "--sup-split-file")
-    group = parser.add_argument_group("pseudo-labels")
-    share = arguments.number(float, low=0, high=1)
-    group.add_argument("--mlp_xent", choices=["linear", "mlp", "mlp_3l"], default="linear")
-    group.add_argument("--pseudo_batch_size", type=arguments.positive, default=256)
-    group.add_argument("--pseudo_lbl_epochs", type=arguments.positive, default=40)
-    group.add_argument("--pseudo_lbl_lr", type=arguments.not_negative, default=0.01)
-    group.add_argument("--pseudo_lbl_lr_schedule", type=arguments.epoch_list, default="15,30,40")
-    group.add_argument("--pseudo_lbl_momentum", type=share, default=0.9)
-    group.add_argument("--pseudo_lbl_weight_decay", type=arguments.not_negative, default=1e-4)
-    group.add_argument("--use_conf", action="store_true", help="only confident labels count")
-    group.add_argument("--conf_th", type=share, default=0.85, help="confidence that counts")
-    group.add_argument(
-        "--cache_sup", action="store_true", help="train the head on embeddings kept from training"
-    )
-    group.add_argument(
-        "--cache_conf_unsup",
-        action="store_true",
-        help="and on those of confident pseudo-labels (each step then waits for a GPU once)",
-    )
-    group.add_argument("--sup_mem_bank_size", type=arguments.positive, default=128000)
-    group.add_argument(
-        "--topk_plain", type=arguments.positive, help="k without a confident label; default: --topk"
-    )
-    group.add_argument(
-        "--constraint_start",
-        type=arguments.positive,
-        default=1,
-        help="epoch from which the head is trained and the constraint counts",
-    )
+    add = parser.add_argument_group("pseudo-labels").add_argument
+    add("--mlp_xent", choices=["linear", "mlp", "mlp_3l"], default="linear")
+    add("--pseudo_batch_size", type=arguments.positive, default=256)
+    add("--pseudo_lbl_epochs", type=arguments.positive, default=40)
+    add("--pseudo_lbl_lr", type=arguments.not_negative, default=0.01)
+    add("--pseudo_lbl_lr_schedule", type=arguments.epoch_list, default="15,30,40")
+    add("--pseudo_lbl_momentum", type=arguments.share, default=0.9)
+    add("--pseudo_lbl_weight_decay", type=arguments.not_negative, default=1e-4)
+    add("--use_conf", action="store_true", help="only confident labels count")
+    add("--conf_th", type=arguments.share, default=0.85, help="confidence that counts")
+    kept = "train the head on embeddings kept from training"
+    add("--cache_sup", action="store_true", help=kept)
+    confident = "and on those of confident pseudo-labels (each step then waits for a GPU once)"
+    add("--cache_conf_unsup", action="store_true", help=confident)
+    add("--sup_mem_bank_size", type=arguments.positive, default=128000)
+    plain = "k without a confident label; default: --topk"
+    add("--topk_plain", type=arguments.positive, help=plain)
+    start = "epoch from which the head is trained and the constraint counts"
+    add("--constraint_start", type=arguments.positive, default=1, help=start)
     return options.parse(parser, demo=DEMO)
 
 
@@ -213,7 +203,6 @@ def main() -> None:
     if args.pseudo_batch_size == 1 and args.mlp_xent != "linear":
         reason = f"--mlp_xent {args.mlp_xent} has batch norm, which cannot train on one row"
         raise InputError(f"--pseudo_batch_size 1: {reason}")
-    build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
     index = labeled_index(
         train,
@@ -223,11 +212,8 @@ def main() -> None:
         seed=args.split_seed,
     )
     if args.cache_sup and args.sup_mem_bank_size < len(index):
-        print(
-            f"WARNING --sup_mem_bank_size {args.sup_mem_bank_size}: below the {len(index)} labeled "
-            "images, so that the head is trained on the latest of them only",
-            flush=True,
-        )
+        so = f"below the {len(index)} labeled images: the head is trained on the latest only"
+        print(f"WARNING --sup_mem_bank_size {args.sup_mem_bank_size}: {so}", flush=True)
     labeled = torch.zeros(len(train), dtype=torch.bool)
     labeled[index] = True
     encoders = build_training.build_encoders(args)

@@ -135,7 +135,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy."""
     args = parse_args()
-    build_training.check_bank(args)
     train, val = build_training.read_training_data(args, labeled=True)
     given = given_labels(train, file=args.label_file, noise=args.label_noise, seed=args.noise_seed)
     model = SupervisedCMSF(

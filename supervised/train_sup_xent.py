@@ -90,7 +90,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, save, and report k-NN accuracy and that of the classifier."""
     args = parse_args()
-    build_training.check_batch(args)
     train, val = build_training.read_training_data(args, labeled=True)
     given = given_labels(train, file=args.label_file, noise=args.label_noise, seed=args.noise_seed)
     backbone, feature_dim = build_training.build_sole_backbone(args)

@@ -308,7 +308,9 @@ def test_code_in_a_checkpoint_is_not_run(call_script, image_tree, tmp_path, scri
     out = tmp_path / ("out.npz" if script is EXTRACT else "out.pth")
     data = (image_tree / "val",) if script is EXTRACT else ()
     flags = ("--weights", path, "--output", out, *data)
-    assert_refused(call_script(script, *flags), f"--weights {path}: holds posix.mkdir, a pickled object")
+    assert_refused(
+        call_script(script, *flags), f"--weights {path}: holds posix.mkdir, a pickled object"
+    )
     assert os.listdir(tmp_path) == ["evil.pth"]
 
 

@@ -172,7 +172,7 @@ def test_what_cannot_be(published, tmp_path):
 def test_code_in_a_file_is_not_run(tmp_path, as_url):
     path, trace = tmp_path / "evil.pth", tmp_path / "was_run"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "opt": Malicious(trace)}, path)
-    with pytest.raises(ValueError, match="holds a pickled object"):
+    with pytest.raises(ValueError, match=", a pickled object"):
         load("cmsf", weights=path.as_uri() if as_url else path, progress=False)
     assert not trace.exists()
 

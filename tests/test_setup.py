@@ -116,7 +116,7 @@ def test_every_loader_does_about_broken_images_what_the_flags_say(args):
 
 def test_a_batch_of_one_is_refused(args):
     with pytest.raises(InputError, match="--batch_size 1"):
-        build_training.check_bank(args(*TINY, "--batch_size", 1))
+        build_training.read_training_data(args(*TINY, "--batch_size", 1))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """A parser whose errors are one line, and the types of flags' values."""
 
 import argparse
-import itertools
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,33 +69,30 @@ def positive_or_all(text: str) -> int | str:
     return text if text == "all" else positive(text)
 
 
-def _list_of(parse: Callable[[str], Any], text: str, what: str) -> list:
-    """The parts between commas; an error that says what the text is no list of."""
-    try:
-        return [parse(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        raise wrong(text, f"is no list of {what}") from None
+def _list_of(
+    parse: Callable[[str], Any], what: str, will_do: Callable[[list], bool]
+) -> Callable[[str], list]:
+    """A type: a list between commas that will do, or an error that says what it is no list of."""
+
+    def parse_all(text: str) -> list:
+        """The parts."""
+        with suppress(argparse.ArgumentTypeError):
+            if will_do(values := [parse(part) for part in text.split(",")]):
+                return values
+        raise wrong(text, f"is no list of {what}")
+
+    return parse_all
 
 
-def int_list(text: str) -> list[int]:
-    """A type: "7,0,12" -> [7, 0, 12]."""
-    return _list_of(number(int, low=-_MOST), text, "integers like 7,0,12")
-
-
-def epoch_list(text: str) -> list[int]:
-    """A type: "90,120" -> [90, 120]; from 1, ascending."""
-    epochs = _list_of(positive, text, "epochs like 90,120")
-    if any(one >= next_one for one, next_one in itertools.pairwise(epochs)):
-        raise wrong(text, "is no list of epochs like 90,120: each above the one before")
-    return epochs
-
-
-def rate_list(text: str) -> list[float]:
-    """A type: "0.01,0.03" -> [0.01, 0.03]; above 0, each once."""
-    rates = _list_of(not_negative, text, "learning rates like 0.01,0.03")
-    if not all(rates) or len(set(rates)) < len(rates):
-        raise wrong(text, "is no list of learning rates like 0.01,0.03: above 0, each once")
-    return rates
+int_list = _list_of(number(int, low=-_MOST), "integers like 7,0,12", bool)
+epoch_list = _list_of(
+    positive, "epochs like 90,120, each above the one before", lambda v: v == sorted(set(v))
+)
+rate_list = _list_of(
+    not_negative,
+    "learning rates like 0.01,0.03, above 0, each once",
+    lambda v: all(v) and len(set(v)) == len(v),
+)
 
 
 def path_text(text: str) -> str:

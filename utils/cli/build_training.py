@@ -38,26 +38,24 @@ from utils.training import run_folder
 from utils.training.engine import Run
 
 
-def check_batch(args: argparse.Namespace) -> None:
-    """InputError for a batch without statistics."""
+def _check_sizes(args: argparse.Namespace) -> None:
+    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
     each = args.batch_size // distributed.world_size()
     if args.batch_size < 2 or (each < 2 and args.bn != "sync"):
         of = f" of each of {distributed.world_size()} processes" if each < args.batch_size else ""
         raise InputError(f"--batch_size {args.batch_size}: batch norm needs at least 2 images{of}")
-
-
-def check_bank(args: argparse.Namespace) -> None:
-    """InputError for a batch without statistics, a bank too small for it or the neighbors."""
-    check_batch(args)
+    bank = getattr(args, "mem_bank_size", None)
+    if bank is None:
+        return
     twice = getattr(args, "symmetric", False)
-    if args.mem_bank_size < args.batch_size * (1 + twice):
+    if bank < args.batch_size * (1 + twice):
         raise InputError(
-            f"--mem_bank_size {args.mem_bank_size}: below {'twice ' * twice}--batch_size "
-            f"{args.batch_size}, so not every target would be in the bank"
+            f"--mem_bank_size {bank}: below {'twice ' * twice}--batch_size {args.batch_size}, so "
+            "not every target would be in the bank"
         )
     for flag, value in vars(args).items():
-        if flag.startswith("topk") and isinstance(value, int) and value > args.mem_bank_size:
-            raise InputError(f"--{flag} {value}: above --mem_bank_size {args.mem_bank_size}")
+        if flag.startswith("topk") and isinstance(value, int) and value > bank:
+            raise InputError(f"--{flag} {value}: above --mem_bank_size {bank}")
 
 
 def read_training_data(
@@ -66,10 +64,10 @@ def read_training_data(
     """The training images, and those of val/ for k-NN figures, None where there can be none.
 
     labeled: the method needs labels; otherwise images without one are added, where a set has such.
-    InputError if it has none, if k-NN figures are asked for during training but labels or val/ are
-    missing, if there can be such figures but faiss is missing, or if the run's folder would lie
-    among the images.
+    InputError for flags that do not fit each other or the images: sizes of batch and bank, labels
+    or k-NN figures that cannot be had, a run's folder among the images.
     """
+    _check_sizes(args)
     _check_run_folder(args)
     train = read_split(args.data, "train", dataset=args.dataset, unlabeled=not labeled)
     if labeled and not train.classes:
@@ -78,18 +76,16 @@ def read_training_data(
         raise InputError(f"data {args.data}: one class only, {train.classes[0]}; labels need two")
     if args.knn_freq < 0:
         return train, None
-    if len(train.classes) < 2:
-        reason = f"the training images have {'one class only' if train.classes else 'no classes'}"
-    elif args.dataset not in archives.NAMES and not is_folder(args.data / "val"):
-        reason = f"{args.data} has no folder val/"
-    else:
-        val = read_split(args.data, "val", dataset=args.dataset)
-        if val.classes:
-            check_classes(train, val)
-            user = f"--knn_freq {args.knn_freq} (k-NN figures)"
-            faiss_library.load(user, otherwise="; --knn_freq -1 trains without k-NN figures")
-            return train, val
-        reason = "the val images have no classes"
+    reason = f"the training images have {'one class only' if train.classes else 'no classes'}"
+    if len(train.classes) > 1:
+        reason = f"{args.data} has no folder val/ with classes"
+        if args.dataset in archives.NAMES or is_folder(args.data / "val"):
+            val = read_split(args.data, "val", dataset=args.dataset)
+            if val.classes:
+                check_classes(train, val)
+                user = f"--knn_freq {args.knn_freq} (k-NN figures)"
+                faiss_library.load(user, otherwise="; --knn_freq -1 trains without k-NN figures")
+                return train, val
     if args.knn_freq > 0:
         raise InputError(f"--knn_freq {args.knn_freq}: {reason}")
     print(f"no k-NN figures: {reason}", flush=True)
@@ -102,10 +98,8 @@ def _check_run_folder(args: argparse.Namespace) -> None:
     for images in (args.data / "train", args.data / "val"):
         inside = folder.is_relative_to(os.path.realpath(images))
         if inside and args.dataset not in archives.NAMES:
-            raise InputError(
-                f"--checkpoint_path {args.checkpoint_path}: lies in {images}, whose folders are "
-                "classes of images"
-            )
+            flag = f"--checkpoint_path {args.checkpoint_path}"
+            raise InputError(f"{flag}: lies in {images}, whose folders are classes of images")
 
 
 def build_loader(
@@ -118,12 +112,9 @@ def build_loader(
     """
     twice = getattr(args, "symmetric", False)
     if getattr(args, "mem_bank_size", 0) > len(images) * (1 + twice):
-        print(
-            f"WARNING --mem_bank_size {args.mem_bank_size}: above {'twice ' * twice}the "
-            f"{len(images)} training images, so that images have several rows in the bank, the "
-            "older ones of an earlier encoder",
-            flush=True,
-        )
+        above = f"above {'twice ' * twice}the {len(images)} training images"
+        old = "some have several rows in the bank, the older ones of an earlier encoder"
+        print(f"WARNING --mem_bank_size {args.mem_bank_size}: {above}: {old}", flush=True)
     bad_images = build_bad_images(args)
     batch = min(args.batch_size, len(images)) // distributed.world_size()
     check_view_memory(args, batch, views=1 if single else 2)
@@ -306,31 +297,30 @@ def build_run(
     to train with, where they are not those of the images. For the demo data the untrained network
     and raw pixels are measured first, to compare with.
     """
-    _set_randomness(args)
-    evaluate, untrained = None, {}
-    if val is not None:
-        backbone = model.encoders.query_encoder.backbone
-        evaluate, untrained = _build_evaluation(args, backbone, loader, val)
-    return Run(
-        args,
-        model,
-        optimizer,
-        data=_digests(loader.images, labeled=labeled, given=given),
-        about=origin.of_start(args.device) | _about_images(loader.images, val, labeled),
-        evaluate=evaluate,
-        compare_with=untrained,
-        num_images=len(loader.images),
-        num_classes=len(loader.images.classes),
-    )
-
-
-def _set_randomness(args: argparse.Namespace) -> None:
-    """What --deterministic asks for, and random numbers of its own for each process."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     if distributed.rank():  # dropout; what has been drawn so far is the same in all processes
         torch.manual_seed(args.seed + distributed.rank())
+    evaluate, untrained = None, {}
+    if val is not None:
+        backbone = model.encoders.query_encoder.backbone
+        evaluate, untrained = _build_evaluation(args, backbone, loader, val)
+    images, data = loader.images, {"training images or classes": loader.images.digest()}
+    for name, values in (("labeled images", labeled), ("given labels", given)):
+        if values is not None:
+            data[name] = hashlib.sha256(values.tobytes()).hexdigest()
+    return Run(
+        args,
+        model,
+        optimizer,
+        data=data,
+        about=origin.of_start(args.device) | _about_images(images, val, labeled),
+        evaluate=evaluate,
+        compare_with=untrained,
+        num_images=len(images),
+        num_classes=len(images.classes),
+    )
 
 
 def _build_evaluation(
@@ -349,26 +339,13 @@ def _build_evaluation(
     return partial(knn, backbone), found
 
 
-def _digests(
-    images: ImageSet, *, labeled: np.ndarray | None, given: np.ndarray | None
-) -> dict[str, str]:
-    """What tells one set of training data from another, by name; arguments as of `build_run`."""
-    digests = {"training images or classes": images.digest()}
-    for name, values in (("labeled images", labeled), ("given labels", given)):
-        if values is not None:
-            digests[name] = hashlib.sha256(values.tobytes()).hexdigest()
-    return digests
-
-
 def _about_images(train: ImageSet, val: ImageSet | None, labeled: np.ndarray | None) -> dict:
     """How many images and classes there are, and what lies among the files and is not used."""
-    counts = {"train": len(train), "classes": len(train.classes)}
-    left_out = {"train": train.left_out.record()}
-    if val is not None:
-        counts["val"] = len(val)
-        left_out["val"] = val.left_out.record()
+    sets = {"train": train} | ({} if val is None else {"val": val})
+    counts = {"classes": len(train.classes)} | {name: len(images) for name, images in sets.items()}
     if labeled is not None:
         counts["labeled"] = len(labeled)
+    left_out = {name: images.left_out.record() for name, images in sets.items()}
     return {"counts": counts, "left_out": left_out}
 
 

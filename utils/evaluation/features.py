@@ -45,7 +45,10 @@ def extract_features(
     not_finite = [own[row] for row in (~finite_rows(features) & (visits > 0)).nonzero().flatten()]
     _check_finite(backbone, not_finite, loader)
     features, labels = (
-        distributed.rows_on_main(rows, count, everywhere=everywhere) for rows in (features, labels)
+        distributed.gather_uneven(rows)
+        if everywhere
+        else distributed.on_main(rows, slice(own.start, own.stop), count)
+        for rows in (features, labels)
     )
     if not (everywhere or distributed.is_main()):
         return None

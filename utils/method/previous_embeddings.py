@@ -87,7 +87,8 @@ class PreviousEmbeddings(nn.Module):
         stores = self.embeddings, self.seen
         if distributed.world_size() == 1:
             return stores
-        return tuple(distributed.interleaved(held, self.num_images) for held in stores)
+        own = slice(distributed.rank(), None, distributed.world_size())
+        return tuple(distributed.on_main(held, own, self.num_images) for held in stores)
 
     def _held(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the images (B,) bool this process holds, and in which rows (n,)."""

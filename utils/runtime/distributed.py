@@ -162,41 +162,23 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def rows_on_main(rows: Tensor, count: int, *, everywhere: bool = False) -> Tensor:
-    """On the main process all `count` rows, of which each has its `own_share`; on others its own.
+def on_main(rows: Tensor, place: slice, count: int) -> Tensor:
+    """On the main process `count` rows, each process' own in its place; on others without memory.
 
-    rows: (own, ...), on the host. everywhere: all rows on every process.
+    rows: (own, ...), on the host.
     """
     if world_size() == 1:
         return rows
-    ends = [count * rank // world_size() for rank in range(world_size() + 1)]
-    whole = _on_main(rows, count, list(map(slice, ends, ends[1:])))
-    if everywhere:
-        return from_main(rows.new_empty(count, *rows.shape[1:]) if whole is None else whole)
-    return rows if whole is None else whole
-
-
-def interleaved(rows: Tensor, count: int) -> Tensor:
-    """On the main process `count` rows, of which rank r holds r, r + W, ...; on others no memory.
-
-    rows: (held, ...), on the host.
-    """
-    places = [slice(rank, None, world_size()) for rank in range(world_size())]
-    whole = _on_main(rows, count, places)
-    return rows.new_empty(count, *rows.shape[1:], device="meta") if whole is None else whole
-
-
-def _on_main(rows: Tensor, count: int, places: list[slice]) -> Tensor | None:
-    """On the main process all rows, those of each rank in their places; None on others."""
+    places = gather_objects(place)
     if not is_main():
         dist.send(_as_bytes(rows.contiguous()), dst=0)
-        return None
+        return rows.new_empty(count, *rows.shape[1:], device="meta")
     whole = rows.new_empty(count, *rows.shape[1:])
-    whole[places[0]] = rows
-    for other, place in enumerate(places[1:], 1):
-        held = whole[place].contiguous()  # no copy of a place that is one piece
+    whole[place] = rows
+    for other, theirs in enumerate(places[1:], 1):
+        held = whole[theirs].contiguous()  # no copy of a place that is one piece
         dist.recv(_as_bytes(held), src=other)
-        whole[place] = held
+        whole[theirs] = held
     return whole
 
 
@@ -224,21 +206,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-def highest(values: Tensor, *, of_main: list[int]) -> Tensor:
-    """The highest of each of the values (n,), on the host, over all processes.
-
-    of_main: places of the values at which only the main process is asked.
-    """
+def highest(values: Tensor) -> Tensor:
+    """The highest of each of the values (n,), on the host, over all processes, in place."""
     if world_size() > 1:
-        if not is_main():
-            values[of_main] = 0
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
-
-
-def all_true(flag: Tensor) -> Tensor:
-    """Whether it is true in all processes, which all must ask: () bool, nobody waits for a GPU."""
-    return flag if world_size() == 1 else add_up((~flag).int()) == 0
 
 
 def any_true(flag: bool) -> bool:
@@ -270,13 +242,24 @@ def same_everywhere(tensors: list[Tensor]) -> bool:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """A sum of the bits, weighted by their place, in wrapping int64: any single change shows."""
+    """A sum of the bits, weighted by their place, in wrapping int64: any single change shows.
+
+    Where they lie: a bank on a GPU would take longer to come to the host than a step.
+    """
     data = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.itemsize])
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for number, part in enumerate(data.split(_CHECKED_AT_ONCE)):
         place = torch.arange(len(part), device=data.device) + number * _CHECKED_AT_ONCE
         total += (part * (2 * place + 1)).sum()
     return total
+
+
+def nan_if_any(loss: Tensor) -> Tensor:
+    """The loss () of this process, nan where that of any is not finite; waits for no GPU."""
+    if world_size() == 1:
+        return loss
+    bad = add_up((~loss.detach().isfinite()).int())
+    return loss.where(bad == 0, torch.nan)
 
 
 def shuffled(batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """How a script starts and ends: signals, errors in one line, exit codes, torchrun."""
 
 import atexit
+import multiprocessing
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from typing import NoReturn
 from utils.runtime import distributed
 from utils.runtime.errors import InputError, Interrupted, RunError, printable
 from utils.runtime.stop_signals import StopSignals, ignore
-from utils.runtime.workers import check_is_main, end_all, forget_workers, worker_failure
+from utils.runtime.workers import end_all, forget_workers, worker_failure
 
 # Seconds.
 _MAIN_SPEAKS_FIRST = 15
@@ -29,7 +30,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     A script that a signal stopped has the code of `errors.Interrupted`; training saves before.
     """
-    check_is_main()
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker that is not forked imports the script, and would begin another run in its folder.
+        guard = '`if __name__ == "__main__":` guard'
+        print(f"worker processes cannot start without an {guard}", file=sys.stderr, flush=True)
+        os._exit(1)
     follow_torchrun()
     atexit.register(_remove_cache_folder)
     code, name = 0, printable(os.path.basename(sys.argv[0]))

@@ -24,7 +24,6 @@ _ADVICE = (
 _OF_WORKERS = re.compile(
     r"DataLoader worker|Pin memory thread|unable to .*shared memory|ancdata|Too many open files"
 )
-_NO_GUARD = 78  # the exit code of a worker that was about to run the script once more
 
 
 def cores() -> int:
@@ -55,7 +54,11 @@ def worker_failure(
     if workers:
         time.sleep(0.1)  # the end of one may be a moment away
     if ended := next((worker for worker in workers or () if worker.exitcode), None):
-        return _end_of(ended)
+        if ended.exitcode > 0:
+            how = f"ended with exit code {ended.exitcode}, what it printed says why"
+        else:
+            how = f"was killed by signal {signal.strsignal(-ended.exitcode)}"
+        return f"DataLoader worker (pid {ended.pid}) {how}: {_ADVICE}"
     if "in DataLoader worker process" in text:  # raised there; a mistake of ours is no failure
         if not isinstance(error, (OSError, ImportError, MemoryError)) and "memory" not in text:
             return None
@@ -66,28 +69,6 @@ def worker_failure(
     if isinstance(error, RuntimeError) and _OF_WORKERS.search(text):
         return f"{text.splitlines()[0].split('. ')[0]}: {_ADVICE}"
     return None
-
-
-def _end_of(worker: multiprocessing.Process) -> str:
-    if worker.exitcode == _NO_GUARD:
-        method = multiprocessing.get_start_method()
-        guard = '`if __name__ == "__main__":` guard'
-        return f"worker processes cannot start: start method {method} needs a script with a {guard}"
-    if worker.exitcode > 0:
-        how = f"ended with exit code {worker.exitcode}, what it printed says why"
-    else:
-        how = f"was killed by signal {signal.strsignal(-worker.exitcode)}"
-    return f"DataLoader worker (pid {worker.pid}) {how}: {_ADVICE}"
-
-
-def check_is_main() -> None:
-    """End a worker that runs the script itself, at its start, because the script has no guard.
-
-    Workers that are not forked import the script. Without `if __name__ == "__main__":` they would
-    run it: they would begin another run in the folder of this one.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(_NO_GUARD)
 
 
 def check_room(num_workers: int) -> None:

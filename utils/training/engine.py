@@ -189,6 +189,7 @@ class Run:
         On a GPU it is seen a little later, see `LossWatch`, but before anything is kept.
         """
         rate = self.optimizer.param_groups[0]["lr"]
+        loss = distributed.nan_if_any(loss)  # so that all say and log what one has met
         self._losses.watch(loss, self._place(), rate=rate, index=self._batch.index)
         loss.backward()
         self.optimizer.step()
@@ -252,8 +253,9 @@ class Run:
         """Between two steps: save for a signal to any process and stop, or after --save_minutes."""
         due = 0 < self.args.save_minutes <= (time.monotonic() - self._saved_at) / 60
         at_end = self.epoch_step == self.epoch_steps and self._epoch_is_saved()
-        told = torch.tensor([self._signals.received or 0, due and not at_end])
-        number, due = distributed.highest(told, of_main=[1]).tolist()
+        due = due and not at_end and distributed.is_main()
+        told = torch.tensor([self._signals.received or 0, due])
+        number, due = distributed.highest(told).tolist()
         if number:
             self._save_and_stop(signal.Signals(number))
         if due:

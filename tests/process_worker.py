@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 tests/process_worker.py REGIME,... DATA FOLDER BN,... [FLAG ...]
 
-Flags: --resume, --corrupt. The main process writes FOLDER/BN/REGIME/record.pth: losses of the
-global batch, the order of the images, and the bank and previous embeddings at the end.
+Flags: --resume, --corrupt, --spoil. The main process writes FOLDER/BN/REGIME/record.pth: losses of
+the global batch, the order of the images, and the bank and previous embeddings at the end.
 """
 
 import itertools
@@ -78,19 +78,22 @@ def build_model(regime: str, images: ImageSet, bn: str) -> nn.Module:
 
 
 def train(
-    run: Run, loader: TwoViewLoader, *, record: dict[str, list[Tensor]], corrupt: bool
+    run: Run, loader: TwoViewLoader, *, record: dict[str, list[Tensor]], flags: list[str]
 ) -> None:
     """All steps, in float64; clusters and the semi-supervised head follow at each epoch's end.
 
-    corrupt: one number of one process' bank changes, as by a fault of memory.
+    --corrupt: one number of one process' bank changes, as by a fault of memory. --spoil: one of its
+    targets is nan.
     """
     for batch in run.batches(loader):
         names = ("query_view", "target_view")
         views = {name: getattr(batch, name).double() for name in names}
         small = tuple(view.double() for view in batch.small_views)
+        if "--spoil" in flags and run.total_steps == 7 and distributed.rank() == 1:
+            views["target_view"][0] = torch.nan
         loss, stats = run.forward(batch._replace(small_views=small, **views))
         run.step(loss, stats)
-        if corrupt and run.total_steps == 8 and distributed.rank() == 1:
+        if "--corrupt" in flags and run.total_steps == 8 and distributed.rank() == 1:
             run.model.bank.features[2, 1] += 1e-12
         record["losses"].append(sum(distributed.gather(loss[None])[0]) / distributed.world_size())
         record["order"].append(distributed.gather(batch.index)[0])
@@ -126,7 +129,7 @@ def run_regime(regime: str, images: ImageSet, folder: Path, bn: str, flags: list
     run = Run(args, model, torch.optim.SGD(trained, lr=0.1, momentum=0.9))
     record = {"losses": [], "order": []}
     with run:
-        train(run, loader, record=record, corrupt="--corrupt" in flags)
+        train(run, loader, record=record, flags=flags)
     kept = model.bank.buffers() if hasattr(model, "bank") else model.parameters()
     own_bank = torch.cat([value.double().flatten() for value in kept])
     (banks,) = distributed.gather(own_bank[None])

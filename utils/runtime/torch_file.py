@@ -44,8 +44,8 @@ def read(path: str | Path, *, what: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DamagedError(f"{what}: {error.strerror or error}") from error
+    except PermissionError as error:
+        raise DamagedError(f"{what}: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise about anything
         refused = re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error))
         if not (refused and isinstance(error, pickle.UnpicklingError)):

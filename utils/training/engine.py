@@ -353,7 +353,8 @@ class Run:
             path, state = Path(resume), self._files.load(Path(resume))
         if state:
             what = f"--resume {path}"
-            resume_check.check(state, self.settings, self._data, method=self._method, what=what)
+            known = {"method": self._method, "what": what, "fits": lambda: self._fits(state)}
+            resume_check.check(state, self.settings, self._data, **known)
             self._restore(state, what=what)
             done = self.epoch - (not self._epoch_ended)
             if done >= self.epochs and resume != "auto":
@@ -373,6 +374,14 @@ class Run:
             self.log.resume(state["epoch"], state["step"], seconds=state["seconds"])
             place = f", step {self.epoch_step}" * (not self._epoch_ended)
             Log.say(f"resumed after epoch {self.epoch}{place} from {path}")
+
+    def _fits(self, state: dict) -> bool:
+        """Whether a state could be gone on from."""
+        try:
+            self._restore(state, what="")
+        except InputError:
+            return False
+        return True
 
     def _restore(self, state: dict, *, what: str) -> None:
         """Take over the state of a run; InputError that begins with `what` if it does not fit."""

@@ -1,5 +1,7 @@
 """Whether a run that goes on is still the experiment that it was."""
 
+from collections.abc import Callable
+
 from utils.method import checkpoint
 from utils.runtime import torch_file
 from utils.runtime.errors import InputError
@@ -22,11 +24,20 @@ def decisive(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
 
 
-def check(state: dict, settings: dict, data: dict[str, str], *, method: str, what: str) -> None:
+def check(
+    state: dict,
+    settings: dict,
+    data: dict[str, str],
+    *,
+    method: str,
+    what: str,
+    fits: Callable[[], bool],
+) -> None:
     """InputError for a run of another method, or without --resume_anyway of another experiment.
 
     state: as `checkpoint.load` gives it. settings: the flags now. data: digests by name of what is
-    trained on. what: begins the error.
+    trained on. what: begins the error. fits: whether the state could be gone on from all the same,
+    asked before that is advised.
     """
     if state.get("method") != method:
         found = torch_file.one_line(str(state.get("method")))
@@ -41,8 +52,8 @@ def check(state: dict, settings: dict, data: dict[str, str], *, method: str, wha
     names = [name for name in data_before | data if data_before.get(name) != data.get(name)]
     differing += [f"other {torch_file.one_line(name)}" for name in names]
     if differing and not settings["resume_anyway"]:
-        advice = "to go on all the same: --resume_anyway"
-        raise InputError(f"{what}: a run with {'; '.join(differing)} ({advice})")
+        advice = " (to go on all the same: --resume_anyway)" if fits() else ""
+        raise InputError(f"{what}: a run with {'; '.join(differing)}{advice}")
     if differing:
         Log.say(f"WARNING {what}: a run with {'; '.join(differing)}")
     if settings["cos"] and before.get("epochs") != settings["epochs"]:

@@ -166,8 +166,9 @@ def test_which_results_are_of_one_encoder(one, other, same):
 
 
 def test_an_encoder_in_words_and_out_of_a_file():
-    assert str(KNOWN) == f"x.pth (sha256 {'a' * 12}, epoch 3, conv4, query encoder, 16 px)"
-    assert str(RANDOM) == "random (seed 0, conv4, 16 px)"
+    rest = "arch conv4, encoder query, image size 16"
+    assert str(KNOWN) == f"x.pth (sha256 {'a' * 12}, epoch 3, {rest})"
+    assert str(RANDOM) == f"random (seed 0, {rest})"
     assert str(Encoder()) == "an encoder that it does not name"
     record = json.loads(json.dumps(KNOWN._asdict()))
     assert result_files.encoder_of(record, what="x") == KNOWN

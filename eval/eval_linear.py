@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
-from utils.data.datasets import ImageSet, check_classes, read_split
+from utils.data.datasets import ImageSet
 from utils.data.eval_loader import LabeledLoader
-from utils.data.splits import check_every_class, labeled_index, unreadable_classes
+from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import feature_cache, linear_probe, linear_run, result_files
 from utils.evaluation.labeled_features import FromFeatures, FromImages
 from utils.evaluation.linear_run import LinearRun, Recipe
@@ -128,22 +128,6 @@ def check_flags(args: argparse.Namespace) -> None:
             result_files.make_folder(folder, flag=f"--{flag}")
 
 
-def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
-    """The labeled training images and the val images; InputError if one cannot learn from them."""
-    train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
-    check_classes(train, val)
-    if not args.evaluate:
-        index = labeled_index(
-            train,
-            file=args.train_file,
-            flag="--train_file",
-            fraction=args.label_fraction,
-            seed=args.split_seed,
-        )
-        train = train.take(index)
-    return train, val
-
-
 def build_data(
     args: argparse.Namespace,
     backbone: Backbone,
@@ -245,7 +229,7 @@ def main() -> None:
     args = parse_args()
     start = time.monotonic()
     check_flags(args)
-    train, val = read_images(args)
+    train, val = build_evaluation.read_labeled(args, only_labeled=not args.evaluate)
     backbone, state = build_evaluation.evaluated_backbone(args)
     if build_evaluation.is_check(args, train, val):
         return

@@ -120,7 +120,8 @@ def main() -> None:
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = build_evaluation.evaluated_backbone(args)
     check_flags(args, state)
-    if build_evaluation.is_check(args, train, val):
+    if args.check:
+        build_evaluation.eval_loaders(args, train, val)
         return
     keeps, splits = bool(args.save or args.load_cache), {"train": train, "val": val}
     wanted, key = build_evaluation.identity(args, state, DECIDING, digests=keeps, **splits)

@@ -216,7 +216,9 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
     print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
     print(linear_probe.format_table(summary))
     if args.save:
-        best = linear_probe.best_rate(summary)
+        # A rate that diverged has no top1; one at least has.
+        top1 = {rate: row["top1"] for rate, row in summary.items() if row["top1"] is not None}
+        best = max(top1, key=top1.get)  # the first of equal ones
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
         # Apart from the record of the training, which says more.
@@ -231,7 +233,8 @@ def main() -> None:
     check_flags(args)
     train, val = build_evaluation.read_labeled(args, only_labeled=not args.evaluate)
     backbone, state = build_evaluation.evaluated_backbone(args)
-    if build_evaluation.is_check(args, train, val):
+    if args.check:
+        build_evaluation.eval_loaders(args, train, val)
         return
     splits = {"train": train, "val": val}
     keeps = bool(args.save or args.cache_dir or args.resume) and not args.evaluate

@@ -98,19 +98,13 @@ def check_view_memory(args: argparse.Namespace, images: int, *, views: int) -> N
     )
 
 
-def is_check(args: argparse.Namespace, *image_sets: ImageSet) -> bool:
-    """Whether --check asks for no more than has been seen; InputError where memory is too small."""
-    if args.check:
-        check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
-    return args.check
-
-
 def eval_loaders(
     args: argparse.Namespace, *image_sets: ImageSet, bad_images: BadImages | None = None
 ) -> list[EvalLoader]:
     """Evaluation loaders with the flags' batch size, image size, workers and device.
 
-    bad_images: shared by them, and with other loaders; default: a new one by the flags.
+    bad_images: shared by them, and with other loaders; default: a new one by the flags. InputError
+    where memory is too small for a batch.
     """
     check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
     common = {

@@ -190,20 +190,26 @@ class LinearRun:
         main one measures.
         """
         rates = self.recipe.lr
-        if len(self.history) >= epochs and (figures := self.measure(data)):
-            self.history[-1] |= {name: [row[name] for row in figures] for name in ("top1", "top5")}
-        unmeasured = [{"top1": None, "top5": None}] * len(rates)
+        if len(self.history) >= epochs:
+            self._note(self.measure(data), self.history[-1])
         for epoch in range(len(self.history) + 1, epochs + 1):
             losses = self._train_epoch(data, epoch)
-            due = epoch % eval_freq == 0 or epoch == epochs
-            figures = (self.measure(data) if due else None) or unmeasured
-            self.history.append(linear_probe.history_row(losses, figures))
-            if due:
-                parts = (
-                    f"lr {rate}: loss {loss:.4f} top-1 {linear_probe.percent(row['top1'])}"
-                    for rate, loss, row in zip(rates, losses, figures, strict=True)
-                )
-                yield f"epoch {epoch}/{epochs}  {'  '.join(parts)}"
+            row = {"loss": [loss if math.isfinite(loss) else None for loss in losses]}
+            self.history.append(row | dict.fromkeys(("top1", "top5"), [None] * len(rates)))
+            if epoch % eval_freq and epoch < epochs:
+                continue
+            self._note(self.measure(data), self.history[-1])
+            parts = (
+                f"lr {rate}: loss {loss:.4f} top-1 {linear_probe.percent(top1)}"
+                for rate, loss, top1 in zip(rates, losses, self.history[-1]["top1"], strict=True)
+            )
+            yield f"epoch {epoch}/{epochs}  {'  '.join(parts)}"
+
+    @staticmethod
+    def _note(figures: list[dict[str, float | None]] | None, row: dict[str, list]) -> None:
+        """Put what val gave into an epoch's row, where this process has it."""
+        for name in ("top1", "top5") if figures else ():
+            row[name] = [of_rate[name] for of_rate in figures]
 
     def _train_epoch(self, data: FromImages | FromFeatures, epoch: int) -> list[float]:
         """One epoch's mean loss of each learning rate; RunError if none of them is finite."""

@@ -23,8 +23,7 @@ from utils.data.datasets import ImageSet
 from utils.data.eval_loader import LabeledLoader
 from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import feature_cache, linear_probe, linear_run, result_files
-from utils.evaluation.labeled_features import FromFeatures, FromImages
-from utils.evaluation.linear_run import LinearRun, Recipe
+from utils.evaluation.linear_run import FromFeatures, FromImages, LinearRun, Recipe
 from utils.method import batch_norm, checkpoint
 from utils.method.encoders import Backbone
 from utils.runtime import distributed, files, script

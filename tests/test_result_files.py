@@ -87,7 +87,7 @@ def test_lines_are_appended_whole(tmp_path):
         list(pool.map(lambda line: result_files.append_line(path, line, flag="--save_acc"), lines))
     assert sorted(path.read_text().splitlines()) == sorted(lines)
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (("pipe", "not a regular file"), ("acc.csv/x", "Not a directory")):
+    for name, reason in (("pipe", "Illegal seek"), ("acc.csv/x", "Not a directory")):
         with pytest.raises(InputError, match=f"--save_acc .*{name}: {reason}"):
             result_files.append_line(tmp_path / name, "1", flag="--save_acc")
 

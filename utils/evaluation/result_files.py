@@ -107,9 +107,6 @@ def append_line(path: Path, line: str, *, flag: str) -> None:
 
     Several processes may do so at once. InputError that names the flag if it fails. "" only tries.
     """
-    what = f"{flag} {path}"
-    if path.exists() and not path.is_file():
-        raise InputError(f"{what}: not a regular file")
     try:
         with open(path, "a+b", buffering=0) as file:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -121,7 +118,7 @@ def append_line(path: Path, line: str, *, flag: str) -> None:
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise InputError(f"{what}: {error.strerror}") from error
+        raise InputError(f"{flag} {path}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict:

@@ -22,6 +22,11 @@ from utils.runtime.errors import InputError
 
 KNN, LINEAR, FINETUNE = "knn.json", "linear/linear.json", "finetune/linear.json"
 COLUMNS = {KNN: ("1-NN", "20-NN"), LINEAR: ("linear",), FINETUNE: ("fine-tuned",)}
+MISPLACED = {
+    True: "of a fine-tuned encoder",
+    False: "of a frozen encoder",
+    None: "it does not say whether the encoder was trained too (--fine-tune)",
+}
 
 
 class Row(NamedTuple):
@@ -46,8 +51,9 @@ def read_row(folder: Path) -> Row:
         found = figures_of(name, record, what=what)
         own = result_files.encoder_of(record, what=what)
         seen = result_files.val_images_of(record, what=what)
-        if reason := misplaced(name, record, what=what):
-            left_out[name] = reason
+        tuned = result_files.is_fine_tuned(record, what=what)
+        if name != KNN and tuned != (name == FINETUNE):
+            left_out[name] = MISPLACED[tuned]
         elif first and not own.is_same(encoder):
             left_out[name] = f"of {own}, not of {encoder} as {first}"
         elif first and not seen.is_same(images):
@@ -68,17 +74,6 @@ def figures_of(name: str, record: dict, *, what: str) -> dict[str, float | None]
     else:
         values = [checked.take(record, "top1", result_files.FIGURE, what=what, default=None)]
     return dict(zip(COLUMNS[name], values, strict=True))
-
-
-def misplaced(name: str, record: dict, *, what: str) -> str:
-    """Why a file's figures do not belong in the column of its place, "" if they do."""
-    if name == KNN:
-        return ""
-    tuned = result_files.is_fine_tuned(record, what=what)
-    if tuned is None:
-        return "it does not say whether the encoder was trained too (--fine-tune)"
-    words = "of a fine-tuned encoder" if tuned else "of a frozen encoder"
-    return words if tuned != (name == FINETUNE) else ""
 
 
 def format_rows(rows: dict[str, dict[str, float | None]]) -> str:

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
-from utils.data.datasets import ImageSet, check_classes, read_split
-from utils.data.splits import check_every_class, labeled_index, unreadable_classes
+from utils.data.datasets import ImageSet
+from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import feature_cache, knn, result_files
 from utils.method.encoders import Backbone
 from utils.runtime import distributed, faiss_library, script
@@ -116,20 +116,12 @@ def main() -> None:
     args = parse_args()
     start = time.monotonic()
     faiss_library.load("k-NN")  # not after the features are extracted
-    train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
-    check_classes(train, val)
-    index = labeled_index(
-        train,
-        file=args.train_file,
-        flag="--train_file",
-        fraction=args.label_fraction,
-        seed=args.split_seed,
-    )
-    train = train.take(index)
+    train, val = build_evaluation.read_labeled(args, only_labeled=True)
     knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
     backbone, state = build_evaluation.evaluated_backbone(args)
     check_flags(args, state)
-    if build_evaluation.is_check(args, train, val):
+    if args.check:
+        build_evaluation.eval_loaders(args, train, val)
         return
     keeps, splits = bool(args.save or args.load_cache), {"train": train, "val": val}
     wanted, key = build_evaluation.identity(args, state, DECIDING, digests=keeps, **splits)

@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments, build_evaluation, options
 from utils.data.bad_images import BadImages
-from utils.data.datasets import ImageSet, check_classes, read_split
+from utils.data.datasets import ImageSet
 from utils.data.eval_loader import LabeledLoader
-from utils.data.splits import check_every_class, labeled_index, unreadable_classes
+from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import feature_cache, linear_probe, linear_run, result_files
-from utils.evaluation.labeled_features import FromFeatures, FromImages
-from utils.evaluation.linear_run import LinearRun, Recipe
+from utils.evaluation.linear_run import FromFeatures, FromImages, LinearRun, Recipe
 from utils.method import batch_norm, checkpoint
 from utils.method.encoders import Backbone
 from utils.runtime import distributed, files, script
@@ -128,22 +127,6 @@ def check_flags(args: argparse.Namespace) -> None:
             result_files.make_folder(folder, flag=f"--{flag}")
 
 
-def read_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
-    """The labeled training images and the val images; InputError if one cannot learn from them."""
-    train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
-    check_classes(train, val)
-    if not args.evaluate:
-        index = labeled_index(
-            train,
-            file=args.train_file,
-            flag="--train_file",
-            fraction=args.label_fraction,
-            seed=args.split_seed,
-        )
-        train = train.take(index)
-    return train, val
-
-
 def build_data(
     args: argparse.Namespace,
     backbone: Backbone,
@@ -232,7 +215,9 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
     print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
     print(linear_probe.format_table(summary))
     if args.save:
-        best = linear_probe.best_rate(summary)
+        # A rate that diverged has no top1; one at least has.
+        top1 = {rate: row["top1"] for rate, row in summary.items() if row["top1"] is not None}
+        best = max(top1, key=top1.get)  # the first of equal ones
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
         # Apart from the record of the training, which says more.
@@ -245,9 +230,10 @@ def main() -> None:
     args = parse_args()
     start = time.monotonic()
     check_flags(args)
-    train, val = read_images(args)
+    train, val = build_evaluation.read_labeled(args, only_labeled=not args.evaluate)
     backbone, state = build_evaluation.evaluated_backbone(args)
-    if build_evaluation.is_check(args, train, val):
+    if args.check:
+        build_evaluation.eval_loaders(args, train, val)
         return
     splits = {"train": train, "val": val}
     keeps = bool(args.save or args.cache_dir or args.resume) and not args.evaluate

@@ -388,7 +388,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call_script, weights, image_tre
     code, _, stderr = call_script(LINEAR, *common, "--lr", "1e38", image_tree)
     assert code == 1 and stderr.count("\n") == 1, stderr
     assert "epoch 1" in stderr and "--lr" in stderr
-    code, _, stderr = call_script(LINEAR, *common, "--lr", "0.1,1e38", image_tree)
+    code, _, stderr = call_script(LINEAR, *common, "--lr", "1e38,0.1", image_tree)
     assert code == 0, stderr
     record = json.loads((tmp_path / "linear.json").read_text())
     assert record["lr"]["1e+38"]["loss"] is None and record["lr"]["1e+38"]["top1"] is None

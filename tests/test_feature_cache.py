@@ -95,7 +95,7 @@ def test_cache_is_used_when_nothing_has_changed(run_linear, extractions, tmp_pat
         ("encoder", "features of another encoder:"),
         ("truncated", "not a readable checkpoint"),
         ("other file", "no feature cache of this version"),
-        ("not finite", "features is a dict, not finite features (N, 128)"),
+        ("not finite", "features of val are not finite features (N, 128)"),
     ],
 )
 def test_stale_cache_is_not_used(run_linear, extractions, tmp_path, change, reason):

@@ -21,8 +21,7 @@ from utils.cli import build_evaluation
 from utils.data.bad_images import BadImages
 from utils.data.datasets import read_split
 from utils.evaluation import feature_cache, knn, linear_probe, linear_run
-from utils.evaluation.labeled_features import FromFeatures
-from utils.evaluation.linear_run import SETTINGS, LinearRun, Recipe
+from utils.evaluation.linear_run import SETTINGS, FromFeatures, LinearRun, Recipe
 from utils.method import checkpoint
 from utils.method.encoders import QueryTargetEncoders, build_backbone
 from utils.method.memory_bank import MemoryBank

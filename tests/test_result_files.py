@@ -87,7 +87,7 @@ def test_lines_are_appended_whole(tmp_path):
         list(pool.map(lambda line: result_files.append_line(path, line, flag="--save_acc"), lines))
     assert sorted(path.read_text().splitlines()) == sorted(lines)
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (("pipe", "not a regular file"), ("acc.csv/x", "Not a directory")):
+    for name, reason in (("pipe", "Illegal seek"), ("acc.csv/x", "Not a directory")):
         with pytest.raises(InputError, match=f"--save_acc .*{name}: {reason}"):
             result_files.append_line(tmp_path / name, "1", flag="--save_acc")
 
@@ -166,8 +166,9 @@ def test_which_results_are_of_one_encoder(one, other, same):
 
 
 def test_an_encoder_in_words_and_out_of_a_file():
-    assert str(KNOWN) == f"x.pth (sha256 {'a' * 12}, epoch 3, conv4, query encoder, 16 px)"
-    assert str(RANDOM) == "random (seed 0, conv4, 16 px)"
+    rest = "arch conv4, encoder query, image size 16"
+    assert str(KNOWN) == f"x.pth (sha256 {'a' * 12}, epoch 3, {rest})"
+    assert str(RANDOM) == f"random (seed 0, {rest})"
     assert str(Encoder()) == "an encoder that it does not name"
     record = json.loads(json.dumps(KNOWN._asdict()))
     assert result_files.encoder_of(record, what="x") == KNOWN

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from utils.data.bad_images import BadImages
-from utils.data.datasets import ImageSet
+from utils.data.datasets import ImageSet, check_classes, read_split
 from utils.data.eval_loader import EvalLoader
 from utils.data.image_cache import check_memory
+from utils.data.splits import labeled_index
 from utils.evaluation import result_files
 from utils.evaluation.feature_cache import image_digest
 from utils.method import checkpoint
@@ -21,6 +22,18 @@ from utils.runtime.errors import InputError, printable
 def build_bad_images(args: argparse.Namespace) -> BadImages:
     """What the flags say is to be done about broken images."""
     return BadImages(skip=args.bad_images == "skip", most=args.max_bad_images)
+
+
+def read_labeled(args: argparse.Namespace, *, only_labeled: bool) -> tuple[ImageSet, ImageSet]:
+    """Training and val images of the flags; only_labeled: those that the flags leave a label."""
+    train, val = (read_split(args.data, split, dataset=args.dataset) for split in ("train", "val"))
+    check_classes(train, val)
+    if only_labeled:
+        labels = {"fraction": args.label_fraction, "seed": args.split_seed}
+        train = train.take(
+            labeled_index(train, file=args.train_file, flag="--train_file", **labels)
+        )
+    return train, val
 
 
 def read_weights(args: argparse.Namespace) -> dict:
@@ -85,19 +98,13 @@ def check_view_memory(args: argparse.Namespace, images: int, *, views: int) -> N
     )
 
 
-def is_check(args: argparse.Namespace, *image_sets: ImageSet) -> bool:
-    """Whether --check asks for no more than has been seen; InputError where memory is too small."""
-    if args.check:
-        check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
-    return args.check
-
-
 def eval_loaders(
     args: argparse.Namespace, *image_sets: ImageSet, bad_images: BadImages | None = None
 ) -> list[EvalLoader]:
     """Evaluation loaders with the flags' batch size, image size, workers and device.
 
-    bad_images: shared by them, and with other loaders; default: a new one by the flags.
+    bad_images: shared by them, and with other loaders; default: a new one by the flags. InputError
+    where memory is too small for a batch.
     """
     check_view_memory(args, min(args.batch_size, max(map(len, image_sets))), views=1)
     common = {

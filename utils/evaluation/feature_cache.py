@@ -22,7 +22,6 @@ from utils.evaluation.features import extract_features, finite_rows
 from utils.method import checkpoint
 from utils.method.encoders import Backbone
 from utils.runtime import checked, distributed, files, torch_file
-from utils.runtime.checked import Kind
 from utils.runtime.errors import InputError, printable
 
 FORMAT = "cmsf-features-2"  # 1 had a key of sizes and times
@@ -133,26 +132,26 @@ def load(
     if differing := [name for name in key if saved_key.get(name) != key[name]]:
         raise InputError(f"{what}: features of another {', '.join(differing)}")
     names = checked.take(state, "bad_images", checked.list_of(checked.TEXT), what=what, default=[])
-    features = checked.take(state, "features", _pairs(feature_dim, num_classes), what=what)
+    features = checked.take(state, "features", checked.TABLE, what=what)
+    for split in ("train", "val"):
+        if not _is_pair(features.get(split), feature_dim, num_classes):
+            sizes = f"finite features (N, {feature_dim}) and labels below {num_classes}"
+            raise InputError(f"{what}: features of {split} are not {sizes}")
     for name in names:
         bad_images.add(name, f"there are no features of it in {path}")
-    return features
+    return {split: features[split] for split in ("train", "val")}
 
 
-def _pairs(feature_dim: int, num_classes: int) -> Kind:
-    """`Features` of this size, finite, and labels of so many classes."""
-    rows = torch_file.tensor(
-        "", lambda value: bool(finite_rows(value).all()), dims=2, dtype=torch.float32
-    )
-    in_range = torch_file.between(0, num_classes - 1)
-    labels = torch_file.tensor("", in_range, dims=1, dtype=torch.int64)
+def _is_odd(value: Any) -> bool:
+    return not isinstance(value, Tensor) or torch_file.unfit(value) is not None
 
-    def is_pair(value: Any) -> bool:
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            return False
-        fits = rows.holds(value[0]) and labels.holds(value[1])
-        return fits and value[0].shape == (len(value[1]), feature_dim) and len(value[1]) > 0
 
-    table = checked.table_of(Kind("", is_pair))
-    words = f"finite features (N, {feature_dim}) and labels below {num_classes} of train and val"
-    return Kind(words, lambda value: table.holds(value) and value.keys() == {"train", "val"})
+def _is_pair(value: Any, feature_dim: int, num_classes: int) -> bool:
+    """Whether these are features (N, F), finite, and labels (N,) of so many classes."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or any(map(_is_odd, value)):
+        return False
+    features, labels = value
+    typed = features.dtype == torch.float32 and labels.dtype == torch.int64 and len(labels) > 0
+    if not typed or labels.dim() != 1 or features.shape != (len(labels), feature_dim):
+        return False
+    return bool(finite_rows(features).all() and labels.min() >= 0 and labels.max() < num_classes)

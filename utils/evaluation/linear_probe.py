@@ -3,7 +3,6 @@
 B images in a batch, F feature size, C classes, L learning rates.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -183,21 +182,11 @@ def accuracy(
     ]
 
 
-def history_row(
-    losses: Sequence[float], figures: Sequence[dict[str, float | None]]
-) -> dict[str, list[float | None]]:
-    """One epoch of a history: loss (None where it diverged), top1 and top5 of each rate."""
-    return {
-        "loss": [loss if math.isfinite(loss) else None for loss in losses],
-        "top1": [row["top1"] for row in figures],
-        "top5": [row["top5"] for row in figures],
-    }
-
-
 def summarize(
     rates: Sequence[float], history: Sequence[dict[str, list]]
 ) -> dict[str, dict[str, float | int | None]]:
-    """What a run found for each learning rate, by the rate as text; history: of `history_row`.
+    """What a run found for each learning rate, by the rate as text; history: an epoch's loss,
+    top1 and top5 of each rate.
 
     The figures are those of the last epoch; best_top1 is the highest of all measured, best_epoch
     the first that reached it; None without any.
@@ -214,12 +203,6 @@ def summarize(
             "loss": history[-1]["loss"][i],
         }
     return summary
-
-
-def best_rate(summary: dict[str, dict[str, float | int | None]]) -> str:
-    """The learning rate of the highest top1, the first of equal ones; one at least has a top1."""
-    top1 = {rate: row["top1"] for rate, row in summary.items() if row["top1"] is not None}
-    return max(top1, key=top1.get)
 
 
 def format_table(summary: dict[str, dict[str, float | int | None]]) -> str:

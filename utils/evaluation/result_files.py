@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,9 +107,6 @@ def append_line(path: Path, line: str, *, flag: str) -> None:
 
     Several processes may do so at once. InputError that names the flag if it fails. "" only tries.
     """
-    what = f"{flag} {path}"
-    if path.exists() and not path.is_file():
-        raise InputError(f"{what}: not a regular file")
     try:
         with open(path, "a+b", buffering=0) as file:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -121,7 +118,7 @@ def append_line(path: Path, line: str, *, flag: str) -> None:
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise InputError(f"{what}: {error.strerror}") from error
+        raise InputError(f"{flag} {path}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -174,38 +171,28 @@ class Encoder(NamedTuple):
         asked = ["encoder", "arch", "image_size", "small_stem"]
         if self.sha256 is None:
             asked += ["checkpoint", "seed"]
-        pairs = [(getattr(self, name), getattr(other, name)) for name in asked]
         same_weights = self.is_known == other.is_known and self.sha256 == other.sha256
-        return same_weights and all(a == b for a, b in pairs if a is not None and b is not None)
+        return same_weights and _agree(self, other, asked)
 
     def __str__(self) -> str:
         """In words, in one line."""
         if not self.is_known:
             return "an encoder that it does not name"
-        is_network = self.checkpoint != "pixels"
-        parts = {
-            f"sha256 {(self.sha256 or '')[:12]}": self.sha256,
-            f"seed {self.seed}": self.checkpoint == "random",
-            f"epoch {self.epoch}": self.epoch and is_network,
-            self.arch: self.arch and is_network,
-            f"{self.encoder} encoder": self.encoder and self.sha256 and is_network,
-            f"{self.image_size} px": self.image_size,
-        }
-        parts = [part for part, is_said in parts.items() if is_said]
+        named = {"sha256": self.sha256 and self.sha256[:12], "epoch": self.epoch}
+        named = named if self.sha256 else {"seed": self.seed}
+        named |= {"arch": self.arch, "encoder": self.encoder, "image size": self.image_size}
+        parts = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
         name = Path(self.checkpoint or "a checkpoint").name
-        return printable(f"{name} ({', '.join(parts)})" if parts else name)
+        return printable(f"{name} ({parts})" if parts else name)
 
 
-_ENCODER = {
-    "checkpoint": checked.TEXT,
-    "sha256": checked.TEXT,
-    "epoch": checked.whole(0),
-    "encoder": checked.TEXT,
-    "arch": checked.TEXT,
-    "image_size": checked.whole(1),
-    "small_stem": checked.FLAG,
-    "seed": checked.whole(0),
-}
+_KINDS = {str | None: checked.TEXT, int | None: checked.whole(0), bool | None: checked.FLAG}
+
+
+def _agree(one: tuple, other: tuple, names: Iterable[str]) -> bool:
+    """Whether two have the same in every field of these names that both know."""
+    pairs = ((getattr(one, name), getattr(other, name)) for name in names)
+    return all(a == b for a, b in pairs if a is not None and b is not None)
 
 
 def _said(record: dict, name: str, kind: checked.Kind, *, what: str) -> Any:
@@ -215,7 +202,8 @@ def _said(record: dict, name: str, kind: checked.Kind, *, what: str) -> Any:
 
 def encoder_of(record: dict, *, what: str) -> Encoder:
     """The encoder that a result file tells of; InputError that begins with `what` for odd types."""
-    return Encoder(*(_said(record, name, kind, what=what) for name, kind in _ENCODER.items()))
+    types = Encoder.__annotations__.items()
+    return Encoder(*(_said(record, name, _KINDS[type_], what=what) for name, type_ in types))
 
 
 class ValImages(NamedTuple):
@@ -232,8 +220,7 @@ class ValImages(NamedTuple):
         """Whether they are the same: by digest, or where one has none by what both say."""
         if self.digest and other.digest:
             return self.digest == other.digest
-        pairs = [(self.count, other.count), (self.classes, other.classes)]
-        return all(a == b for a, b in pairs if a is not None and b is not None)
+        return _agree(self, other, ("count", "classes"))
 
     def __str__(self) -> str:
         """In words, in one line."""

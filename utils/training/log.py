@@ -1,4 +1,4 @@
-"""What a run reports: means over an interval, health of the embeddings, log.jsonl, the console."""
+"""What a run reports: means over an interval, log.jsonl, the console."""
 
 import contextlib
 import math

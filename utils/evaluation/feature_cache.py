@@ -142,15 +142,13 @@ def load(
     return {split: features[split] for split in ("train", "val")}
 
 
-def _is_odd(value: Any) -> bool:
-    return not isinstance(value, Tensor) or torch_file.unfit(value) is not None
-
-
 def _is_pair(value: Any, feature_dim: int, num_classes: int) -> bool:
     """Whether these are features (N, F), finite, and labels (N,) of so many classes."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or any(map(_is_odd, value)):
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
     features, labels = value
+    if not all(isinstance(part, Tensor) and torch_file.is_dense(part) for part in value):
+        return False
     typed = features.dtype == torch.float32 and labels.dtype == torch.int64 and len(labels) > 0
     if not typed or labels.dim() != 1 or features.shape != (len(labels), feature_dim):
         return False

@@ -35,23 +35,26 @@ def read(path: str | Path, *, what: str) -> Any:
     one that is damaged or of another kind. torch.load itself ignores the archive's checksums, and
     takes an entry for a folder, whose tensor is whatever lay in memory, by a bit that none covers.
     """
+    whole = False
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 folders = any(entry.external_attr & _FOLDER for entry in archive.infolist())
-                if folders or archive.testzip() is not None:
-                    raise DamagedError(unreadable(what))
+                whole = not folders and archive.testzip() is None
+            if not whole:
+                raise DamagedError(unreadable(what))
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise DamagedError(f"{what}: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise about anything
-        refused = re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error))
-        if not (refused and isinstance(error, pickle.UnpicklingError)):
+        refused = re.search(r"(?:GLOBAL|class) '?(\w+(?:\.\w+)+)", str(error))
+        if not (isinstance(error, pickle.UnpicklingError) and (whole or refused)):
             raise DamagedError(unreadable(what)) from error
+        name = f"{one_line(refused[1])}, " if refused else ""
         reason = "a pickled object; only tensors and plain values are read (save its state_dict())"
-        raise InputError(f"{what}: holds {one_line(refused[1])}, {reason}") from error
+        raise InputError(f"{what}: holds {name}{reason}") from error
 
 
 def unreadable(what: str) -> str:

@@ -217,7 +217,6 @@ def load_strictly(
         "unknown": [name for name in weights if name not in own],
         "of another shape": [name for name, one, value in both if one.shape != value.shape],
         "of another type": [name for name, one, value in both if _type(one) != _type(value)],
-        "are not finite": [n for n, _, value in both if finite and not torch_file.is_finite(value)],
     }
     if texts := [
         f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
@@ -225,6 +224,10 @@ def load_strictly(
         if names
     ]:
         raise InputError(f"{what}: does not fit: {'; '.join(texts)}")
+    # Not before: a view in a file can repeat few bytes to more numbers than can be looked at.
+    broken = [name for name, _, value in both if finite and not torch_file.is_finite(value)]
+    if broken:
+        raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
     weights._metadata = own._metadata  # the versions of the names that they have by now
     module.load_state_dict(weights)
 

@@ -96,6 +96,8 @@ def test_cache_is_used_when_nothing_has_changed(run_linear, extractions, tmp_pat
         ("truncated", "not a readable checkpoint"),
         ("other file", "no feature cache of this version"),
         ("not finite", "features of val are not finite features (N, 128)"),
+        ("a number", "features of val are not finite features (N, 128)"),
+        ("without end", "features of val are not finite features (N, 128)"),
     ],
 )
 def test_stale_cache_is_not_used(run_linear, extractions, tmp_path, change, reason):
@@ -121,9 +123,15 @@ def test_stale_cache_is_not_used(run_linear, extractions, tmp_path, change, reas
         flags = ["--use-target"]
     elif change == "truncated":
         cache.write_bytes(cache.read_bytes()[:-1000])
-    elif change == "not finite":
+    elif change in ("not finite", "a number", "without end"):
         state = torch.load(cache, weights_only=True)
-        state["features"]["val"][0][3, 1] = float("nan")
+        features, labels = state["features"]["val"]
+        features[3, 1] = float("nan") if change == "not finite" else 0
+        if change == "a number":
+            labels = labels[0]
+        elif change == "without end":  # views that repeat one row
+            features, labels = features[:1].expand(10**12, -1), labels[:1].expand(10**12)
+        state["features"]["val"] = (features, labels)
         files.save(cache, state)
     else:
         torch.save({"features": {}}, cache)

@@ -144,12 +144,13 @@ def load(
 
 def _is_pair(value: Any, feature_dim: int, num_classes: int) -> bool:
     """Whether these are features (N, F), finite, and labels (N,) of so many classes."""
+    rows = torch_file.tensor(
+        "", lambda part: bool(finite_rows(part).all()), dims=2, dtype=torch.float32
+    )
+    labels = torch_file.tensor(
+        "", torch_file.between(0, num_classes - 1), dims=1, dtype=torch.int64
+    )
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
-    features, labels = value
-    if not all(isinstance(part, Tensor) and torch_file.is_dense(part) for part in value):
-        return False
-    typed = features.dtype == torch.float32 and labels.dtype == torch.int64 and len(labels) > 0
-    if not typed or labels.dim() != 1 or features.shape != (len(labels), feature_dim):
-        return False
-    return bool(finite_rows(features).all() and labels.min() >= 0 and labels.max() < num_classes)
+    fits = rows.holds(value[0]) and labels.holds(value[1])
+    return fits and value[0].shape == (len(value[1]), feature_dim) and len(value[1]) > 0

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, whatever happens meanwhile."""
 
+import contextlib
 import errno
 import os
 import re
@@ -63,23 +64,70 @@ def test_sha256(tmp_path):
     assert files.sha256(path).startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
+# Writes half a file, says so, and waits to be killed or, by a line, to be let go on.
+HALF = """
+import sys
+from pathlib import Path
+from utils.runtime import files
+with files.atomic_file(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    print("half", flush=True)
+    sys.stdin.readline()
+    file.write(b" and whole")
+"""
+
+
+@contextlib.contextmanager
+def half_written(path):
+    """A process that has written half of a file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALF, path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout.readline() == "half\n"
+        yield process
+        process.kill()
+
+
 def test_what_a_killed_process_left_is_removed_and_what_one_writes_is_not(tmp_path):
     path = tmp_path / "features.npz"
-    left, of_another = tmp_path / ".features.npz.1.tmp", tmp_path / ".labels.npz.1.tmp"
-    for old in (left, of_another):
-        old.touch()
-        os.utime(old, (0, 0))
-    with files.atomic_file(path) as file:
-        file.write(b"half")
-        (held,) = set(tmp_path.iterdir()) - {left, of_another}
-        assert not left.exists()
+    path.write_bytes(b"old")
+    with half_written(path) as killed:
+        killed.kill()
+    (left,) = set(os.listdir(tmp_path)) - {path.name}
+    assert left == f".features.npz.{killed.pid}.tmp" and path.read_bytes() == b"old"
+    of_another = tmp_path / f".labels.npz.{killed.pid}.tmp"
+    of_another.touch()
+    with half_written(path) as alive:
+        held = tmp_path / f".features.npz.{alive.pid}.tmp"
+        assert set(tmp_path.iterdir()) == {path, held, of_another}  # it has removed what was left
         files.replace_text(path, "new")
-        assert path.read_bytes() == b"new" and {held, of_another} <= set(tmp_path.iterdir())
-        file.write(b" and whole")
-    assert path.read_bytes() == b"half and whole"
-    assert set(tmp_path.iterdir()) == {path, of_another}
-    files.remove_temporaries(tmp_path, of="*")
-    assert os.listdir(tmp_path) == [path.name]
+        assert path.read_bytes() == b"new" and of_another.exists()
+        files.remove_temporaries(tmp_path)
+        assert set(tmp_path.iterdir()) == {path, held}
+        alive.communicate("go on\n")
+    assert path.read_bytes() == b"half and whole" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_that_was_removed_before_it_was_held_is_made_anew(tmp_path, monkeypatch):
+    """Another process may take it for left between the two steps."""
+    path, real, calls = tmp_path / "x", files.fcntl.lockf, []
+
+    def removed_first(file, *flags):
+        calls.append(file)
+        if len(calls) == 1:
+            (temporary,) = tmp_path.glob(".x.*")
+            temporary.unlink()
+        return real(file, *flags)
+
+    monkeypatch.setattr(files.fcntl, "lockf", removed_first)
+    files.replace_text(path, "whole")
+    assert path.read_text() == "whole" and len(calls) == 2
 
 
 def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path):

@@ -1,11 +1,10 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import os
-import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +14,6 @@ import torch
 from utils.runtime.errors import RunError
 
 _TEMPORARY = ".tmp"
-_LEFT = 3600  # seconds without a byte after which nobody is still writing
 
 
 def save(path: Path, state: dict, *, flag: str = "") -> None:
@@ -39,48 +37,74 @@ def atomic_file(path: Path, *, flag: str = "") -> Iterator[BinaryIO]:
 
     The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
     step, which reaches the disk too. Whatever fails, the temporary file is gone and RunError is
-    raised, which names the file and, if given, the user's flag. A link stays one: what it leads to
-    is written. A pipe, a device or a folder is not replaced: RunError.
+    raised, which names the file and, if given, the user's flag. A process killed meanwhile leaves
+    its temporary file behind: the next that writes the same file removes it, here. A link stays
+    one: what it leads to is written. A pipe, a device or a folder is not replaced: RunError.
     """
     what = f"{flag} {path}".strip()
     path = Path(os.path.realpath(path))
     if os.path.exists(path) and not path.is_file():
         raise RunError(f"{what} could not be written: not a regular file")
-    remove_temporaries(path.parent, of=glob.escape(path.name), unchanged=_LEFT)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    remove_temporaries(path.parent, of=glob.escape(path.name))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
-        with open(temporary, "xb") as file:
+        with _open_held(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(folder)
-        os.close(folder)
+            os.replace(temporary, path)  # before the lock is given back
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise RunError(f"{what} could not be written: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path, *, of: str, unchanged: float = 0) -> None:
-    """Remove what killed processes have left of files `of` this name, a pattern.
+def remove_temporaries(folder: Path, *, of: str = "*") -> None:
+    """Remove what processes that were killed while they wrote files `of` this name have left.
 
-    unchanged: only what nobody has written to for so many seconds, where others may be writing.
+    What a process still holds stays, and everything where there are no locks.
     """
     for path in folder.glob(f".{of}.*{_TEMPORARY}"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and time.time() - path.lstat().st_mtime >= unchanged:
-                path.unlink()
+        if path.is_symlink() or not path.is_file():  # none of ours; a pipe would be waited for
+            continue
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
-def _reason(error: BaseException) -> str:
+def _open_held(path: Path) -> BinaryIO:
+    """An empty file that this process holds by a record lock until it closes it, or ends.
+
+    Whoever had it before may have renamed or removed it before it was held: then once more.
+    """
+    while True:
+        file = open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate()
+                return file
+        file.close()
+
+
+def _flush_folder(path: Path) -> None:
+    """Have the names in a folder reach the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        os.fsync(folder)
+    os.close(folder)
+
+
+def _reason(error: BaseException | None) -> str:
     """The system's words for what went wrong, also where torch.save has wrapped its error."""
-    cause = error
-    while cause and not (isinstance(cause, OSError) and cause.strerror):
-        cause = cause.__cause__ or cause.__context__
-    return cause.strerror if cause else (str(error).splitlines() or ["unknown"])[0]
+    text = (str(error).splitlines() or ["unknown"])[0]
+    while error:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return text
 
 
 def sha256(path: str | Path) -> str:

@@ -56,8 +56,7 @@ class RunFolder:
         if distributed.is_main():
             self._give_back = weakref.finalize(self, os.close, _lock(self.path / ".lock"))
             (self.path / REQUEUE).unlink(missing_ok=True)
-            for name in ("ckpt_*", ABOUT, self.log.name):  # no other process writes these
-                files.remove_temporaries(self.path, of=name)
+            files.remove_temporaries(self.path)
 
     def close(self) -> None:
         """Leave the folder to others; the end of the process does it too."""

@@ -42,6 +42,7 @@ def cmsf(
     *,
     weights: str | os.PathLike | None = None,
     encoder: str = "query",
+    prefix: str | None = None,
     small_stem: bool | None = None,
     sha256: str | None = None,
     progress: bool = True,
@@ -50,8 +51,10 @@ def cmsf(
 
     arch: a torchvision classification model; None: as the checkpoint says, or resnet50. weights: a
     path, or an http(s) or file URL, which is downloaded once to torch.hub's folder of checkpoints;
-    None: random. encoder: "query" or "target". small_stem: a ResNet's 3x3 first convolution; None:
-    as the checkpoint says. sha256: what the file's must begin with. progress: of the download.
+    None: random. encoder: of several backbones in it "query", the one trained by gradient, or
+    "target", a moving average; prefix: the one whose names begin so. small_stem: a ResNet's 3x3
+    first convolution; None: as the checkpoint says. sha256: what the file's must begin with.
+    progress: of the download.
 
     Raises ValueError for weights that are not there, cannot be read or do not fit.
     """
@@ -67,7 +70,8 @@ def cmsf(
         backbone = own.encoders.build_backbone(arch, small_stem=small_stem)
         if weights is not None:
             what = f"{what} (arch {arch})"
-            own.checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
+            which = {"encoder": encoder, "prefix": prefix}
+            own.checkpoint.load_backbone(backbone, state, **which, what=what)
     except own.errors.InputError as error:
         raise ValueError(str(error)) from error
     return backbone.module.eval()

@@ -6,8 +6,8 @@ Under torchrun several processes extract the features, and one searches.
 
 Features before the projector, encoder in eval mode, L2-normalized; exact search of every val image
 among the train images; majority vote, and beside it the vote weighted by exp(similarity /
-temperature). k = 1, 5, 10, 20 and -k come out of one search. Reads checkpoints of this repository,
-of the published CMSF and MSF code, and plain torchvision state dicts.
+temperature). k = 1, 5, 10, 20 and -k come out of one search. Reads checkpoints of this repository
+and the backbone in those of others (docs/evaluate.md says which).
 """
 
 import argparse

@@ -58,7 +58,7 @@ def describe(args: argparse.Namespace, backbone: Backbone, state: dict) -> dict:
     plain = {n: v for n, v in kept.items() if v not in (None, {}, "") and checked.PLAIN.holds(v)}
     return {
         **plain,
-        "encoder": build_evaluation.encoder_name(args, state),
+        "encoder": args.encoder,
         "checkpoint_sha256": args.sha256,
         **checkpoint.metadata(state),
         "arch": args.arch,

@@ -90,8 +90,10 @@ def main() -> None:
     network = backbone.module
     if args.projected:
         what = f"--projected: --weights {args.weights}"
-        encoder = build_evaluation.encoder_name(args, state)
-        projector = checkpoint.load_projector(state, backbone, encoder=encoder, what=what)
+        if not state:
+            raise InputError(f"{what}: no projector in it")
+        which = {"encoder": "target" if args.use_target else "query", "prefix": args.prefix}
+        projector = checkpoint.load_projector(state, backbone, **which, what=what)
         network = Encoder(network, projector)
     network = build_evaluation.place(args, network)
     (loader,) = build_evaluation.eval_loaders(args, images)

@@ -7,7 +7,7 @@
 For CMSF-2Q each target has three rows: what is nearest to its previous embedding in M', the same
 rows in M with their ranks by plain distance to the target, and the plain nearest rows. For other
 methods there are the rows of its label, pseudo-label or cluster, with their ranks, and the plain
-ones. With --from_features any encoder will do, a published checkpoint or a torchvision state dict:
+ones. With --from_features any encoder will do, that of another library too:
 the nearest training images by the features of `eval_knn.py`. All that is in the picture is also
 written to a JSON file beside it.
 """

@@ -83,7 +83,7 @@ def test_our_own_checkpoint(tmp_path, backbone, encoders):
     for name, value in backbone.module.state_dict().items():
         assert torch.equal(value, expected[name]), name
     fresh = QueryTargetEncoders(build_backbone("resnet18").module, 512)
-    words = checkpoint.load_initial_weights(fresh, "fc", loaded, what="--weights")
+    words = checkpoint.load_initial_weights(fresh, backbone, loaded, what="--weights")
     assert "predictor" in words
     for name, value in fresh.state_dict().items():
         assert torch.equal(value, encoders.state_dict()[name]), name
@@ -102,10 +102,10 @@ def test_plain_torchvision_state_dict(tmp_path, backbone, wrap, prefix):
     torch.testing.assert_close(model.fc(features), model(images))
 
 
-def test_plain_weights_start_both_backbones(encoders):
+def test_plain_weights_start_both_backbones(backbone, encoders):
     plain = torchvision.models.resnet18(weights=None).state_dict()
     fresh = QueryTargetEncoders(build_backbone("resnet18").module, 512)
-    words = checkpoint.load_initial_weights(fresh, "fc", plain, what="--weights")
+    words = checkpoint.load_initial_weights(fresh, backbone, plain, what="--weights")
     assert words.startswith("backbone only")
     for encoder in (fresh.query_encoder, fresh.target_encoder):
         assert torch.equal(encoder.backbone.conv1.weight, plain["conv1.weight"])
@@ -117,7 +117,7 @@ def test_missing_unknown_and_reshaped_weights_are_named(backbone):
     with pytest.raises(InputError, match=r"1 weights missing, first layer1\.0\.conv1\.weight"):
         checkpoint.load_backbone(backbone, incomplete, what="--weights x")
     with pytest.raises(InputError, match=r"1 weights unknown, first extra\.weight"):
-        checkpoint.load_backbone(backbone, plain | {"extra.weight": torch.zeros(1)}, what="x")
+        checkpoint.load_backbone(backbone, plain | {"extra.weight": torch.zeros(8)}, what="x")
     with pytest.raises(InputError, match=r"1 weights of another shape, first conv1\.weight"):
         checkpoint.load_backbone(backbone, plain | {"conv1.weight": torch.zeros(1)}, what="x")
     with pytest.raises(InputError, match="missing"):

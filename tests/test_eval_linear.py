@@ -326,7 +326,8 @@ def test_an_epoch_is_every_image_once(count, size, sizes):
 def test_only_checked(call_script, weights, image_tree, tmp_path, monkeypatch):
     flags = (*QUICK, "--check", "--save", tmp_path)
     code, out, _ = call_script(LINEAR, *flags, "--weights", weights, image_tree)
-    assert code == 0 and all(line.startswith("data ") for line in out.splitlines())
+    said = ("data ", f"--weights {weights}: backbone ")
+    assert code == 0 and all(line.startswith(said) for line in out.splitlines())
     assert not list(tmp_path.iterdir())
     assert_refused(call_script(LINEAR, *flags, "--weights", "no.pth", image_tree), "no.pth")
     monkeypatch.setattr(image_cache, "available_memory", lambda: 1000)

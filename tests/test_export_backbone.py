@@ -213,8 +213,10 @@ def test_an_exported_target_encoder_is_called_that(call_script, image_tree, tmp_
     flags = ("--weights", out, "-j", 0, "--save", tmp_path, image_tree)
     assert call_script(KNN, *flags)[0] == 0
     assert json.loads((tmp_path / "knn.json").read_text())["encoder"] == "target"
+    assert call_script(KNN, "--use_target", *flags)[0] == 0
+    assert call_script(EXPORT, "--weights", source, "--output", out, "--force")[0] == 0
     refused = call_script(KNN, "--use_target", *flags)
-    assert_refused(refused, f"--weights {out}", "no target encoder")
+    assert_refused(refused, f"--weights {out}", "no target encoder in it, but query")
 
 
 def test_files_of_others(call_script, tmp_path):

@@ -32,7 +32,9 @@ from utils.training.engine import Run
 EXPORT = importlib.import_module("eval.export_backbone")
 LINEAR = importlib.import_module("eval.eval_linear")
 SHOW = importlib.import_module("eval.show_neighbors")
-WHERE = argparse.Namespace(arch=None, image_size=None, small_stem=False, seed=0, use_target=False)
+WHERE = argparse.Namespace(
+    arch=None, image_size=None, small_stem=False, seed=0, use_target=False, prefix=None
+)
 
 
 @pytest.fixture(params=[20, pytest.param(300, marks=pytest.mark.slow)])
@@ -124,7 +126,7 @@ def evaluate(path):
     fresh = copy.deepcopy(encoders())
     for read in (
         lambda: checkpoint.load_projector(state, backbone, what=str(path)),
-        lambda: checkpoint.load_initial_weights(fresh, "fc", state, what=str(path)),
+        lambda: checkpoint.load_initial_weights(fresh, backbone, state, what=str(path)),
     ):
         try:
             read()
@@ -308,7 +310,9 @@ def test_bank(tmp_path, image_tree, kind, examples):
     method = "PseudoCMSF" if kind == "pseudo-labels" else "x"
     content = {"format": checkpoint.FORMAT, "method": method, "epoch": 1, "state_dict": content}
     content |= {"data": {"x": images.digest()}, "args": {"dataset": "imagenet"}, "step": 2}
-    args = argparse.Namespace(weights=str(path), count=2, seed=0, neighbors=3, images=None)
+    args = argparse.Namespace(
+        **vars(WHERE) | {"images": None}, weights=str(path), count=2, neighbors=3
+    )
 
     def read():
         searched, notes, state = SHOW.search_bank(args, images)

@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 from utils.method import checkpoint
+from utils.method.encoders import build_backbone
 from utils.runtime import torch_file
 from utils.runtime.errors import DamagedError, InputError
 
@@ -34,10 +35,11 @@ def test_what_is_not_let_in(tmp_path, content):
     torch.save(content, path)
     with pytest.raises(InputError) as error:
         checkpoint.load(path, flag="--weights")
-    reason = "a pickled object; only tensors and plain values are read (save its state_dict())"
-    assert re.fullmatch(
-        rf"--weights {path}: holds ([\w.]+, )?{re.escape(reason)}", str(error.value)
+    reason = (
+        r"a pickled object; only tensors and plain values are read\. If you trust it, save its "
     )
+    assert re.match(rf"--weights {path}: holds ([\w.]+, )?{reason}weights: ", str(error.value))
+    assert str(error.value).isprintable()
     assert not isinstance(error.value, DamagedError)  # no older file may silently take its place
 
 
@@ -45,9 +47,8 @@ def test_what_is_not_let_in(tmp_path, content):
 def test_torchscript_is_refused(tmp_path):
     path = tmp_path / "script.pth"
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
-    with pytest.raises(InputError, match=f"--weights {path}: not a readable checkpoint") as error:
+    with pytest.raises(InputError, match=f"--weights {path}: a TorchScript program; .*jit.load"):
         checkpoint.load(path, flag="--weights")
-    assert "\n" not in str(error.value)
 
 
 def test_a_name_out_of_a_file_is_one_short_line():
@@ -61,7 +62,7 @@ def test_a_name_out_of_a_file_is_one_short_line():
     "make",
     [
         lambda v: v.to_sparse(),
-        lambda v: v.to_sparse_csr(),
+        lambda v: v[None].to_sparse_csr(),
         lambda v: v.to("meta"),
         lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
         lambda v: torch.nested.nested_tensor([v, v[:1]]),
@@ -73,10 +74,10 @@ def test_a_name_out_of_a_file_is_one_short_line():
 def test_weights_that_no_network_takes_are_named(tmp_path, make):
     path = tmp_path / "odd.pth"
     weights = torchvision.models.resnet18().state_dict()
-    torch.save(dict(weights) | {"fc.weight": make(weights["fc.weight"])}, path)
+    torch.save(dict(weights) | {"bn1.weight": make(weights["bn1.weight"])}, path)
     state = checkpoint.load(path, flag="--weights")
-    with pytest.raises(InputError, match="x: weight fc.weight is a Tensor, not a dense"):
-        checkpoint.encoder_weights(state, "fc", what="x")
+    with pytest.raises(InputError, match="x: .* 1 weights of another type, first bn1.weight"):
+        checkpoint.load_backbone(build_backbone("resnet18"), state, what="x")
 
 
 def test_what_is_finite():

@@ -53,8 +53,7 @@ def stages_of(path: str) -> tuple[dict[str, nn.Module], int]:
     backbone = build_backbone(flags["arch"], small_stem=flags["small_stem"])
     sizes = {name: flags[name] for name in ("proj_dim", "hidden_dim", "proj_bn")}
     encoders = QueryTargetEncoders(backbone.module, backbone.feature_dim, **sizes)
-    weights = checkpoint.encoder_weights(state, backbone.classifier, what=path)
-    checkpoint.load_strictly(encoders, weights, what=path)
+    checkpoint.load_initial_weights(encoders, backbone, state, what=path)
     query, target = encoders.query_encoder, encoders.target_encoder
     return {
         "query backbone": query.backbone,

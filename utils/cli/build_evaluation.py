@@ -17,6 +17,7 @@ from utils.method import checkpoint
 from utils.method.encoders import Backbone, build_backbone, check_image_size
 from utils.runtime import checked, distributed, files, origin, plain_json
 from utils.runtime.errors import InputError, printable
+from utils.runtime.torch_file import one_line
 
 
 def build_bad_images(args: argparse.Namespace) -> BadImages:
@@ -41,7 +42,7 @@ def read_weights(args: argparse.Namespace) -> dict:
 
     Its SHA-256 as it is now becomes `args.sha256`, None without a file.
     """
-    args.sha256 = None
+    args.sha256, args.encoder = None, "target" if args.use_target else "query"
     if args.weights in result_files.NAMED:
         return {}
     state = checkpoint.load(args.weights, flag="--weights")
@@ -53,7 +54,8 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
 
     What the flags leave open (arch, image size, stem) is taken from the checkpoint where it says
-    so, and written into args. "random": untrained, seeded by --seed. "pixels": flattened images.
+    so, and written into args, as is the role of the encoder. "random": untrained, seeded by --seed.
+    "pixels": flattened images.
     """
     if not args.weights:
         raise InputError("--weights: name the checkpoint to evaluate")
@@ -69,8 +71,11 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     check_image_size(backbone, args.arch, args.image_size)
     if state:
         what = f"--weights {args.weights} (--arch {args.arch})"
-        encoder = "target" if args.use_target else "query"
-        checkpoint.load_backbone(backbone, state, encoder=encoder, what=what)
+        which = {"encoder": args.encoder, "prefix": args.prefix}
+        found = checkpoint.load_backbone(backbone, state, **which, what=what)
+        args.encoder = found.role
+        aside = f" (left aside: {', '.join(map(one_line, found.aside))})" if found.aside else ""
+        print(printable(f"--weights {args.weights}: backbone {found}{aside}"), flush=True)
     return backbone, state
 
 
@@ -81,12 +86,6 @@ def place(args: argparse.Namespace, network: nn.Module) -> nn.Module:
     """
     layout = torch.channels_last if args.device.type == "cpu" else None
     return network.to(args.device, memory_format=layout)
-
-
-def encoder_name(args: argparse.Namespace, state: dict) -> str:
-    """Which encoder is read from a checkpoint, or was exported to it: "query" or "target"."""
-    named = "target" if args.use_target else "query"
-    return checkpoint.metadata(state).get("encoder", named)
 
 
 def check_view_memory(args: argparse.Namespace, images: int, *, views: int) -> None:
@@ -139,7 +138,7 @@ def identity(
     wanted = encoder_record(args, state) | {"settings": kept, "images": found}
     key = {
         "checkpoint": args.sha256 or f"{args.weights}, seed {args.seed}, torch {torch.__version__}",
-        "encoder": encoder_name(args, state),
+        "encoder": args.encoder,
         "arch": args.arch,
         "stem": "small" if args.small_stem else "as built",
         "image size": str(args.image_size),
@@ -186,7 +185,7 @@ def encoder_record(args: argparse.Namespace, state: dict) -> dict:
         "checkpoint": args.weights,
         "sha256": args.sha256,
         "epoch": state.get("epoch"),
-        "encoder": encoder_name(args, state),
+        "encoder": args.encoder,
         "arch": args.arch,
         "image_size": args.image_size,
         "small_stem": args.small_stem,

@@ -167,7 +167,8 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     )
 
     def fill(encoders: nn.Module, state: dict, what: str) -> str:
-        return checkpoint.load_initial_weights(encoders, backbone.classifier, state, what=what)
+        which = {"prefix": args.prefix, "what": what}
+        return checkpoint.load_initial_weights(encoders, backbone, state, **which)
 
     return _finished(args, encoders, fill)
 
@@ -185,8 +186,8 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
     )
 
     def fill(sole: nn.Module, state: dict, what: str) -> str:
-        checkpoint.load_backbone(backbone, state, what=what)
-        return "backbone only; the classifier starts at random"
+        found = checkpoint.load_backbone(backbone, state, prefix=args.prefix, what=what)
+        return f"backbone only ({found}); the classifier starts at random"
 
     return _finished(args, sole, fill), backbone.feature_dim
 

@@ -38,6 +38,7 @@ DEMO = {
 DEMO_CHECKPOINT = str(ROOT / "output" / "demo_2q" / f"ckpt_epoch_{DEMO['epochs']}.pth")
 DEMO_FOLDER = ROOT / "data" / "demo"
 
+PREFIX = "of several backbones in the checkpoint the one whose names begin so; default: by its name"
 # What --precision may be, and the dtype that the encoders compute in instead of float32.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 # What --bank_precision may be.
@@ -80,6 +81,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     add("--weights", type=kind.path_or("random", "pixels"), help=f"checkpoint to read{named}")
     target = "the target encoder instead of the query encoder"
     add("--use_target", "--use-target", action="store_true", help=target)
+    add("--prefix", help=PREFIX)
     add("--arch", help=f"{said}, or resnet50")
     add("--image_size", type=kind.side, help=f"{said}, or 224")
     add("--small_stem", action="store_true", help=said)
@@ -192,6 +194,7 @@ def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -
     stem = "ResNets: 3x3 first convolution, no pooling (images of about 32 px)"
     add("--small_stem", action="store_true", help=stem)
     add("--weights", type=kind.path_text, help="checkpoint to start from")
+    add("--prefix", help=PREFIX)
     ways = {
         "shuffle": "each on its part of the batch, the target's dealt out anew, as published",
         "sync": "on the whole batch, as one process does",

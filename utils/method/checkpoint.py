@@ -1,14 +1,12 @@
-"""Checkpoints: safe, strict load; encoder weights out of any known layout.
+"""Checkpoints: safe, strict load; encoders out of files of any layout.
 
 A checkpoint of ours is a dict of tensors and builtins: `RUN`, with the encoders' names in
-`state_dict` those of `encoders.QueryTargetEncoders` behind "encoders.". Also read: checkpoints of
-the published CMSF and MSF code, plain torchvision state dicts, and backbones that
-eval/export_backbone.py wrote. Nothing in a file is ever executed, and what stands in it is of the
-types and ranges said here, or refused.
+`state_dict` those of `encoders.QueryTargetEncoders` behind "encoders.". Also read: all of a
+checkpoint of the published CMSF and MSF code, and the backbone in any other (`layouts`). Nothing in
+a file is ever executed, and what stands in it is of the types and ranges said here, or refused.
 """
 
 import argparse
-import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.method import layouts
 from utils.method.encoders import Backbone, QueryTargetEncoders, mlp
+from utils.method.layouts import Found
 from utils.runtime import checked, safetensors_file, torch_file
 from utils.runtime.checked import Kind
 from utils.runtime.errors import DamagedError, InputError
@@ -36,8 +36,16 @@ _PLAIN = checked.table_of(checked.PLAIN)
 _COUNT = checked.whole(0)
 
 
+# Published encoders -> what begins the names of their backbones' weights, and their projectors'.
+_PUBLISHED = {
+    "encoder_q": ("query_encoder.backbone.", "query_encoder.projector."),
+    "encoder_t": ("target_encoder.backbone.", "target_encoder.projector."),
+    "predict_q": ("predictor.", "predictor."),
+}
+
+
 def _is_metadata(value: Any) -> bool:
-    return _PLAIN.holds(value) and value.get("encoder", "query") in ("query", "target")
+    return _PLAIN.holds(value) and checked.TEXT.holds(value.get("encoder", ""))
 
 
 # The fields of files of ours, by format.
@@ -60,20 +68,10 @@ _FIELDS = {
     },
     EXPORTED: {
         "state_dict": checked.TABLE,
-        "metadata": Kind("a table of plain values (encoder: query or target)", _is_metadata),
+        "metadata": Kind("a table of plain values (encoder: text)", _is_metadata),
     },
 }
 RUN = tuple(name for name in _FIELDS[FORMAT] if name != "parts")  # what a run needs to go on
-
-# torchvision's networks in its own older names -> today's (densenet.py, vision_transformer.py).
-_OLDER = (
-    (re.compile(r"(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)"), r"\1\2"),
-    (re.compile(r"(.*\.mlp)\.linear_1\.(weight|bias)"), r"\1.0.\2"),
-    (re.compile(r"(.*\.mlp)\.linear_2\.(weight|bias)"), r"\1.3.\2"),
-)
-# Published names (after "module." of DataParallel is taken out) -> ours.
-_PUBLISHED = {"encoder_q": "query_encoder", "encoder_t": "target_encoder"}
-_QUERY = "query_encoder.backbone."
 
 
 def load(path: str | Path, *, flag: str) -> dict:
@@ -156,46 +154,6 @@ def said(checkpoint: dict, name: str, *, what: str) -> Any:
     return checked.take(settings(checkpoint), name, kind, what=what, default=None)
 
 
-def encoder_weights(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:
-    """Weights of the encoders under the names of `QueryTargetEncoders`, from any known layout.
-
-    classifier: name of the last linear layer: published checkpoints keep the projector there. A
-    plain state dict gives "query_encoder.backbone." alone. InputError, begun by `what`, for weights
-    that are no dense tensors of numbers.
-    """
-    state = checkpoint
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    torch_file.check_weights(state, what=what)
-    if ours := _below("encoders.", state):
-        return ours
-    state = {_without_module(name): value for name, value in state.items()}
-    layer = classifier + "."
-    if not any(name.partition(".")[0] in _PUBLISHED for name in state):
-        return {f"{_QUERY}{n}": v for n, v in state.items() if not n.startswith(layer)}
-    weights = {}
-    for name, value in state.items():
-        encoder, _, rest = name.partition(".")
-        if encoder == "predict_q":
-            weights[f"predictor.{rest}"] = value
-        elif encoder in _PUBLISHED and rest.startswith(layer):
-            weights[f"{_PUBLISHED[encoder]}.projector.{rest.removeprefix(layer)}"] = value
-        elif encoder in _PUBLISHED:
-            weights[f"{_PUBLISHED[encoder]}.backbone.{rest}"] = value
-    return weights
-
-
-def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights whose names begin with a prefix, without it."""
-    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
-
-
-def _without_module(name: str) -> str:
-    """A parameter's name without what (Distributed)DataParallel and torch.compile add to it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
 def load_strictly(
     module: nn.Module, weights: dict[str, Tensor], *, what: str, finite: bool = True
 ) -> None:
@@ -207,67 +165,71 @@ def load_strictly(
     """
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
-    weights = OrderedDict((_name_now(name, own, weights), v) for name, v in weights.items())
-    for name in own:
-        if name.endswith("num_batches_tracked"):
-            weights.setdefault(name, own[name])
-    both = [(name, own[name], weights[name]) for name in own if name in weights]
-    problems = {
-        "missing": [name for name in own if name not in weights],
-        "unknown": [name for name in weights if name not in own],
-        "of another shape": [name for name, one, value in both if one.shape != value.shape],
-        "of another type": [name for name, one, value in both if _type(one) != _type(value)],
-    }
-    if texts := [
-        f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
-        for kind, names in problems.items()
-        if names
-    ]:
-        raise InputError(f"{what}: does not fit: {'; '.join(texts)}")
+    now = layouts.spellings(own)
+    weights = OrderedDict(
+        (name if now.get(name, name) in weights else now[name], value)
+        for name, value in weights.items()
+    )
+    if text := layouts.faults(own, weights):
+        raise InputError(f"{what}: does not fit: {text}")
     # Not before: a view in a file can repeat few bytes to more numbers than can be looked at.
-    broken = [name for name, _, value in both if finite and not torch_file.is_finite(value)]
+    broken = [n for n, value in weights.items() if finite and not torch_file.is_finite(value)]
     if broken:
         raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
+    for name in own:  # batch counters
+        weights.setdefault(name, own[name])
     weights._metadata = own._metadata  # the versions of the names that they have by now
     module.load_state_dict(weights)
 
 
-def _name_now(name: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
-    """A weight's name in this torchvision, where the network has it under that one alone."""
-    for older, now in _OLDER:
-        if (match := older.fullmatch(name)) and (new := match.expand(now)) in own:
-            return name if new in weights else new
-    return name
+def find_backbone(
+    backbone: Backbone,
+    checkpoint: dict,
+    *,
+    encoder: str = "query",
+    prefix: str | None = None,
+    what: str,
+) -> Found:
+    """One encoder's backbone in a checkpoint of any layout; see `layouts`.
+
+    encoder: "query", trained by gradient, or "target", a moving average of such. prefix: the one
+    under these names instead. InputError that begins with `what` where none fits, or several do.
+    """
+    found = layouts.find(checkpoint, backbone, what=what)
+    said = metadata(checkpoint).get("encoder")
+    if said and prefix is None:  # of an exported backbone, whose names tell nothing
+        if encoder == "target" != said:
+            raise InputError(f"{what}: no target encoder in it, but {torch_file.one_line(said)}")
+        return layouts.choose(found, averaged=False, prefix=None, what=what)._replace(role=said)
+    return layouts.choose(found, averaged=encoder == "target", prefix=prefix, what=what)
 
 
-def _type(value: Tensor) -> tuple[bool, bool]:
-    """What a weight must be to stand for another: of one floating type for any other."""
-    return value.is_floating_point(), value.dtype == torch.bool
-
-
-def load_backbone(
-    backbone: Backbone, checkpoint: dict, *, encoder: str = "query", what: str
-) -> None:
-    """Load one encoder's backbone (encoder: "query" or "target") strictly; see `load_strictly`."""
-    weights = encoder_weights(checkpoint, backbone.classifier, what=what)
-    chosen = _below(f"{encoder}_encoder.backbone.", weights)
-    if not chosen:
-        raise InputError(f"{what}: no {encoder} encoder in it")
-    load_strictly(backbone.module, chosen, what=what)
+def load_backbone(backbone: Backbone, checkpoint: dict, *, what: str, **which: str | None) -> Found:
+    """Load one encoder's backbone strictly, and say which; which: as of `find_backbone`."""
+    found = find_backbone(backbone, checkpoint, what=what, **which)
+    load_strictly(backbone.module, found.weights, what=what)
+    return found
 
 
 def load_projector(
-    checkpoint: dict, backbone: Backbone, *, encoder: str = "query", what: str
+    checkpoint: dict, backbone: Backbone, *, what: str, **which: str | None
 ) -> nn.Module:
     """One encoder's projector, (B, F) -> (B, D), of the sizes that its weights have.
 
-    InputError that begins with `what` where the checkpoint has none, or one of another build.
+    which: as of `find_backbone`. InputError that begins with `what` where the checkpoint has none,
+    or one of another build.
     """
-    weights = encoder_weights(checkpoint, backbone.classifier, what=what)
-    chosen = _below(f"{encoder}_encoder.projector.", weights)
+    found = find_backbone(backbone, checkpoint, what=what, **which)
+    encoder, _, last = found.prefix.rpartition(".")
+    # In our files it stands beside the backbone; in published ones as its last linear layer.
+    ours = last == "backbone"
+    place = f"{encoder}.projector." if ours else f"{found.prefix}.{backbone.classifier}."
+    stored = layouts.flatten(checkpoint, what=what)
+    chosen = {n.removeprefix(place): one.value for n, one in stored.items() if n.startswith(place)}
+    torch_file.check_weights(chosen, what=what)
     sizes = [len(v) for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
     if not sizes:
-        raise InputError(f"{what}: no projector of the {encoder} encoder in it")
+        raise InputError(f"{what}: no projector beside {found}")
     last = f"{3 * len(sizes) - 2}.running_mean"  # three modules a layer, and the last without two
     projector = mlp([backbone.feature_dim, *sizes], output_norm=last in chosen)
     load_strictly(projector, chosen, what=what)
@@ -275,20 +237,49 @@ def load_projector(
 
 
 def load_initial_weights(
-    encoders: QueryTargetEncoders, classifier: str, checkpoint: dict, *, what: str
+    encoders: QueryTargetEncoders,
+    backbone: Backbone,
+    checkpoint: dict,
+    *,
+    prefix: str | None = None,
+    what: str,
 ) -> str:
     """Start encoders from a checkpoint, strictly; returns in words what was loaded.
 
-    A CMSF or MSF checkpoint fills all of them (query, predictor, target). A plain state dict fills
-    both backbones and leaves projector and predictor as they are.
+    A CMSF or MSF checkpoint fills all of them (query, predictor, target). Of any other, or of a
+    prefix, one backbone fills both, and projector and predictor stay as they are.
     """
-    weights = encoder_weights(checkpoint, classifier, what=what)
-    if not all(name.startswith(_QUERY) for name in weights):
+    if prefix is None and (weights := _all_encoders(checkpoint, backbone.classifier, what=what)):
         load_strictly(encoders, weights, what=what)
         return "query encoder, predictor and target encoder"
+    found = find_backbone(backbone, checkpoint, prefix=prefix, what=what)
     for encoder in (encoders.query_encoder, encoders.target_encoder):
-        load_strictly(encoder.backbone, _below(_QUERY, weights), what=what)
-    return "backbone only; projector and predictor start at random"
+        load_strictly(encoder.backbone, found.weights, what=what)
+    return f"backbone only ({found}); projector and predictor start at random"
+
+
+def _all_encoders(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:
+    """The weights of `QueryTargetEncoders` in a CMSF or MSF checkpoint, {} in others."""
+    stored = {n: one.value for n, one in layouts.flatten(checkpoint, what=what).items()}
+    for table in ("state_dict.", "model.", ""):
+        state = _below(table, stored)
+        ours = _below("encoders.", state)
+        if any(name.startswith("predictor.") for name in ours):
+            return ours
+        weights = {}
+        for old, new in _PUBLISHED.items():
+            for name, value in _below(f"{old}.", state).items():
+                is_projector = name.startswith(f"{classifier}.")
+                name = name.removeprefix(f"{classifier}.") if is_projector else name
+                weights[new[is_projector] + name] = value
+        if all(_below(new[0], weights) for new in _PUBLISHED.values()):
+            return weights
+    return {}
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
 
 
 def load_optimizer(

@@ -38,14 +38,13 @@ def read(path: str | Path, *, what: str) -> Any:
     whole = False
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                folders = any(entry.external_attr & _FOLDER for entry in archive.infolist())
-                whole = not folders and archive.testzip() is None
-            if not whole:
-                raise DamagedError(unreadable(what))
+            _check_archive(path, what=what)
+            whole = True
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except PermissionError as error:
         raise DamagedError(f"{what}: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise about anything
@@ -53,8 +52,23 @@ def read(path: str | Path, *, what: str) -> Any:
         if not (isinstance(error, pickle.UnpicklingError) and (whole or refused)):
             raise DamagedError(unreadable(what)) from error
         name = f"{one_line(refused[1])}, " if refused else ""
-        reason = "a pickled object; only tensors and plain values are read (save its state_dict())"
+        reason = (
+            "a pickled object; only tensors and plain values are read. If you trust it, save its "
+            "weights: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW), of a "
+            'dict of several things ["state_dict"] or whatever they are called'
+        )
         raise InputError(f"{what}: holds {name}{reason}") from error
+
+
+def _check_archive(path: str | Path, *, what: str) -> None:
+    """InputError, begun by `what`, for an archive that is damaged or a TorchScript program's."""
+    with zipfile.ZipFile(path) as archive:
+        folders = any(entry.external_attr & _FOLDER for entry in archive.infolist())
+        if folders or archive.testzip() is not None:
+            raise DamagedError(unreadable(what))
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            advice = "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+            raise InputError(f"{what}: a TorchScript program; save its weights: {advice}")
 
 
 def unreadable(what: str) -> str:

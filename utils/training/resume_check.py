@@ -11,7 +11,7 @@ from utils.training.log import Log
 # where they lie; --epochs may grow.
 _MAY_DIFFER = {
     *("data", "demo", "download", "device", "deterministic", "num_workers"),
-    *("checkpoint_path", "weights"),
+    *("checkpoint_path", "weights", "prefix"),
     # Cached crops are the same, but for a gray level here and there if a device cuts them.
     *("precision", "channels_last", "compile", "cuda_graphs", "tf32", "cache_images"),
     *("resume", "resume_anyway", "print_freq", "save_freq", "save_minutes", "knn_freq"),

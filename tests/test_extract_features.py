@@ -253,5 +253,6 @@ def test_as_a_process(run_script, image_tree, tmp_path):
     done = run_script("eval/extract_features.py", *flags, image_tree / "val", cwd=ROOT / "eval")
     assert done.returncode == 0 and not done.stderr, done.stderr
     said = f"data {image_tree / 'val'}: 12 images in 3 classes\n"
-    said += f"--weights {weights}: backbone state_dict.encoders.query_encoder.backbone\n"
+    said += f"--weights {weights}: backbone state_dict.encoders.query_encoder.backbone"
+    said += "; also there: state_dict.encoders.target_encoder.backbone\n"
     assert done.stdout == f"{said}{out}: 12 images, 32 embeddings each\n"

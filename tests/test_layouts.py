@@ -208,6 +208,19 @@ def test_the_teacher_alone_is_taken_and_called_so():
         assert read(state, network(), encoder=encoder)[1].role == "target"
 
 
+@pytest.mark.parametrize("name", TWO)
+def test_where_the_trained_one_is_broken_the_averaged_is_not_taken_for_it(name):
+    make, prefix, averaged = TWO[name]
+    state = make(network(), network(2))
+    lost = network().layer4[1].conv2.weight
+    state = changed(state, lambda _, v: None if v.shape == lost.shape and v.equal(lost) else v)
+    with pytest.raises(
+        InputError, match=f"only {averaged} fits.*--use_target.*{prefix}: 1 weights"
+    ):
+        read(state, network())
+    assert read(state, network(), encoder="target")[1].prefix == averaged
+
+
 def test_a_word_that_all_prefixes_have_tells_nothing():
     state = {"momentum_run": {"a": named(network()), "ema": named(network(2))}}
     assert read(state, network())[1].prefix == "momentum_run.a"
@@ -464,7 +477,7 @@ def test_training_export_and_hub_read_the_same(call_script, image_tree, tmp_path
         bank = ("--mem_bank_size", 30) if script is TRAIN else ()
         code, stdout, stderr = call_script(script, *flags, *small, *bank, image_tree)
         assert code == 0, stderr
-        assert "dino.pth: backbone only (teacher.backbone); " in stdout
+        assert "only (teacher.backbone; also there: student.backbone); " in stdout
         state = torch.load(tmp_path / "run" / "ckpt_epoch_1.pth", weights_only=True)["state_dict"]
         for key in keys:
             name = f"encoders.{key}_encoder.backbone.layer1.0.conv1.weight"

@@ -17,7 +17,6 @@ from utils.method import checkpoint
 from utils.method.encoders import Backbone, build_backbone, check_image_size
 from utils.runtime import checked, distributed, files, origin, plain_json
 from utils.runtime.errors import InputError, printable
-from utils.runtime.torch_file import one_line
 
 
 def build_bad_images(args: argparse.Namespace) -> BadImages:
@@ -74,8 +73,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
         which = {"encoder": args.encoder, "prefix": args.prefix}
         found = checkpoint.load_backbone(backbone, state, **which, what=what)
         args.encoder = found.role
-        aside = f" (left aside: {', '.join(map(one_line, found.aside))})" if found.aside else ""
-        print(printable(f"--weights {args.weights}: backbone {found}{aside}"), flush=True)
+        print(printable(f"--weights {args.weights}: backbone {found.words}"), flush=True)
     return backbone, state
 
 

@@ -187,7 +187,7 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
 
     def fill(sole: nn.Module, state: dict, what: str) -> str:
         found = checkpoint.load_backbone(backbone, state, prefix=args.prefix, what=what)
-        return f"backbone only ({found}); the classifier starts at random"
+        return f"backbone only ({found.words}); the classifier starts at random"
 
     return _finished(args, sole, fill), backbone.feature_dim
 

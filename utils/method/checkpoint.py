@@ -195,13 +195,14 @@ def find_backbone(
     encoder: "query", trained by gradient, or "target", a moving average of such. prefix: the one
     under these names instead. InputError that begins with `what` where none fits, or several do.
     """
-    found = layouts.find(checkpoint, backbone, what=what)
+    found, near = layouts.find(checkpoint, backbone, what=what)
     said = metadata(checkpoint).get("encoder")
     if said and prefix is None:  # of an exported backbone, whose names tell nothing
         if encoder == "target" != said:
             raise InputError(f"{what}: no target encoder in it, but {torch_file.one_line(said)}")
-        return layouts.choose(found, averaged=False, prefix=None, what=what)._replace(role=said)
-    return layouts.choose(found, averaged=encoder == "target", prefix=prefix, what=what)
+        return layouts.choose(found, averaged=False, what=what)._replace(role=said)
+    which = {"averaged": encoder == "target", "prefix": prefix}
+    return layouts.choose(found, **which, near=near, what=what)
 
 
 def load_backbone(backbone: Backbone, checkpoint: dict, *, what: str, **which: str | None) -> Found:
@@ -255,7 +256,7 @@ def load_initial_weights(
     found = find_backbone(backbone, checkpoint, prefix=prefix, what=what)
     for encoder in (encoders.query_encoder, encoders.target_encoder):
         load_strictly(encoder.backbone, found.weights, what=what)
-    return f"backbone only ({found}); projector and predictor start at random"
+    return f"backbone only ({found.words}); projector and predictor start at random"
 
 
 def _all_encoders(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ how several backbones are told apart goes by words.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,13 +44,22 @@ class Found(NamedTuple):
 
     prefix: what its names begin with there, the names of dicts in front, "" for none. weights:
     under the backbone's own names. aside: what stands beside them and is none of its weights.
-    role: "query" or "target", or the prefix where that was asked for.
+    role: "query" or "target", or the prefix where that was asked for. others: which it was chosen
+    from.
     """
 
     prefix: str
     weights: dict[str, Tensor]
     aside: list[str]
     role: str = ""
+    others: Sequence["Found"] = ()
+
+    @property
+    def words(self) -> str:
+        """Which it is, what else there is, in one line."""
+        parts = {"also there": self.others, "left aside": map(torch_file.one_line, self.aside)}
+        texts = (f"; {name}: {_listed(some)}" for name, some in parts.items())
+        return f"{self}{''.join(text for text in texts if not text.endswith(': '))}"
 
     def __str__(self) -> str:
         """The prefix in one line."""
@@ -125,10 +134,11 @@ def faults(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
     return "; ".join(texts)
 
 
-def find(checkpoint: dict, backbone: Backbone, *, what: str) -> list[Found]:
+def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found], str]:
     """All backbones of this build in a checkpoint, in the order of its names.
 
-    InputError that begins with `what` where there is none: it says what the nearest lacks.
+    And in words what the nearest of others lacks, "" where none has half of the weights. InputError
+    that begins with `what`, and says that too, where there is none.
     """
     stored, own = flatten(checkpoint, what=what), backbone.module.state_dict()
     layouts = _layouts(backbone.module)
@@ -152,23 +162,33 @@ def find(checkpoint: dict, backbone: Backbone, *, what: str) -> list[Found]:
         return one, faults(own, weights | unknown)
 
     found = {one.prefix: one for one, text in map(examine, complete) if not text}
+    others = [place for place in places if place.prefix.removesuffix(".") not in found]
+    nearest = max(others, key=right, default=None)
+    near = nearest and "nearest is {}: {}".format(*examine(nearest))
     if not found:
-        nearest = "no weight of its names"
-        if places:
-            one, text = examine(max(places, key=right))
-            nearest = f"nearest is {one}: {text}"
-        keys = ", ".join(torch_file.one_line(key) for key in list(checkpoint)[:_SHOWN])
-        raise InputError(f"{what}: does not fit: {nearest} (its top-level keys: {keys})")
-    return list(found.values())
+        keys = _listed(map(torch_file.one_line, checkpoint))
+        near = near or "no weight of its names"
+        raise InputError(f"{what}: does not fit: {near} (its top-level keys: {keys})")
+    return list(found.values()), near if near and right(nearest) > len(needed) / 2 else ""
 
 
-def choose(found: list[Found], *, averaged: bool, prefix: str | None, what: str) -> Found:
+def choose(
+    found: list[Found], *, averaged: bool, prefix: str | None = None, near: str = "", what: str
+) -> Found:
     """The backbone of a prefix, or the end of one; by default the trained or the averaged one.
 
-    One alone is it in any case, unless an averaged one is asked for, which it must be called then.
-    Equal ones count once. InputError that begins with `what` where names do not tell.
+    One alone is it in any case, unless it is not what is asked for: an averaged one must be called
+    so; and where one is and something is near to be another, that may be the trained one. Equal
+    ones count once. InputError that begins with `what` where names do not tell.
     """
-    names = f"it has {', '.join(map(str, found[:_SHOWN]))}"
+    chosen = _chosen(found, averaged=averaged, prefix=prefix, near=near, what=what)
+    return chosen._replace(others=[one for one in found if one.prefix != chosen.prefix])
+
+
+def _chosen(
+    found: list[Found], *, averaged: bool, prefix: str | None, near: str, what: str
+) -> Found:
+    names = f"it has {_listed(found)}"
     if prefix is not None:
         given = ".".join(_without_wrappers(prefix.rstrip(".")))
         same = [one for one in found if one.prefix == given]
@@ -180,6 +200,8 @@ def choose(found: list[Found], *, averaged: bool, prefix: str | None, what: str)
         return same[0]._replace(role=same[0].prefix)
     role = "target" if averaged else "query"
     words = [_words(one.prefix) for one in found]
+    if len(found) == 1 and not averaged and words[0] & _AVERAGED and near:
+        raise InputError(f"{what}: only {found[0]} fits, an averaged one (--use_target); {near}")
     if len(found) == 1 and (not averaged or words[0] & _AVERAGED):
         return found[0]._replace(role="target" if words[0] & _AVERAGED else "query")
     own = [(one, some - set.intersection(*words)) for one, some in zip(found, words, strict=True)]
@@ -271,6 +293,13 @@ def _is_head(name: str, weights: Iterable[Tensor]) -> bool:
     shapes = [v.shape for v in weights if v.is_floating_point() and v.numel() > 1]
     flat = all(len(shape) < 3 or (len(shape) == 4 and shape[2:] == (1, 1)) for shape in shapes)
     return not shapes or (flat and any(len(shape) > 1 for shape in shapes))
+
+
+def _listed(names: Iterable[object]) -> str:
+    """The first of them between commas, and how many more there are."""
+    shown = list(map(str, names))
+    more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    return ", ".join(shown[:_SHOWN] + more)
 
 
 def _words(name: str) -> set[str]:

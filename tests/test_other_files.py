@@ -1,0 +1,178 @@
+"""Checkpoints of others: as their libraries write them, and through our scripts."""
+
+import copy
+import importlib
+import json
+
+import pytest
+import torch
+import torchvision
+from conftest import write_image
+from other_layouts import ONE, SMALL_STEM, TWO, assert_same, dino, named, network, read
+from test_bad_input import assert_refused
+from torch import nn
+
+import hubconf
+from utils.method import checkpoint
+
+KNN = importlib.import_module("eval.eval_knn")
+EXPORT = importlib.import_module("eval.export_backbone")
+TRAIN = importlib.import_module("self_supervised.train_msf")
+XENT = importlib.import_module("supervised.train_sup_xent")
+
+
+def lightning_file(backbone, path, *, momentum=False):
+    """One step of training with Lightning; returns what is trained."""
+    lightning = pytest.importorskip("pytorch_lightning")
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    utils = pytest.importorskip("lightly.models.utils")
+
+    class SimSiam(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"lr": 0.1})
+            self.backbone = backbone
+            self.projection_head = heads.SimSiamProjectionHead(512, 16, 8)
+            self.prediction_head = heads.SimSiamPredictionHead(8, 4, 8)
+            if momentum:
+                self.backbone_momentum = copy.deepcopy(backbone)
+                utils.deactivate_requires_grad(self.backbone_momentum)
+
+        def training_step(self, batch, index):
+            features = self.backbone(batch[0]).flatten(1)
+            return self.prediction_head(self.projection_head(features)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    images = torch.utils.data.TensorDataset(torch.randn(4, 3, 32, 32))
+    model = SimSiam()
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_steps=1, accelerator="cpu", default_root_dir=path.parent, **silent
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(images, batch_size=4))
+    trainer.save_checkpoint(path)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("as_sequential", [True, False])
+def test_a_file_of_lightly_and_lightning(tmp_path, as_sequential):
+    torch.manual_seed(3)
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    backbone = nn.Sequential(*list(model.children())[:-1]) if as_sequential else model
+    lightning_file(backbone, tmp_path / "last.ckpt", momentum=True)
+    state = checkpoint.load(tmp_path / "last.ckpt", flag="--weights")
+    weights, found = read(state, network())
+    assert_same(weights, model)
+    assert found.prefix == "state_dict.backbone"
+    weights, found = read(state, network(), encoder="target")
+    assert not torch.equal(weights["conv1.weight"], model.conv1.weight)
+    assert found.prefix == "state_dict.backbone_momentum"
+
+
+def test_a_file_of_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet18", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    weights, found = read(checkpoint.load(tmp_path / "timm.pth", flag="x"), network())
+    assert torch.equal(weights["layer4.1.bn2.weight"], model.layer4[1].bn2.weight)
+    assert found.aside == ["fc"]
+
+
+# ---- the scripts
+
+
+def figures(call_script, folder, weights, *flags):
+    """k-NN figures of a file, what the result says of its encoder, and what is printed."""
+    flags = ("--weights", weights, "--image_size", 32, "-j", 0, "--save", folder, *flags, folder)
+    code, stdout, stderr = call_script(KNN, "--arch", "resnet18", *flags)
+    assert code == 0, stderr
+    record = json.loads((folder / "knn.json").read_text())
+    return record["k"], record["encoder"], stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images of six classes, hard enough that networks differ in what they make of them."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 6), ("val", 5)):
+        for label in range(6):
+            for number in range(count):
+                seed = 1000 * (split == "val") + 10 * label + number
+                write_image(root / split / str(label) / f"{number}.png", seed=seed)
+    return root
+
+
+def test_figures_are_those_of_the_plain_weights_to_the_digit(call_script, images, tmp_path):
+    plain = {}
+    for small_stem in (False, True):
+        for seed in (1, 2):
+            torch.save(named(network(seed, small_stem=small_stem)), tmp_path / "plain.pth")
+            flags = ["--small_stem"] * small_stem
+            plain[small_stem, seed] = figures(call_script, images, tmp_path / "plain.pth", *flags)[
+                0
+            ]
+    assert plain[False, 1] != plain[False, 2]
+    for name, (make, prefix, _) in ONE.items():
+        small_stem = name in SMALL_STEM
+        torch.save(make(network(small_stem=small_stem)), tmp_path / "x.pth")
+        found = figures(call_script, images, tmp_path / "x.pth", *["--small_stem"] * small_stem)
+        assert found[:2] == (plain[small_stem, 1], "query"), name
+        assert f"--weights {tmp_path / 'x.pth'}: backbone {prefix or 'the top level'}" in found[2]
+    for name, (make, *prefixes) in TWO.items():
+        torch.save(make(network(), network(2)), tmp_path / "x.pth")
+        assert figures(call_script, images, tmp_path / "x.pth")[:2] == (plain[False, 1], "query")
+        found = figures(call_script, images, tmp_path / "x.pth", "--use-target")
+        assert found[:2] == (plain[False, 2], "target"), name
+        found = figures(call_script, images, tmp_path / "x.pth", "--prefix", prefixes[1])
+        assert found[:2] == (plain[False, 2], prefixes[1]), name
+
+
+def test_training_export_and_hub_read_the_same(call_script, image_tree, tmp_path):
+    torch.save(dino(network(), network(2)), tmp_path / "dino.pth")
+    flags = (
+        "--weights",
+        tmp_path / "dino.pth",
+        "--arch",
+        "resnet18",
+        "--prefix",
+        "teacher.backbone",
+    )
+    code, stdout, stderr = call_script(EXPORT, *flags, "--output", tmp_path / "teacher.pth")
+    assert code == 0, stderr
+    exported = torch.load(tmp_path / "teacher.pth", weights_only=True)
+    assert_same(exported["state_dict"], network(2))
+    assert exported["metadata"]["encoder"] == "teacher.backbone"
+    hub = hubconf.cmsf("resnet18", weights=tmp_path / "dino.pth", prefix="teacher.backbone")
+    assert_same(hub.state_dict(), network(2))
+    assert_same(hubconf.cmsf("resnet18", weights=tmp_path / "teacher.pth").state_dict(), network(2))
+    small = ("--image_size", 16, "--batch_size", 15, "--num_workers", 0, "--learning_rate", 0)
+    small += ("--epochs", 1, "--checkpoint_path", tmp_path / "run")
+    for script, keys in ((TRAIN, ("query", "target")), (XENT, ("query",))):
+        bank = ("--mem_bank_size", 30) if script is TRAIN else ()
+        code, stdout, stderr = call_script(script, *flags, *small, *bank, image_tree)
+        assert code == 0, stderr
+        assert "only (teacher.backbone; also there: student.backbone); " in stdout
+        state = torch.load(tmp_path / "run" / "ckpt_epoch_1.pth", weights_only=True)["state_dict"]
+        for key in keys:
+            name = f"encoders.{key}_encoder.backbone.layer1.0.conv1.weight"
+            assert torch.equal(state[name], network(2).layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"first": named(network()), "second": named(network(2))}, "it has first, second"),
+        ({"net": named(network(arch="resnet34"))}, "weights unknown, first layer1.2.conv1.weight"),
+        ({"a": torch.ones(2)}, "no weight of its names (its top-level keys: a)"),
+    ],
+)
+def test_refusals_name_flag_and_file(call_script, image_tree, tmp_path, state, words):
+    torch.save(state, tmp_path / "x.pth")
+    flags = ("--weights", tmp_path / "x.pth", "--arch", "resnet18", "-j", 0, image_tree)
+    assert_refused(call_script(KNN, *flags), f"--weights {tmp_path / 'x.pth'}", words)
+    with pytest.raises(ValueError, match="weights "):
+        hubconf.cmsf("resnet18", weights=tmp_path / "x.pth")

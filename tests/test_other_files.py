@@ -91,7 +91,8 @@ def figures(call_script, folder, weights, *flags):
     code, stdout, stderr = call_script(KNN, "--arch", "resnet18", *flags)
     assert code == 0, stderr
     record = json.loads((folder / "knn.json").read_text())
-    return record["k"], record["encoder"], stdout
+    assert f"--weights {weights}: backbone {record['backbone'] or 'the top level'}" in stdout
+    return record["k"], record["encoder"], record["backbone"]
 
 
 @pytest.fixture(scope="module")
@@ -107,28 +108,24 @@ def images(tmp_path_factory):
 
 
 def test_figures_are_those_of_the_plain_weights_to_the_digit(call_script, images, tmp_path):
-    plain = {}
-    for small_stem in (False, True):
-        for seed in (1, 2):
-            torch.save(named(network(seed, small_stem=small_stem)), tmp_path / "plain.pth")
-            flags = ["--small_stem"] * small_stem
-            plain[small_stem, seed] = figures(call_script, images, tmp_path / "plain.pth", *flags)[
-                0
-            ]
-    assert plain[False, 1] != plain[False, 2]
+    path, plain = tmp_path / "x.pth", {}
+    for seed, stem in ((1, ()), (2, ()), (1, ("--small_stem",))):
+        torch.save(named(network(seed, small_stem=bool(stem))), path)
+        plain[seed, stem] = figures(call_script, images, path, *stem)[0]
+    assert plain[1, ()] != plain[2, ()]
     for name, (make, prefix, _) in ONE.items():
-        small_stem = name in SMALL_STEM
-        torch.save(make(network(small_stem=small_stem)), tmp_path / "x.pth")
-        found = figures(call_script, images, tmp_path / "x.pth", *["--small_stem"] * small_stem)
-        assert found[:2] == (plain[small_stem, 1], "query"), name
-        assert f"--weights {tmp_path / 'x.pth'}: backbone {prefix or 'the top level'}" in found[2]
-    for name, (make, *prefixes) in TWO.items():
-        torch.save(make(network(), network(2)), tmp_path / "x.pth")
-        assert figures(call_script, images, tmp_path / "x.pth")[:2] == (plain[False, 1], "query")
-        found = figures(call_script, images, tmp_path / "x.pth", "--use-target")
-        assert found[:2] == (plain[False, 2], "target"), name
-        found = figures(call_script, images, tmp_path / "x.pth", "--prefix", prefixes[1])
-        assert found[:2] == (plain[False, 2], prefixes[1]), name
+        stem = ("--small_stem",) if name in SMALL_STEM else ()
+        torch.save(make(network(small_stem=bool(stem))), path)
+        found = figures(call_script, images, path, *stem)
+        assert found == (plain[1, stem], "query", prefix), name
+    for name, (make, trained, averaged) in TWO.items():
+        torch.save(make(network(), network(2)), path)
+        found = figures(call_script, images, path)
+        assert found == (plain[1, ()], "query", trained), name
+        found = figures(call_script, images, path, "--use-target")
+        assert found == (plain[2, ()], "target", averaged), name
+        found = figures(call_script, images, path, "--prefix", averaged)
+        assert found == (plain[2, ()], averaged, averaged), name
 
 
 def test_training_export_and_hub_read_the_same(call_script, image_tree, tmp_path):

@@ -41,7 +41,8 @@ def read_weights(args: argparse.Namespace) -> dict:
 
     Its SHA-256 as it is now becomes `args.sha256`, None without a file.
     """
-    args.sha256, args.encoder = None, "target" if args.use_target else "query"
+    args.sha256, args.backbone = None, None
+    args.encoder = "target" if args.use_target else "query"
     if args.weights in result_files.NAMED:
         return {}
     state = checkpoint.load(args.weights, flag="--weights")
@@ -53,7 +54,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
 
     What the flags leave open (arch, image size, stem) is taken from the checkpoint where it says
-    so, and written into args, as is the role of the encoder. "random": untrained, seeded by --seed.
+    so, and written into args, as are role and place of the backbone. "random": untrained, seeded by --seed.
     "pixels": flattened images.
     """
     if not args.weights:
@@ -72,7 +73,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
         what = f"--weights {args.weights} (--arch {args.arch})"
         which = {"encoder": args.encoder, "prefix": args.prefix}
         found = checkpoint.load_backbone(backbone, state, **which, what=what)
-        args.encoder = found.role
+        args.encoder, args.backbone = found.role, found.prefix
         print(printable(f"--weights {args.weights}: backbone {found.words}"), flush=True)
     return backbone, state
 
@@ -201,9 +202,11 @@ def result_record(
 ) -> dict:
     """What every result file says of its origin: encoder, counts of what was used, command.
 
-    images: by split; "left_out" tells what lies among their files and is no image.
+    images: by split; "left_out" tells what lies among their files and is no image. "backbone" tells
+    under which prefix the weights stood in the checkpoint.
     """
     return encoder_record(args, state) | {
+        "backbone": args.backbone,
         "counts": counts,
         "left_out": {split: found.left_out.record() for split, found in images.items()},
         "bad_images": bad_images.names,

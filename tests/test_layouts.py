@@ -192,6 +192,13 @@ def test_dicts_that_hold_themselves_and_names_that_are_there_twice():
         read(state, network())
 
 
+def test_the_arch_that_a_file_of_others_names():
+    for about in ({"arch": "resnet18"}, {"args": {"arch": "resnet18"}}):
+        assert checkpoint.said({"state_dict": {}} | about, "arch", what="x") == "resnet18"
+    for about in ({}, {"arch": network()}, {"args": {}, "arch": "resnet18"}):
+        assert checkpoint.said({"state_dict": {}} | about, "arch", what="x") is None
+
+
 def test_nothing_of_it():
     with pytest.raises(
         InputError, match=r"no weight of its names \(its top-level keys: a\\nb, c\)"

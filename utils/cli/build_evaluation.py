@@ -54,8 +54,8 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     """The backbone that --weights names, on the CPU, and the checkpoint it came from ({}: none).
 
     What the flags leave open (arch, image size, stem) is taken from the checkpoint where it says
-    so, and written into args, as are role and place of the backbone. "random": untrained, seeded by --seed.
-    "pixels": flattened images.
+    so, and written into args, as are role and place of the backbone. "random": untrained, seeded by
+    --seed. "pixels": flattened images.
     """
     if not args.weights:
         raise InputError("--weights: name the checkpoint to evaluate")

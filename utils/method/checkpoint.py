@@ -138,9 +138,11 @@ def metadata(checkpoint: dict) -> dict[str, Any]:
 def settings(checkpoint: dict) -> dict:
     """Flags the run was started with, {} for a plain state dict.
 
-    Of an exported backbone its metadata, which have the flags that matter for its use.
+    Of an exported backbone its metadata, which have the flags that matter for its use; of others'
+    checkpoints without flags the arch that they may name.
     """
-    args = checkpoint.get("args", checkpoint.get("opt", metadata(checkpoint)))
+    arch = {"arch": checkpoint["arch"]} if isinstance(checkpoint.get("arch"), str) else {}
+    args = checkpoint.get("args", checkpoint.get("opt", metadata(checkpoint) or arch))
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return dict(args) if isinstance(args, dict) else {}
 

@@ -84,9 +84,29 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     add("--image_size", type=kind.side, help=f"{said}, or 224")
     add("--small_stem", action="store_true", help=said)
     if evaluates:
-        add("-b", "--batch_size", "--batch-size", type=kind.positive, default=256)
-        add("--seed", type=kind.seed, default=0)
-        _add_device_option(group)
+        add_network_options(group)
+
+
+def add_network_options(group: argparse._ArgumentGroup) -> None:
+    """How a network is run to evaluate it."""
+    names = ("-b", "--batch_size", "--batch-size")
+    group.add_argument(*names, type=kind.positive, default=256)
+    group.add_argument("--seed", type=kind.seed, default=0)
+    _add_device_option(group)
+
+
+def add_recipe_options(group: argparse._ArgumentGroup, *, lr: str) -> None:
+    """How a linear classifier is trained; lr: the default rate, or several with commas."""
+    add = group.add_argument
+    each = "one, or several with commas: a classifier for each in one pass over the data"
+    add("--lr", "--learning_rate", type=kind.rate_list, default=lr, help=each)
+    add("--epochs", type=kind.positive, default=40)
+    tenth = "after these numbers of epochs the learning rate is divided by ten"
+    names = ("--lr_schedule", "--lr-schedule")
+    add(*names, type=kind.epoch_list, default="15,30,40", help=tenth)
+    add("--momentum", type=kind.share, default=0.9)
+    names = ("--wd", "--weight_decay", "--weight-decay")
+    add(*names, type=kind.not_negative, default=1e-4)
 
 
 def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None:

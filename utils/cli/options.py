@@ -288,17 +288,20 @@ def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
 
 
 def parse(
-    parser: argparse.ArgumentParser, *, demo: dict[str, Any], needs_data: bool = True
+    parser: argparse.ArgumentParser, *, demo: dict[str, Any], needs_data: bool | str = True
 ) -> argparse.Namespace:
     """Parse the command line; with --demo, draw its data and take defaults of its flags from demo.
 
-    needs_data: it is an error to name no data; otherwise args.data may be None.
+    needs_data: it is an error to name no data, or, if this is a flag's name, to give that flag
+    without; otherwise args.data may be None.
     Under torchrun this process joins the others, and only the main one prints from then on.
     """
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**{name: value for name, value in demo.items() if name in args})
         args = parser.parse_args()
+    if isinstance(needs_data, str):
+        needs_data = bool(getattr(args, needs_data))
     if needs_data and args.data is None and not args.demo:
         parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
     if getattr(args, "multi_crop", None):

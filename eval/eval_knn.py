@@ -37,12 +37,8 @@ SHARED = (
 )
 
 
-def parse_args() -> argparse.Namespace:
-    """The flags of this script."""
-    parser = arguments.Parser(description="k-NN evaluation of a checkpoint.")
-    options.add_data_options(parser)
-    options.add_checkpoint_options(parser)
-    options.add_split_options(parser, "--train_file", "--train-file")
+def add_knn_options(parser: argparse.ArgumentParser) -> None:
+    """Which k, and how the neighbors vote."""
     known = "; ".join(f"{p.name}: k {', '.join(map(str, p.ks))}" for p in PROTOCOLS.values())
     group = parser.add_argument_group("k-NN")
     group.add_argument("--protocol", choices=list(PROTOCOLS), default="cmsf", help=known)
@@ -52,6 +48,15 @@ def parse_args() -> argparse.Namespace:
         type=arguments.number(float, low=1e-6),
         help="of the weighted vote; default: as the protocol says",
     )
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = arguments.Parser(description="k-NN evaluation of a checkpoint.")
+    options.add_data_options(parser)
+    options.add_checkpoint_options(parser)
+    options.add_split_options(parser, "--train_file", "--train-file")
+    add_knn_options(parser)
     group = parser.add_argument_group("files")
     group.add_argument("--save", type=arguments.path, help="folder to write knn.json to")
     group.add_argument(

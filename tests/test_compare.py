@@ -251,4 +251,4 @@ def test_several_processes_extract(compare, image_tree, weights, tmp_path):
     for name, row in results.items():
         for column in ("1-NN", "20-NN", "linear", "alignment", "uniformity", "effective rank"):
             assert row[column] == pytest.approx(alone[name][column], rel=1e-4)
-    compare("--weights", f"x={weights}", image_tree)
+    assert "extracted anew" not in compare("--weights", f"x={weights}", image_tree)[1]

@@ -1,7 +1,6 @@
 """From compare.py's flags to encoders: settings of each row, opened networks, kept features."""
 
 import argparse
-import copy
 import hashlib
 import re
 from collections.abc import Callable, Iterable
@@ -99,29 +98,29 @@ def _row_args(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     for flag in ("use_target", "small_stem"):
         chosen = chosen_rows(getattr(args, flag), files, flag=f"--{flag}")
         own[flag] = {name: name in chosen for name in files}
-    rows = {}
-    for name in files:
-        rows[name] = copy.copy(args)
-        vars(rows[name]).update({flag: values[name] for flag, values in own.items()})
-    return rows
+    return {
+        name: _with(args, {flag: values[name] for flag, values in own.items()}) for name in files
+    }
+
+
+def _with(args: argparse.Namespace, settings: dict[str, Any]) -> argparse.Namespace:
+    """The flags, some of them otherwise."""
+    return argparse.Namespace(**(vars(args) | settings))
 
 
 def _baselines(args: argparse.Namespace, opened: list[Opened]) -> dict[str, argparse.Namespace]:
     """The settings of the rows of --baselines: pixels, and a random network for each network."""
     plain = {"prefix": None, "use_target": False, "small_stem": False, "arch": None}
-    found = []
+    rows = {}
     if "pixels" in args.baselines:
-        found.append(("raw pixels", plain | {"weights": "pixels", "image_size": PIXELS_SIZE}))
+        pixels = {"weights": "pixels", "image_size": PIXELS_SIZE}
+        rows["raw pixels"] = _with(args, plain | pixels)
     own = [row.args for row in opened if row.args.weights != "pixels"]
     networks = dict.fromkeys((row.arch, row.image_size, row.small_stem) for row in own)
     for arch, size, small in networks if "random" in args.baselines else ():
         about = f" ({arch}, {size} px{', small stem' * small})" if len(networks) > 1 else ""
         network = {"arch": arch, "image_size": size, "small_stem": small, "weights": "random"}
-        found.append((f"random network{about}", plain | network))
-    rows = {}
-    for name, settings in found:
-        rows[name] = copy.copy(args)
-        vars(rows[name]).update(settings)
+        rows[f"random network{about}"] = _with(args, plain | network)
     return rows
 
 

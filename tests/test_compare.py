@@ -9,9 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 from linear_runs import write_checkpoint
-from oracles import torchvision_resnet18
+from oracles import aligned, torchvision_resnet18, uniform
 from test_bad_input import assert_refused
-from test_comparison import aligned, uniform
 from test_distributed import run
 from torch.nn.functional import normalize
 

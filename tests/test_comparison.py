@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import squared_distance
+from oracles import aligned, uniform
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -29,18 +29,6 @@ def unit(count, size, *, seed=0):
 def circle(count, *, turn=0.0):
     angle = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count + turn
     return torch.stack([angle.cos(), angle.sin()], dim=1)
-
-
-def aligned(one, two):
-    """The mean of the squared distances, image by image."""
-    return sum(squared_distance(a, b) for a, b in zip(one, two, strict=True)) / len(one)
-
-
-def uniform(rows):
-    """The logarithm of the mean potential over all pairs of different rows."""
-    pairs = [(a, b) for a in range(len(rows)) for b in range(len(rows)) if a != b]
-    potential = [math.exp(-2 * squared_distance(rows[a], rows[b])) for a, b in pairs]
-    return math.log(math.fsum(potential) / len(pairs))
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 1), (3, 2), (12, 5), (30, 64)])

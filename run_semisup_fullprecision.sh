@@ -195,7 +195,7 @@ main() {
   rows+=("semi-supervised CMSF=$OUT/semi")
   echo
   echo "accuracy on val/, percent; linear and fine-tuned: with the labeled images only"
-  stage "table" "$PYTHON" "$root/eval/compare.py" --save "$OUT" "${rows[@]}"
+  stage "table" "$PYTHON" "$root/eval/compare.py" --save "$OUT" --results "${rows[@]}"
   if [ "$REPORT" != 0 ] && [ -f "$OUT/train/log.jsonl" ]; then
     echo
     stage "neighbors" "$PYTHON" "$root/eval/show_neighbors.py" --weights "$checkpoint" \

@@ -1,127 +1,140 @@
-"""One table of several encoders' results, as text and as JSON.
+"""One table of several encoders under one protocol: accuracies, how features lie, speed and size.
 
-    python eval/compare.py --save <DIR> "random network=<DIR>" "CMSF=<DIR>"
+    python eval/compare.py --weights CMSF=<CHECKPOINT> other=<CHECKPOINT> <DATASET PATH>
+    python eval/compare.py --save <DIR> --results "random network=<DIR>" "CMSF=<DIR>"
 
-Each argument names a row and a folder with what eval_knn.py and eval_linear.py wrote: knn.json,
+--weights names rows and checkpoints, which are measured: k-NN, a linear classifier on features
+extracted once, the effective rank of the features, alignment and uniformity (arXiv 2005.10242),
+images that pass the network in a second, its parameters. Raw pixels and random networks are rows
+too. Features are kept in --save, and used again for the same checkpoint, settings and images. Under
+torchrun several processes extract them.
+
+--results names rows and folders with what eval_knn.py and eval_linear.py wrote: knn.json,
 linear/linear.json (frozen encoder), finetune/linear.json (fine-tuned). What is not there stays
 empty, and so does, which is said, what is of another checkpoint or other val images than the first.
 """
 
 import argparse
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import arguments
-from utils.evaluation import result_files
-from utils.evaluation.result_files import Encoder, ValImages
-from utils.runtime import checked, script
-from utils.runtime.errors import InputError
+from utils.cli import arguments, build_comparison, build_evaluation, options
+from utils.evaluation import comparison_table, linear_run, result_files
+from utils.evaluation.comparison_table import Row
+from utils.evaluation.linear_run import Recipe
+from utils.runtime import distributed, faiss_library, files, script
+from utils.runtime.errors import InputError, printable
 
-KNN, LINEAR, FINETUNE = "knn.json", "linear/linear.json", "finetune/linear.json"
-COLUMNS = {KNN: ("1-NN", "20-NN"), LINEAR: ("linear",), FINETUNE: ("fine-tuned",)}
-MISPLACED = {
-    True: "of a fine-tuned encoder",
-    False: "of a frozen encoder",
-    None: "it does not say whether the encoder was trained too (--fine-tune)",
-}
+DEMO = {"num_workers": 1}
+FOLDER = Path("output/compare")
 
 
-class Row(NamedTuple):
-    """One encoder's figures by column, percent, None: not measured; left_out: file -> why not."""
-
-    figures: dict[str, float | None]
-    encoder: Encoder
-    images: ValImages
-    left_out: dict[str, str]
-
-
-def read_row(folder: Path) -> Row:
-    """The results of a folder that are of one encoder and of one val set: those of its first."""
-    figures = {column: None for columns in COLUMNS.values() for column in columns}
-    first, encoder, images = "", Encoder(), ValImages()
-    left_out = {}
-    for name in COLUMNS:
-        what = str(folder / name)
-        record = result_files.read_json(folder / name)
-        if not record:
-            continue
-        found = figures_of(name, record, what=what)
-        own = result_files.encoder_of(record, what=what)
-        seen = result_files.val_images_of(record, what=what)
-        tuned = result_files.is_fine_tuned(record, what=what)
-        if name != KNN and tuned != (name == FINETUNE):
-            left_out[name] = MISPLACED[tuned]
-        elif first and not own.is_same(encoder):
-            left_out[name] = f"of {own}, not of {encoder} as {first}"
-        elif first and not seen.is_same(images):
-            left_out[name] = f"on {seen}, not on {images} as {first}"
-        else:
-            figures |= found
-            if not first:
-                first, encoder, images = name, own, seen
-    return Row(figures, encoder, images, left_out)
-
-
-def figures_of(name: str, record: dict, *, what: str) -> dict[str, float | None]:
-    """What a file has of its columns; InputError that begins with `what` for what is no figure."""
-    if name == KNN:
-        kind = checked.or_none(result_files.TABLE)
-        rows = checked.take(record, "k", kind, what=what, default=None) or {}
-        values = [rows.get(k, {}).get("accuracy") for k in ("1", "20")]
-    else:
-        values = [checked.take(record, "top1", result_files.FIGURE, what=what, default=None)]
-    return dict(zip(COLUMNS[name], values, strict=True))
-
-
-def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
-    """The table as text; a dash for what was not measured."""
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{column:>12}" for column in next(iter(rows.values())))]
-    for name, figures in rows.items():
-        cells = (f"{'-' if v is None else f'{v:.1f}':>12}" for v in figures.values())
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    return "\n".join(lines)
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """Which rows there are, and what is their own."""
+    group = parser.add_argument_group("rows")
+    several = {"nargs": "+", "action": "extend"}
+    file = "a row that is measured, and its checkpoint"
+    named = several | {"type": arguments.named_path}
+    group.add_argument("--weights", **named, metavar="NAME=FILE", help=file)
+    folder = "a row of what eval_knn.py and eval_linear.py have written there"
+    group.add_argument("--results", **named, metavar="NAME=DIR", help=folder, default=[])
+    more = "rows beside --weights; without a name: none"
+    both = ["random", "pixels"]
+    group.add_argument("--baselines", nargs="*", choices=both, default=both, help=more)
+    group = parser.add_argument_group("settings of rows of --weights")
+    said = "for all rows or for one; default: as its checkpoint says"
+    for flag in ("--arch", "--image_size", "--prefix"):
+        group.add_argument(flag, **several, metavar="[NAME=]VALUE", help=said)
+    names = {"nargs": "*", "action": "extend", "metavar": "NAME"}
+    target = "rows of which the target encoder is measured; without a name: all"
+    group.add_argument("--use_target", "--use-target", **names, help=target)
+    stem = "rows that have a ResNet's small stem, where the checkpoint does not say so"
+    group.add_argument("--small_stem", **names, help=stem)
 
 
 def parse_args() -> argparse.Namespace:
     """The flags of this script."""
-    parser = arguments.Parser(description="One table of several encoders' results.")
-    parser.add_argument("rows", nargs="+", type=arguments.named_path, metavar="NAME=DIR")
-    parser.add_argument("--save", type=arguments.path, help="folder to write results.json to")
-    return parser.parse_args()
+    parser = arguments.Parser(description="One table of several encoders.")
+    options.add_data_options(parser)
+    add_row_options(parser)
+    options.add_network_options(parser.add_argument_group("measuring"))
+    options.add_split_options(parser, "--train_file", "--train-file")
+    options.add_recipe_options(
+        parser.add_argument_group("linear classifier, the best learning rate counts"),
+        lr="0.01,0.03,0.1,0.3",
+    )
+    parser.set_defaults(cached=True, fine_tune=False, mlp=False)  # the rest of a `Recipe`
+    text = f"folder of results.json, results.md and features; with --weights by default {FOLDER}"
+    parser.add_argument_group("files").add_argument("--save", type=arguments.path, help=text)
+    args = options.parse(parser, demo=DEMO, needs_data="weights")
+    if args.demo and not (args.weights or args.results):
+        args.weights = [f"CMSF-2Q={options.DEMO_CHECKPOINT}"]
+    if args.data and not args.weights:
+        raise InputError(f"data {args.data}: nothing is measured without --weights")
+    if not (args.weights or args.results):
+        raise InputError("--weights: name rows to measure, or by --results rows that are measured")
+    if args.weights:
+        args.save = args.save or FOLDER
+    return args
+
+
+def measure_rows(args: argparse.Namespace, *, taken: Iterable[str]) -> dict[str, Row] | None:
+    """The rows of --weights and --baselines; None: another process has them.
+
+    taken: names of other rows. All rows are opened first, then all have their features kept, which
+    processes share, then each is measured, which is quick.
+    """
+    faiss_library.load("k-NN")  # not after the features are extracted
+    train, val = build_evaluation.read_labeled(args, only_labeled=True)
+    rows = build_comparison.open_rows(args, taken=taken, images=max(len(train), len(val)))
+    digests = build_evaluation.image_digests(args, train=train, val=val)
+    bad_images = build_evaluation.build_bad_images(args)
+    data = build_comparison.Data(train, val, digests, bad_images)
+    for row in rows:
+        start = time.monotonic()
+        build_comparison.keep_features(row, data, check=row is rows[0])
+        say(f"{row.name}: features in {row.folder}", start)
+    is_main = distributed.is_main()
+    distributed.stop()
+    if not is_main:
+        return None
+    recipe = Recipe(**{name: getattr(args, name) for name in linear_run.SETTINGS})
+    measured = {}
+    for row in rows:
+        start = time.monotonic()
+        measured[row.name] = build_comparison.measure(row, data, recipe, epochs=args.epochs)
+        say(f"{row.name}: measured", start)
+    return measured
+
+
+def say(text: str, start: float) -> None:
+    """Print a line on what was done since `start`."""
+    print(printable(f"{text} ({time.monotonic() - start:.1f} s)"), flush=True)
 
 
 def main() -> None:
-    """Print the table and write it."""
-    args, rows = parse_args(), {}
-    for text in args.rows:
-        name, equals, folder = text.partition("=")
-        if not equals or not Path(folder).is_dir():
-            raise InputError(f"{text}: not NAME=DIR with a folder that is there")
-        if name in rows:
-            raise InputError(f"{text}: there is a row of the name {name!r} already")
-        rows[name] = read_row(Path(folder))
+    """Measure rows, read others, print the table and write it."""
+    args = parse_args()
+    rows = comparison_table.read_rows(args.results)
     if args.save:
         result_files.make_folder(args.save, flag="--save")
-    first = next(iter(rows))
-    for name, row in rows.items():
-        if not row.images.is_same(rows[first].images):
-            print(f"{name}: on {row.images}, {first}: on {rows[first].images}: not comparable")
-        for file, reason in row.left_out.items():
-            print(f"{name}: {file} left out: {reason}")
-        if not row.encoder.is_known and any(v is not None for v in row.figures.values()):
-            print(f"{name}: the files do not say of which checkpoint they are")
-    print(format_rows({name: row.figures for name, row in rows.items()}))
+    if args.weights:
+        measured = measure_rows(args, taken=rows)
+        if measured is None:
+            return
+        rows = measured | rows
+    for line in comparison_table.notes(rows):
+        print(line)
+    print(comparison_table.as_text(rows))
     if args.save:
-        record = {
-            name: row.figures
-            | {result_files.OF: row.encoder._asdict(), result_files.LEFT_OUT: row.left_out}
-            for name, row in rows.items()
-        }
-        print(result_files.write_json(args.save, "results.json", record))
+        path = result_files.write_json(args.save, "results.json", comparison_table.record(rows))
+        table = args.save / "results.md"
+        files.replace_text(table, comparison_table.as_markdown(rows), flag="--save")
+        print(f"{path}\n{table}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """k-nearest-neighbor accuracy of a checkpoint's encoder (CMSF sec. 4).
 
     python eval/eval_knn.py --weights <CHECKPOINT> --arch resnet50 -k 1 <DATASET PATH>
+    python eval/eval_knn.py --weights <CHECKPOINT> --protocol dino <DATASET PATH>
 
 Under torchrun several processes extract the features, and one searches.
 
 Features before the projector, encoder in eval mode, L2-normalized; exact search of every val image
 among the train images; majority vote, and beside it the vote weighted by exp(similarity /
-temperature). k = 1, 5, 10, 20 and -k come out of one search. Reads checkpoints of this repository
-and the backbone in those of others (docs/evaluate.md says which).
+temperature). --protocol says which of them, which k and which temperature: those of CMSF, DINO or
+lightly. All k, and that of -k, come out of one search. Reads checkpoints of this repository and the
+backbone in those of others (docs/evaluate.md says which).
 """
 
 import argparse
@@ -22,16 +24,30 @@ from utils.data.bad_images import BadImages
 from utils.data.datasets import ImageSet
 from utils.data.splits import check_every_class, unreadable_classes
 from utils.evaluation import feature_cache, knn, result_files
+from utils.evaluation.knn import PROTOCOLS, Protocol
 from utils.method.encoders import Backbone
 from utils.runtime import distributed, faiss_library, script
 from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
-DECIDING = ("k", "temperature", "bad_images")
-PROTOCOL = (
-    "backbone features, L2-normalized, exact search, majority vote, ties to the nearer neighbor; "
-    "weighted: votes exp(similarity / temperature)"
+DECIDING = ("protocol", "k", "temperature", "bad_images")
+SHARED = (
+    "backbone features, L2-normalized, exact search, ties to the nearer neighbor; weighted: votes "
+    "exp(similarity / temperature)"
 )
+
+
+def add_knn_options(parser: argparse.ArgumentParser) -> None:
+    """Which k, and how the neighbors vote."""
+    known = "; ".join(f"{p.name}: k {', '.join(map(str, p.ks))}" for p in PROTOCOLS.values())
+    group = parser.add_argument_group("k-NN")
+    group.add_argument("--protocol", choices=list(PROTOCOLS), default="cmsf", help=known)
+    group.add_argument("-k", type=arguments.positive, help="one more k beside the protocol's")
+    group.add_argument(
+        "--temperature",
+        type=arguments.number(float, low=1e-6),
+        help="of the weighted vote; default: as the protocol says",
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,13 +56,7 @@ def parse_args() -> argparse.Namespace:
     options.add_data_options(parser)
     options.add_checkpoint_options(parser)
     options.add_split_options(parser, "--train_file", "--train-file")
-    parser.add_argument("-k", type=arguments.positive, help="one more k beside 1, 5, 10 and 20")
-    parser.add_argument(
-        "--temperature",
-        type=arguments.number(float, low=1e-6),
-        default=knn.TEMPERATURE,
-        help="of the weighted vote",
-    )
+    add_knn_options(parser)
     group = parser.add_argument_group("files")
     group.add_argument("--save", type=arguments.path, help="folder to write knn.json to")
     group.add_argument(
@@ -62,7 +72,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         *("--save_acc", "--save-acc"),
         type=arguments.path,
-        help="file to append a line to: the epoch, then the accuracy for each k, with commas",
+        help="file to append a line to: the epoch, then the protocol's accuracy for each k, with "
+        "commas",
     )
     group.add_argument(
         *("--epoch",),
@@ -70,7 +81,10 @@ def parse_args() -> argparse.Namespace:
         help="the epoch in that line; default: as the checkpoint says",
     )
     options.add_stage_options(group)
-    return options.parse(parser, demo=DEMO)
+    args = options.parse(parser, demo=DEMO)
+    if args.temperature is None:
+        args.temperature = PROTOCOLS[args.protocol].temperature
+    return args
 
 
 def check_flags(args: argparse.Namespace, state: dict) -> None:
@@ -111,13 +125,23 @@ def get_features(
     )
 
 
+def report(figures: dict[int, dict], protocol: Protocol, counts: dict[str, int]) -> None:
+    """Print the table, of what it is, and which column and k the protocol's own are."""
+    print(f"{counts['val']} val images among {counts['train']} train images, percent")
+    if left_out := ", ".join(str(k) for k in protocol.ks if k not in figures):
+        print(f"k {left_out} of protocol {protocol.name} left out: more than train images")
+    print(f"protocol {protocol.name}: its own column is {protocol.vote}, the {protocol.words}")
+    print(knn.format_table(figures))
+
+
 def main() -> None:
     """Evaluate, print a table, write knn.json."""
     args = parse_args()
     start = time.monotonic()
     faiss_library.load("k-NN")  # not after the features are extracted
     train, val = build_evaluation.read_labeled(args, only_labeled=True)
-    knn.ks_for(len(train), also=args.k)  # refuses a -k that cannot be before the work
+    protocol = PROTOCOLS[args.protocol]
+    knn.ks_for(len(train), protocol=protocol, also=args.k)  # refuses before the work
     backbone, state = build_evaluation.evaluated_backbone(args)
     check_flags(args, state)
     if args.check:
@@ -140,19 +164,19 @@ def main() -> None:
     counts = {split: len(labels) for split, (_, labels) in features.items()}
     figures = knn.knn_figures(
         *(features["train"], features["val"]),
-        ks=knn.ks_for(counts["train"], also=args.k),
+        ks=knn.ks_for(counts["train"], protocol=protocol, also=args.k),
         num_classes=len(train.classes),
         temperature=args.temperature,
     )
-    print(f"{counts['val']} val images among {counts['train']} train images, percent")
-    print(knn.format_table(figures))
+    report(figures, protocol, counts)
     if args.save_acc:
-        accuracies = [row["accuracy"] for row in figures.values()]
+        accuracies = [row[protocol.vote] for row in figures.values()]
         line = ",".join(map(str, [args.epoch, *accuracies]))
         result_files.append_line(args.save_acc, line, flag="--save_acc")
     if args.save:
         counts["classes"] = len(train.classes)
-        record = {"k": figures, "protocol": PROTOCOL, "temperature": args.temperature}
+        record = {"k": figures, "protocol": f"{protocol.name}: {protocol.words}; {SHARED}"}
+        record |= {"temperature": args.temperature}
         record |= build_evaluation.result_record(
             args, state, counts=counts, bad_images=bad_images, images=splits
         )

@@ -38,23 +38,7 @@ AUTO = Path("auto")  # of --resume
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
     """What is trained, and how."""
     group = parser.add_argument_group("classifier")
-    group.add_argument(
-        *("--lr", "--learning_rate"),
-        type=arguments.rate_list,
-        default="0.01",
-        help="one, or several with commas: a classifier for each in one pass over the data",
-    )
-    group.add_argument("--epochs", type=arguments.positive, default=40)
-    group.add_argument(
-        *("--lr_schedule", "--lr-schedule"),
-        type=arguments.epoch_list,
-        default="15,30,40",
-        help="after these numbers of epochs the learning rate is divided by ten",
-    )
-    group.add_argument("--momentum", type=arguments.share, default=0.9)
-    group.add_argument(
-        *("--wd", "--weight_decay", "--weight-decay"), type=arguments.not_negative, default=1e-4
-    )
+    options.add_recipe_options(group, lr="0.01")
     group.add_argument(
         *("--eval_freq", "--eval-freq"),
         type=arguments.positive,
@@ -215,9 +199,7 @@ def report(args: argparse.Namespace, summary: dict[str, dict], record: dict) -> 
     print(f"{counts['val']} val images, probe trained on {counts['train']} images, percent")
     print(linear_probe.format_table(summary))
     if args.save:
-        # A rate that diverged has no top1; one at least has.
-        top1 = {rate: row["top1"] for rate, row in summary.items() if row["top1"] is not None}
-        best = max(top1, key=top1.get)  # the first of equal ones
+        best = linear_probe.best_rate(summary)
         figures = {name: summary[best][name] for name in ("top1", "top5")}
         record = {"lr": summary, "best_lr": best} | figures | record
         # Apart from the record of the training, which says more.

@@ -137,13 +137,14 @@ def read_comparison(path: Path, record: dict) -> Result:
     for name in record:
         what = f"{path}, {printable(name)}"
         rows[name] = row = dict(checked.take(record, name, checked.TABLE, what=str(path)))
-        row.pop(result_files.LEFT_OUT, None)
+        for key in (result_files.LEFT_OUT, result_files.MORE):
+            row.pop(key, None)
         of = {result_files.OF: row.pop(result_files.OF, {})}
         of = checked.take(of, result_files.OF, checked.TABLE, what=what)
         encoders[name] = result_files.encoder_of(of, what=what)
     checked.take({"its table": rows}, "its table", result_files.TABLE, what=str(path))
     whose = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
-    note = f"accuracy on the val images, percent; {whose}"
+    note = f"on the val images; k-NN, linear and fine-tuned: accuracy, percent; {whose}"
     return Result("comparison", rows, note, list(encoders.values()))
 
 

@@ -37,6 +37,18 @@ def loss_of(queries, rows, chosen) -> float:
     return math.fsum(per_query) / len(per_query)
 
 
+def aligned(one, two) -> float:
+    """The mean of the squared distances, image by image."""
+    return sum(squared_distance(a, b) for a, b in zip(one, two, strict=True)) / len(one)
+
+
+def uniform(rows) -> float:
+    """The logarithm of the mean potential over all pairs of different rows."""
+    pairs = [(a, b) for a in range(len(rows)) for b in range(len(rows)) if a != b]
+    potential = [math.exp(-2 * squared_distance(rows[a], rows[b])) for a, b in pairs]
+    return math.log(math.fsum(potential) / len(pairs))
+
+
 class LargestTensor(TorchDispatchMode):
     """Watches every operation and keeps the size of the largest tensor it makes."""
 

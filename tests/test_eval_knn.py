@@ -97,6 +97,31 @@ def test_temperature_counts(call_script, image_tree, tmp_path):
     assert figures[1e6]["20"]["accuracy"] != figures[1e6]["1"]["accuracy"]
 
 
+def test_a_protocol_by_name(call_script, image_tree, tmp_path):
+    """Its k as far as there are images, its column and temperature; another is another result."""
+    lines = tmp_path / "acc.csv"
+    flags = (*UNTRAINED, "--save", tmp_path, "--save-acc", lines, "--epoch", 3)
+    code, out, _ = call_script(KNN, *flags, "--protocol", "dino", "-k", 3, image_tree)
+    record = json.loads((tmp_path / "knn.json").read_text())
+    assert code == 0 and list(record["k"]) == ["3", "10", "20"] and record["temperature"] == 0.07
+    assert record["protocol"].startswith("dino: vote weighted by exp(similarity / temperature)")
+    assert "k 100, 200 of protocol dino left out" in out
+    assert "protocol dino: its own column is weighted, " in out
+    weighted = [row["weighted"] for row in record["k"].values()]
+    assert weighted != [row["accuracy"] for row in record["k"].values()]
+    assert [float(cell) for cell in lines.read_text().split(",")] == [3, *weighted]
+
+    flags = (*UNTRAINED, "--save", tmp_path, "--keep_done", "-k", 20)
+    code, out, _ = call_script(KNN, *flags, "--protocol", "lightly", image_tree)
+    assert code == 0 and "has another --protocol (dino)" in out.replace("'", "")
+    record = json.loads((tmp_path / "knn.json").read_text())
+    assert list(record["k"]) == ["20"] and record["temperature"] == 0.1
+    assert record["settings"]["protocol"] == "lightly"
+    assert "there already" in call_script(KNN, *flags, "--protocol", "lightly", image_tree)[1]
+    code, out, _ = call_script(KNN, *flags, image_tree)
+    assert json.loads((tmp_path / "knn.json").read_text())["protocol"].startswith("cmsf: majority")
+
+
 def test_features_saved_and_loaded_give_equal_numbers(
     call_script, image_tree, tmp_path, monkeypatch
 ):
@@ -198,6 +223,8 @@ def test_the_epoch_of_the_line_is_the_checkpoints(call_script, image_tree, tmp_p
         (("--save", "/proc/self"), ("--save /proc/self: ",)),
         (("--epoch", "x"), ("--epoch", "x")),
         (("--keep_done",), ("--keep_done", "--save")),
+        (("--protocol", "lightly"), ("--protocol lightly", "k 200", "only 30 training images")),
+        (("--protocol", "dino", "-k", 31), ("-k 31", "only 30 training images")),
     ],
 )
 def test_flags_that_cannot_work(call_script, image_tree, monkeypatch, flags, words):

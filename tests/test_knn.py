@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import oracles
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,100 @@ def test_ks():
     assert knn.ks_for(7) == [1, 5]
     with pytest.raises(InputError, match="-k 8"):
         knn.ks_for(7, also=8)
+    dino, lightly = knn.PROTOCOLS["dino"], knn.PROTOCOLS["lightly"]
+    assert knn.ks_for(1000, protocol=dino, also=20) == [10, 20, 100, 200]
+    assert knn.ks_for(199, protocol=dino) == [10, 20, 100]
+    assert knn.ks_for(199, protocol=lightly, also=5) == [5]
+    with pytest.raises(InputError, match="--protocol lightly: k 200, but only 199 "):
+        knn.ks_for(199, protocol=lightly)
+
+
+def majority_of(similarities, classes):
+    """CMSF: the class that most of the neighbors have."""
+    return vote_by_hand(classes)
+
+
+def weighted_at(temperature):
+    """DINO's and lightly's vote: each neighbor adds exp(s / T) to its class, the most wins."""
+
+    def vote(similarities, classes):
+        sums = dict.fromkeys(classes, 0.0)  # in the order of nearness
+        for similarity, its_class in zip(similarities, classes, strict=True):
+            sums[its_class] += np.exp(similarity / temperature)
+        return max(sums, key=sums.get)
+
+    return vote
+
+
+# By name: k, and the vote, as the papers and lightly's code have them.
+DESCRIBED = {
+    "cmsf": ([1, 5, 10, 20], majority_of),
+    "dino": ([10, 20, 100, 200], weighted_at(0.07)),
+    "lightly": ([200], weighted_at(0.1)),
+}
+
+
+def described(name, base, queries):
+    """k -> accuracy in percent of a protocol, image by image, from features of any length."""
+    ks, vote = DESCRIBED[name]
+    unit = [row / np.sqrt((row**2).sum()) for row in base[0].double().numpy()]
+    hits = dict.fromkeys(ks, 0)
+    for row, label in zip(queries[0].double().numpy(), queries[1].tolist(), strict=True):
+        row = row / np.sqrt((row**2).sum())
+        similarity = [float((row * one).sum()) for one in unit]
+        near = sorted(range(len(unit)), key=lambda i: -similarity[i])
+        for k in ks:
+            classes = [int(base[1][i]) for i in near[:k]]
+            hits[k] += vote([similarity[i] for i in near[:k]], classes) == label
+    return {k: 100 * count / len(queries[1]) for k, count in hits.items()}
+
+
+def own_figures(name, base, queries):
+    """k -> what a protocol of this name gives here."""
+    protocol = knn.PROTOCOLS[name]
+    copies = [(features.clone(), labels) for features, labels in (base, queries)]
+    how = {"ks": knn.ks_for(len(base[1]), protocol=protocol), "num_classes": 4}
+    figures = knn.knn_figures(*copies, temperature=protocol.temperature, **how)
+    return {k: row[protocol.vote] for k, row in figures.items()}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_a_protocol_is_as_it_is_described(name):
+    """On clouds that overlap, so that the votes differ."""
+    random = torch.Generator().manual_seed(1)
+    centers = torch.randn(4, 6, generator=random)
+    sets = []
+    for count in (240, 80):
+        labels = torch.arange(count) % 4
+        noise = torch.randn(count, 6, generator=random)
+        sets.append((3 * (centers[labels] + 1.3 * noise), labels))
+    expected = described(name, *sets)
+    assert own_figures(name, *sets) == pytest.approx(expected)
+    assert list(knn.PROTOCOLS) == list(DESCRIBED)
+    others = [described(other, *sets) for other in DESCRIBED if other != name]
+    assert all(expected[k] != other[k] for other in others for k in expected if k in other)
+
+
+def test_protocols_on_hand_placed_points():
+    """One at 5 degrees against fifteen at 40: 1 to 27 at the temperature 0.07, 1 to 10 at 0.1."""
+    degrees = [5] + [40] * 15 + [180] * 184
+    labels = torch.tensor([1] + [0] * 15 + [2] * 184)
+    base = (2 * torch.from_numpy(circle(*degrees)), labels)
+
+    def winner(name, k):
+        for label in range(3):
+            queries = (torch.from_numpy(circle(0)), torch.tensor([label]))
+            if own_figures(name, base, queries)[k] == 100:
+                return label
+
+    assert [winner("cmsf", k) for k in (1, 5, 20)] == [1, 0, 0]
+    assert [winner("dino", k) for k in (10, 200)] == [1, 1]
+    assert winner("lightly", 200) == 0
+    # Of equal sums the class of the nearer one: here both have one at 10 and one at 20 degrees.
+    base = (torch.from_numpy(circle(10, -10, 20, -20, *[180] * 196)), torch.arange(200) % 2)
+    base[1][:4] = torch.tensor([1, 0, 0, 1])
+    base[1][4:] = 2
+    assert winner("dino", 10) == winner("lightly", 200) == 1
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ def whole_files(folder):
     results = {
         "knn.json": {"k": {"1": row, "20": row}} | whose,
         "linear/linear.json": {"lr": {"0.1": {"top1": 1.0}}, "top1": 1.0, "protocol": "x"} | whose,
-        "results.json": {"a row": {"1-NN": 1.0, "of": whose, "left_out": {}}},
+        "results.json": {"a row": {"1-NN": 1.0, "of": whose, "left_out": {}, "more": {"lr": row}}},
     }
     for name, record in results.items():
         (folder / name).write_text(json.dumps(record))
@@ -109,7 +109,7 @@ def ends_well(result, *, output):
 def test_any_type_in_any_field(call_script, run, tmp_path, script, examples):
     folder, files = run
     named = {
-        COMPARE: [f"a={folder}", "--save", tmp_path],
+        COMPARE: ["--results", f"a={folder}", "--save", tmp_path],
         REPORT: [folder, "--output", tmp_path / "page.html"],
         PLOT: [folder, "--output", tmp_path / "x.svg"],
     }[script]
@@ -149,7 +149,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(call_script, tmp_path, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
     scripts = {REPORT: folder, PLOT: folder} if "run" in name or "log" in name else {}
-    scripts |= {COMPARE: f"a={folder}", REPORT: folder} if not scripts else {}
+    scripts |= {COMPARE: f"--results=a={folder}", REPORT: folder} if not scripts else {}
     for script, argument in scripts.items():
         code, _, error = call_script(script, argument)
         assert code == 2 and error.count("\n") == 1 and str(folder) in error

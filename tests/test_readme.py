@@ -36,6 +36,7 @@ EVALUATION = "--num_workers 0 --batch_size 16 --arch conv4"
 # Instead of these, for scripts that have other flags.
 OTHERS = {
     "eval/eval_linear.py": f"{EVALUATION} --epochs 2",
+    "eval/compare.py": f"{EVALUATION} --epochs 2",
     "eval/eval_transfer.py": f"{EVALUATION} --l2 1",
     "eval/report.py": "",
     "eval/plot_training.py": "",

@@ -99,6 +99,7 @@ def numbers(table):
 def test_numbers_on_the_page_are_those_of_the_files(call_script, folder):
     last = files.sha256(folder / "ckpt_epoch_3.pth")
     rows = {"a <row>": {"1-NN": 29.3, "x": None, "of": {"sha256": last}, "left_out": {}}}
+    rows["a <row>"]["more"] = {"lr": {"0.1": {"top1": 1.0}}, "command": "x"}
     rows["random"] = {"1-NN": 8.125, "of": {"checkpoint": "random", "seed": 5}}
     (folder.parent / "results.json").write_text(json.dumps(rows))
     _, page = report(call_script, folder)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,26 @@ _SHOWN = 60  # characters of a wrong value in a message
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage in front."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but that a folder behind several values of a flag is the data."""
+        words = list(sys.argv[1:] if args is None else args)
+        if any(action.dest == "data" for action in self._actions):
+            words = self._with_data_last(words)
+        return super().parse_known_args(words, namespace)
+
+    def _with_data_last(self, words: list[str]) -> list[str]:
+        """The words, with the folder that a flag of several values would take at their end."""
+        action = None
+        for place, word in enumerate(words):
+            if word.startswith("-"):
+                action = self._option_string_actions.get(word)
+            elif action and action.nargs in ("+", "*"):
+                is_last = place + 1 == len(words) or words[place + 1].startswith("-")
+                path, named = map(os.path.expanduser, (word, word.partition("=")[2]))
+                if is_last and os.path.isdir(path) and not (named and os.path.exists(named)):
+                    return [*words[:place], *words[place + 1 :], "--", word]
+        return words
 
     def error(self, message: str) -> NoReturn:
         """Print `script: error: message` and exit with code 2.

@@ -129,12 +129,26 @@ def identity(
     for, so that every image file of the splits ("train", "val") is to be read for it. All processes
     call it. InputError for an image that is gone, unless such are skipped.
     """
-    found = {}
-    for split, images in splits.items() if digests else ():
-        missing_ok, text = args.bad_images == "skip", f"digest of {split}"
-        found[split] = image_digest(images, missing_ok=missing_ok, text=text)
+    found = image_digests(args, **splits) if digests else {}
     kept = {name: getattr(args, name) for name in settings}
     wanted = encoder_record(args, state) | {"settings": kept, "images": found}
+    return wanted, feature_key(args, state, found)
+
+
+def image_digests(args: argparse.Namespace, **splits: ImageSet) -> dict[str, str]:
+    """The digest of each split, every image file of which is read; all processes call it.
+
+    InputError for an image that is gone, unless such are skipped.
+    """
+    missing_ok = args.bad_images == "skip"
+    return {
+        split: image_digest(images, missing_ok=missing_ok, text=f"digest of {split}")
+        for split, images in splits.items()
+    }
+
+
+def feature_key(args: argparse.Namespace, state: dict, digests: dict[str, str]) -> dict[str, str]:
+    """All that the features of an encoder on images of these digests depend on, in words."""
     key = {
         "checkpoint": args.sha256 or f"{args.weights}, seed {args.seed}, torch {torch.__version__}",
         "encoder": args.encoder,
@@ -143,7 +157,7 @@ def identity(
         "image size": str(args.image_size),
         "view": EvalLoader.VIEW,
     }
-    return wanted, key | {f"{split} images": digest for split, digest in found.items()}
+    return key | {f"{split} images": digest for split, digest in digests.items()}
 
 
 def is_done(args: argparse.Namespace, name: str, wanted: dict, *, table: str) -> bool:

@@ -86,9 +86,29 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, evaluates: bool =
     add("--image_size", type=kind.side, help=f"{said}, or 224")
     add("--small_stem", action="store_true", help=said)
     if evaluates:
-        add("-b", "--batch_size", "--batch-size", type=kind.positive, default=256)
-        add("--seed", type=kind.seed, default=0)
-        _add_device_option(group)
+        add_network_options(group)
+
+
+def add_network_options(group: argparse._ArgumentGroup) -> None:
+    """How a network is run to evaluate it."""
+    names = ("-b", "--batch_size", "--batch-size")
+    group.add_argument(*names, type=kind.positive, default=256)
+    group.add_argument("--seed", type=kind.seed, default=0)
+    _add_device_option(group)
+
+
+def add_recipe_options(group: argparse._ArgumentGroup, *, lr: str) -> None:
+    """How a linear classifier is trained; lr: the default rate, or several with commas."""
+    add = group.add_argument
+    each = "one, or several with commas: a classifier for each in one pass over the data"
+    add("--lr", "--learning_rate", type=kind.rate_list, default=lr, help=each)
+    add("--epochs", type=kind.positive, default=40)
+    tenth = "after these numbers of epochs the learning rate is divided by ten"
+    names = ("--lr_schedule", "--lr-schedule")
+    add(*names, type=kind.epoch_list, default="15,30,40", help=tenth)
+    add("--momentum", type=kind.share, default=0.9)
+    names = ("--wd", "--weight_decay", "--weight-decay")
+    add(*names, type=kind.not_negative, default=1e-4)
 
 
 def add_split_options(parser: argparse.ArgumentParser, *file_flags: str) -> None:
@@ -271,17 +291,20 @@ def add_output_options(parser: argparse.ArgumentParser, *, help: str) -> None:
 
 
 def parse(
-    parser: argparse.ArgumentParser, *, demo: dict[str, Any], needs_data: bool = True
+    parser: argparse.ArgumentParser, *, demo: dict[str, Any], needs_data: bool | str = True
 ) -> argparse.Namespace:
     """Parse the command line; with --demo, draw its data and take defaults of its flags from demo.
 
-    needs_data: it is an error to name no data; otherwise args.data may be None.
+    needs_data: it is an error to name no data, or, if this is a flag's name, to give that flag
+    without; otherwise args.data may be None.
     Under torchrun this process joins the others, and only the main one prints from then on.
     """
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**{name: value for name, value in demo.items() if name in args})
         args = parser.parse_args()
+    if isinstance(needs_data, str):
+        needs_data = bool(getattr(args, needs_data))
     if needs_data and args.data is None and not args.demo:
         parser.error("data: name the folder that holds train/ and val/ (or try --demo)")
     if getattr(args, "multi_crop", None):

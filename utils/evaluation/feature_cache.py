@@ -7,6 +7,7 @@ time of decoding and cropping them (11% for files of 2 kB: tests/benchmarks/feat
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,22 +84,35 @@ def extract(backbone: nn.Module, train: EvalLoader, val: EvalLoader) -> Features
 def load_or_extract(
     path: Path | None, key: dict[str, str], backbone: Backbone, train: EvalLoader, val: EvalLoader
 ) -> Features | None:
-    """The features of a file that has this key; extracted, and kept there, where it has not.
+    """`extract`, kept by `load_or_make`."""
+    return load_or_make(
+        *(path, key, lambda: extract(backbone.module, train, val)),
+        flag="--cached",
+        bad_images=train.bad_images,
+        feature_dim=backbone.feature_dim,
+        num_classes=len(train.images.classes),
+    )
 
-    None but on the main process, which alone has the file.
+
+def load_or_make(
+    path: Path | None, key: dict[str, str], make: Callable[[], Features | None], **expected: Any
+) -> Features | None:
+    """The features of a file that has this key; made, and kept there, where it has not.
+
+    make: gives them on the main process, None on others; all call it. expected: as of `load`. None
+    but on the main process, which alone has the file.
     """
-    bad_images, features = train.bad_images, None
+    features = None
     if distributed.is_main() and path and path.exists():
-        sizes = {"feature_dim": backbone.feature_dim, "num_classes": len(train.images.classes)}
         try:
-            features = load(path, key, flag="--cached", bad_images=bad_images, **sizes)
+            features = load(path, key, **expected)
         except InputError as error:
             print(printable(f"{error}: extracted anew"), flush=True)
     if distributed.any_true(features is not None):
         return features
-    features = extract(backbone.module, train, val)
+    features = make()
     if features and path:
-        save(path, key, features, bad_images=bad_images.names)
+        save(path, key, features, bad_images=expected["bad_images"].names)
     return features
 
 
@@ -116,6 +130,7 @@ def load(
     bad_images: BadImages,
     feature_dim: int,
     num_classes: int,
+    splits: Sequence[str] = ("train", "val"),
 ) -> Features:
     """Read the features of a file whose key is this one; flag: what the user named it by.
 
@@ -133,13 +148,13 @@ def load(
         raise InputError(f"{what}: features of another {', '.join(differing)}")
     names = checked.take(state, "bad_images", checked.list_of(checked.TEXT), what=what, default=[])
     features = checked.take(state, "features", checked.TABLE, what=what)
-    for split in ("train", "val"):
+    for split in splits:
         if not _is_pair(features.get(split), feature_dim, num_classes):
             sizes = f"finite features (N, {feature_dim}) and labels below {num_classes}"
             raise InputError(f"{what}: features of {split} are not {sizes}")
     for name in names:
         bad_images.add(name, f"there are no features of it in {path}")
-    return {split: features[split] for split in ("train", "val")}
+    return {split: features[split] for split in splits}
 
 
 def _is_pair(value: Any, feature_dim: int, num_classes: int) -> bool:

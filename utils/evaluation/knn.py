@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,12 +14,38 @@ from utils.evaluation.feature_cache import extract
 from utils.runtime import checked, faiss_library
 from utils.runtime.errors import InputError, RunError
 
-KS = (1, 5, 10, 20)
+
+class Protocol(NamedTuple):
+    """A k-NN evaluation as others report it too: for which k, and how the neighbors vote.
+
+    vote: which of `vote_figures` is its accuracy, "accuracy" (majority) or "weighted". temperature:
+    of the weighted vote, which stands beside a majority vote too. words: its vote, and whose it is.
+    """
+
+    name: str
+    ks: tuple[int, ...]
+    vote: str
+    temperature: float
+    words: str
+
+
+_WEIGHTED = "vote weighted by exp(similarity / temperature)"
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("cmsf", (1, 5, 10, 20), "accuracy", 0.07, "majority vote (CMSF sec. 4)"),
+        # With the temperature of Wu et al., arXiv 1805.01978.
+        Protocol(
+            *("dino", (10, 20, 100, 200), "weighted", 0.07), f"{_WEIGHTED} (arXiv 2104.14294)"
+        ),
+        Protocol("lightly", (200,), "weighted", 0.1, f"{_WEIGHTED} (lightly's benchmarks)"),
+    )
+}
+CMSF = PROTOCOLS["cmsf"]
 # faiss's own limit on a GPU, and the memory it may take there for base and queries at a time:
 # ImageNet's base alone has 10 GB.
 _GPU_MOST_NEIGHBORS = 2048
 _GPU_LIMITS = {"vectorsMemoryLimit": 2**32, "queriesMemoryLimit": 2**30}
-TEMPERATURE = 0.07  # of the weighted vote, as in Wu et al., arXiv 1805.01978
 
 
 def _are_figures(value: object) -> bool:
@@ -112,7 +139,7 @@ def vote_figures(
     *,
     ks: Sequence[int],
     num_classes: int,
-    temperature: float = TEMPERATURE,
+    temperature: float = CMSF.temperature,
 ) -> dict[int, dict[str, float | None]]:
     """What several k of one search give, in percent.
 
@@ -145,18 +172,22 @@ def _percent(hits: np.ndarray) -> float:
     return 100 * float(hits.mean())
 
 
-def ks_for(num_images: int, *, also: int | None = None) -> list[int]:
-    """The k to report: 1, 5, 10, 20 as far as there are images to search, and `also`.
+def ks_for(num_images: int, *, protocol: Protocol = CMSF, also: int | None = None) -> list[int]:
+    """The k to report: those of the protocol as far as there are images to search, and `also`.
 
-    Raises InputError if `also` exceeds the number of images.
+    Raises InputError if `also` exceeds the number of images, or if there is no k.
     """
+    only = f"only {num_images} training images to search"
     if also and also > num_images:
-        raise InputError(f"-k {also}: only {num_images} training images to search")
-    return sorted({k for k in KS if k <= num_images} | ({also} if also else set()))
+        raise InputError(f"-k {also}: {only}")
+    if not also and num_images < min(protocol.ks):
+        ks = ", ".join(map(str, protocol.ks))
+        raise InputError(f"--protocol {protocol.name}: k {ks}, but {only}")
+    return sorted({k for k in protocol.ks if k <= num_images} | ({also} if also else set()))
 
 
 def evaluate_knn(
-    backbone: nn.Module, train: EvalLoader, val: EvalLoader, *, ks: Sequence[int] = KS
+    backbone: nn.Module, train: EvalLoader, val: EvalLoader, *, ks: Sequence[int] = CMSF.ks
 ) -> dict[int, dict[str, float | None]] | None:
     """k-NN figures of a backbone (CMSF sec. 4), see `vote_figures`; None but on the main process.
 
@@ -182,7 +213,7 @@ def knn_figures(
     *,
     ks: Sequence[int],
     num_classes: int,
-    temperature: float = TEMPERATURE,
+    temperature: float = CMSF.temperature,
 ) -> dict[int, dict[str, float | None]]:
     """k-NN figures from features, for every k in one search: see `vote_figures`.
 

@@ -205,6 +205,15 @@ def summarize(
     return summary
 
 
+def best_rate(summary: dict[str, dict[str, float | int | None]]) -> str:
+    """The learning rate of the highest top1 in a `summarize`, the first of equal ones.
+
+    A rate that diverged has none; one at least has.
+    """
+    top1 = {rate: row["top1"] for rate, row in summary.items() if row["top1"] is not None}
+    return max(top1, key=top1.get)
+
+
 def format_table(summary: dict[str, dict[str, float | int | None]]) -> str:
     """A text table: a line for each learning rate, percent; columns for what the summary holds."""
     rows = summary.values()

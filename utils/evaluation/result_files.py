@@ -15,7 +15,8 @@ from utils.runtime.errors import InputError, printable
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such files begin
 NAMED = ("random", "pixels")  # what --weights can be beside a file
-OF, LEFT_OUT = "of", "left_out"  # in a row of results.json: its `Encoder`, and file -> why not
+# In a row of results.json: its `Encoder`, file -> why not, and what is no figure.
+OF, LEFT_OUT, MORE = "of", "left_out", "more"
 FIGURE = checked.or_none(checked.real())  # null: not measured, or not finite
 # Row -> column -> figure.
 TABLE = checked.table_of(checked.table_of(FIGURE))._replace(words="a table of rows of figures")

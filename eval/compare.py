@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     options.add_split_options(parser, "--train_file", "--train-file")
     options.add_recipe_options(
         parser.add_argument_group("linear classifier, the best learning rate counts"),
-        lr="0.01,0.03,0.1,0.3",
+        lr="0.01,0.03,0.1,0.3,1",
     )
     parser.set_defaults(cached=True, fine_tune=False, mlp=False)  # the rest of a `Recipe`
     text = f"folder of results.json, results.md and features; with --weights by default {FOLDER}"

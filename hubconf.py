@@ -2,6 +2,7 @@
 
     model = torch.hub.load(<REPOSITORY>, "cmsf_resnet50", weights=<PATH OR URL>)
     features = model(images)  # (B, 3, S, S), normalized by ImageNet's mean and spread -> (B, 2048)
+    model = torch.hub.load(<REPOSITORY>, "cmsf", weights=<PATH OR URL>)  # the network it says it is
 
 With source="local" the repository is a folder. weights: any checkpoint that the evaluations read,
 what eval/export_backbone.py wrote among them; None for an untrained network. It is read without
@@ -44,19 +45,23 @@ def cmsf(
     encoder: str = "query",
     prefix: str | None = None,
     small_stem: bool | None = None,
+    image_size: int | None = None,
     sha256: str | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """A backbone in eval mode: images (B, 3, S, S) -> features (B, F), not normalized.
 
-    arch: a torchvision classification model; None: as the checkpoint says, or resnet50. weights: a
-    path, or an http(s) or file URL, which is downloaded once to torch.hub's folder of checkpoints;
-    None: random. encoder: of several backbones in it "query", the one trained by gradient, or
-    "target", a moving average; prefix: the one whose names begin so. small_stem: a ResNet's 3x3
-    first convolution; None: as the checkpoint says. sha256: what the file's must begin with.
-    progress: of the download.
+    arch: a torchvision classification model, or "timm/" and a name of timm's, if that is installed;
+    None: as the checkpoint says, or resnet50. weights: a path, or an http(s) or file URL, which is
+    downloaded once to torch.hub's folder of checkpoints; None: random. encoder: of several
+    backbones in it "query", the one trained by gradient, or "target", a moving average; prefix: the
+    one whose names begin so. small_stem: a ResNet's 3x3 first convolution; None: as the checkpoint
+    says. image_size: S of networks that are built for one size, such as vision transformers; None:
+    as the checkpoint says, or 224. sha256: what the file's must begin with. progress: of the
+    download.
 
-    Raises ValueError for weights that are not there, cannot be read or do not fit.
+    Raises ValueError for weights that are not there, cannot be read or do not fit, and for an arch
+    that is unknown or cannot take the image size.
     """
     if encoder not in ("query", "target"):
         raise ValueError(f"encoder {encoder}: neither query nor target")
@@ -67,9 +72,11 @@ def cmsf(
         arch = arch or own.checkpoint.said(state, "arch", what=what) or "resnet50"
         if small_stem is None:
             small_stem = bool(own.checkpoint.said(state, "small_stem", what=what))
-        backbone = own.encoders.build_backbone(arch, small_stem=small_stem)
+        if image_size is None:
+            image_size = own.checkpoint.said(state, "image_size", what=what) or 224
+        backbone = own.encoders.build_backbone(arch, small_stem=small_stem, image_size=image_size)
         if weights is not None:
-            what = f"{what} (arch {arch})"
+            what = f"{what} (arch {arch}, image_size {image_size})"
             which = {"encoder": encoder, "prefix": prefix}
             own.checkpoint.load_backbone(backbone, state, **which, what=what)
     except own.errors.InputError as error:

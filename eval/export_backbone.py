@@ -1,4 +1,4 @@
-"""A checkpoint's backbone in torchvision's names, for use outside of this repository.
+"""A checkpoint's backbone in the names of its library, for use outside of this repository.
 
     python eval/export_backbone.py --weights <CHECKPOINT> --output resnet50.pth
 
@@ -9,10 +9,11 @@ without it ends in features (B, F), and takes the weights strictly.
     model.fc = torch.nn.Identity()  # the layer has other names in other architectures
     model.load_state_dict(torch.load("resnet50.pth", weights_only=True)["state_dict"])
 
-timm.create_model("resnet50", num_classes=0) takes the same weights. The file's "metadata" say what
-they are and how images are normalized. A --output that ends in .safetensors holds the state dict
-itself, for safetensors.torch.load_file, and the metadata as text in its header. All scripts that
-take --weights, and hubconf.py, read both kinds.
+timm.create_model("resnet50", num_classes=0) takes the same weights, and of `--arch timm/NAME` those
+of NAME. Networks of one image size are built for it: vit_b_16(image_size=S), or timm's img_size=S.
+The file's "metadata" say what the weights are and how images are normalized. A --output that ends
+in .safetensors holds the state dict itself, for safetensors.torch.load_file, and the metadata as
+text in its header. All scripts that take --weights, and hubconf.py, read both kinds.
 """
 
 import argparse

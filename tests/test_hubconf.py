@@ -159,6 +159,7 @@ def test_what_cannot_be(published, tmp_path):
     for match, entry, options in (
         ("resnet51: unknown", "cmsf", {"arch": "resnet51"}),
         ("encoder both", "cmsf", {"encoder": "both"}),
+        ("image_size 40: .* patch size", "cmsf", {"arch": "vit_b_16", "image_size": 40}),
         ("weights no/such.pth: no such file", "cmsf_resnet18", {"weights": "no/such.pth"}),
         ("missing", "cmsf_resnet50", {"weights": path}),
         ("another shape", "cmsf_resnet18", {"weights": path, "small_stem": True}),

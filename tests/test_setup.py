@@ -17,6 +17,7 @@ from utils.cli import build_evaluation, build_training
 from utils.data import image_cache
 from utils.data.datasets import ImageSet
 from utils.data.label_noise import given_labels
+from utils.runtime import distributed
 from utils.runtime.errors import InputError
 
 TRAIN = importlib.import_module("self_supervised.train_msf_2q")
@@ -64,6 +65,27 @@ def test_a_run_that_goes_on_needs_no_weights(args, build, tmp_path, capsys):
         build(args(*TINY, *flags, "--resume", resume))
         said = f"--weights {tmp_path}/gone.pth: not read, as --resume {resume} goes on\n"
         assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("bn", ["shuffle", "sync", "local"])
+def test_a_backbone_without_batch_norm_is_told_of(args, monkeypatch, capsys, bn):
+    """And of several processes what --bn is about then."""
+    pytest.importorskip("timm")
+    flags = ("--arch", "timm/test_vit", "--image_size", 32, "--bn", bn)
+    heads = "no batch norm in the backbone, only in projector and predictor"
+    for build, said, of_several in (
+        (build_training.build_encoders, heads, f", which is what --bn {bn} is about\n"),
+        (build_training.build_sole_backbone, "no batch norm in it", f", so --bn {bn} changes"),
+    ):
+        for processes, more in ((1, "\n"), (2, of_several)):
+            given = args(*TINY, *flags)
+            monkeypatch.setattr(distributed, "world_size", lambda n=processes: n)
+            build(given)
+            printed = capsys.readouterr().out
+            assert printed.startswith(f"--arch timm/test_vit: {said}{more}")
+            assert printed.count("\n") == 1
+            monkeypatch.undo()
+        assert build(args(*TINY)) and not capsys.readouterr().out
 
 
 def test_encoders_are_seeded(args):

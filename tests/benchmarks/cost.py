@@ -38,7 +38,7 @@ SMALL_CROPS = 4  # of half the size
 
 
 def encoders(args: argparse.Namespace) -> QueryTargetEncoders:
-    backbone = build_backbone(args.arch)
+    backbone = build_backbone(args.arch, image_size=args.image_size)
     sizes = {"proj_dim": args.proj_dim, "hidden_dim": args.hidden_dim}
     sizes["channels_last"] = True  # as the scripts on a CPU
     return QueryTargetEncoders(backbone.module, backbone.feature_dim, **sizes)
@@ -66,7 +66,7 @@ def build_pseudo(args: argparse.Namespace) -> nn.Module:
 
 
 def build_xent(args: argparse.Namespace) -> nn.Module:
-    backbone = build_backbone(args.arch)
+    backbone = build_backbone(args.arch, image_size=args.image_size)
     sole = SoleBackbone(backbone.module, channels_last=True)
     return CrossEntropy(sole, backbone.feature_dim, CLASSES)
 

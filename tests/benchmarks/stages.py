@@ -50,7 +50,8 @@ def stages_of(path: str) -> tuple[dict[str, nn.Module], int]:
     """The networks up to each stage of a checkpoint, and the side of the images they take."""
     state = checkpoint.load(path, flag="checkpoint")
     flags = checkpoint.settings(state)
-    backbone = build_backbone(flags["arch"], small_stem=flags["small_stem"])
+    side = {"image_size": flags["image_size"]}
+    backbone = build_backbone(flags["arch"], small_stem=flags["small_stem"], **side)
     sizes = {name: flags[name] for name in ("proj_dim", "hidden_dim", "proj_bn")}
     encoders = QueryTargetEncoders(backbone.module, backbone.feature_dim, **sizes)
     checkpoint.load_initial_weights(encoders, backbone, state, what=path)

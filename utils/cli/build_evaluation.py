@@ -14,7 +14,7 @@ from utils.data.splits import labeled_index
 from utils.evaluation import result_files
 from utils.evaluation.feature_cache import image_digest
 from utils.method import checkpoint
-from utils.method.encoders import Backbone, build_backbone, check_image_size
+from utils.method.encoders import Backbone, build_backbone, check_image_size, lay_channels_last
 from utils.runtime import checked, distributed, files, origin, plain_json
 from utils.runtime.errors import InputError, printable
 
@@ -67,15 +67,25 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     if args.weights == "pixels":
         return Backbone(nn.Flatten(), 3 * args.image_size**2, ""), {}
     torch.manual_seed(args.seed)
-    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    size = {"image_size": args.image_size}
+    backbone = build_backbone(args.arch, small_stem=args.small_stem, **size)
     check_image_size(backbone, args.arch, args.image_size)
     if state:
-        what = f"--weights {args.weights} (--arch {args.arch})"
         which = {"encoder": args.encoder, "prefix": args.prefix}
+        what = weights_flags(args, state)
         found = checkpoint.load_backbone(backbone, state, **which, what=what)
         args.encoder, args.backbone = found.role, found.prefix
         print(printable(f"--weights {args.weights}: backbone {found.words}"), flush=True)
     return backbone, state
+
+
+def weights_flags(args: argparse.Namespace, state: dict) -> str:
+    """What a message on a checkpoint's weights begins with: the flags that may not fit it."""
+    name = f"--weights {args.weights}"
+    trained = checkpoint.said(state, "image_size", what=name)
+    other = trained not in (None, args.image_size)
+    size = f", --image_size {args.image_size}, trained at {trained}" * other
+    return f"{name} (--arch {args.arch}{size})"
 
 
 def place(args: argparse.Namespace, network: nn.Module) -> nn.Module:
@@ -83,8 +93,9 @@ def place(args: argparse.Namespace, network: nn.Module) -> nn.Module:
 
     So k-NN figures have the bits of those in its log.
     """
-    layout = torch.channels_last if args.device.type == "cpu" else None
-    return network.to(args.device, memory_format=layout)
+    if args.device.type == "cpu":
+        lay_channels_last(network)
+    return network.to(args.device)
 
 
 def check_view_memory(args: argparse.Namespace, images: int, *, views: int) -> None:

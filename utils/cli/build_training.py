@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from utils.cli import options
-from utils.cli.build_evaluation import build_bad_images, check_view_memory, eval_loaders
+from utils.cli.build_evaluation import (
+    build_bad_images,
+    check_view_memory,
+    eval_loaders,
+    weights_flags,
+)
 from utils.data import archives
 from utils.data.datasets import ImageSet, check_classes, read_split
 from utils.data.image_cache import cache_images, check_memory
@@ -153,6 +158,7 @@ def build_encoders(args: argparse.Namespace) -> QueryTargetEncoders:
     InputError for speed flags that the device cannot serve, or a --compile that does not work here.
     """
     backbone = _seeded_backbone(args)
+    _say_without_batch_norm(args, backbone, has_heads=True)
     _check_encoder_memory(args, backbone.feature_dim)
     encoders = QueryTargetEncoders(
         backbone.module,
@@ -179,6 +185,7 @@ def build_sole_backbone(args: argparse.Namespace) -> tuple[SoleBackbone, int]:
     Of a --weights checkpoint with a query encoder, that one's backbone is taken.
     """
     backbone = _seeded_backbone(args)
+    _say_without_batch_norm(args, backbone, has_heads=False)
     sole = SoleBackbone(
         backbone.module,
         autocast=options.PRECISIONS[args.precision],
@@ -201,11 +208,27 @@ def _seeded_backbone(args: argparse.Namespace) -> Backbone:
     # All training steps have the same sizes, so that trying out kernels in the first one pays.
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
-    backbone = build_backbone(args.arch, small_stem=args.small_stem)
+    size = {"image_size": args.image_size}
+    backbone = build_backbone(args.arch, small_stem=args.small_stem, **size)
     for group in getattr(args, "multi_crop", None) or []:
         check_image_size(backbone, args.arch, group.size, flag="--multi_crop: crops of side")
     check_image_size(backbone, args.arch, args.image_size)
     return backbone
+
+
+def _say_without_batch_norm(
+    args: argparse.Namespace, backbone: Backbone, *, has_heads: bool
+) -> None:
+    """Say so where the backbone has no batch norm, and what --bn is about then."""
+    if batch_norm.is_in(backbone.module):
+        return
+    several = distributed.world_size() > 1
+    if has_heads:
+        said = "no batch norm in the backbone, only in projector and predictor"
+        about = f", which is what --bn {args.bn} is about" * several
+    else:
+        said, about = "no batch norm in it", f", so --bn {args.bn} changes nothing" * several
+    print(f"--arch {args.arch}: {said}{about}", flush=True)
 
 
 def _check_speed(args: argparse.Namespace) -> None:
@@ -252,8 +275,8 @@ def _finished(
     if args.weights and goes_on:
         print(f"--weights {args.weights}: not read, as --resume {args.resume} goes on", flush=True)
     elif args.weights:
-        what = f"--weights {args.weights} (--arch {args.arch})"
-        loaded = fill(network, checkpoint.load(args.weights, flag="--weights"), what)
+        state = checkpoint.load(args.weights, flag="--weights")
+        loaded = fill(network, state, weights_flags(args, state))
         print(f"{args.weights}: {loaded}", flush=True)
     if args.compile:
         network.compile(cuda_graphs=args.cuda_graphs)

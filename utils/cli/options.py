@@ -210,7 +210,8 @@ def _add_image_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> 
 
 def _add_network_options(parser: argparse.ArgumentParser, *, mean_shift: bool) -> None:
     add = parser.add_argument_group("encoders" if mean_shift else "network").add_argument
-    add("--arch", default="resnet50", help="torchvision classification model, or conv4")
+    network = "torchvision classification model, conv4, or timm/ and the name of one of timm's"
+    add("--arch", default="resnet50", help=network)
     stem = "ResNets: 3x3 first convolution, no pooling (images of about 32 px)"
     add("--small_stem", action="store_true", help=stem)
     add("--weights", type=kind.path_text, help="checkpoint to start from")

@@ -40,13 +40,35 @@ class HostSyncBatchNorm(_BatchNorm):
         return normalized.to(given)
 
 
+def is_in(module: nn.Module) -> bool:
+    """Whether any of the module's layers is a batch norm."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
 def synchronized(module: nn.Module, device: torch.device) -> nn.Module:
     """The module with every batch norm over all processes, its names and values unchanged."""
     if distributed.world_size() == 1:
         return module
+    with_activation = [layer for layer in module.modules() if _has_activation(layer)]
+    if device.type == "cuda" and with_activation:
+        from timm.layers import convert_sync_batchnorm  # torch's loses the activation
+
+        return convert_sync_batchnorm(module)
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for layer in with_activation:
+        layer.register_forward_hook(_activate)
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.__class__ = HostSyncBatchNorm  # which has the same parameters and statistics
     return module
+
+
+def _has_activation(layer: nn.Module) -> bool:
+    """Whether it is a batch norm of timm's that has its activation in it."""
+    return isinstance(layer, _BatchNorm) and hasattr(layer, "act")
+
+
+def _activate(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What such a layer does behind the batch norm, as a forward hook."""
+    return layer.act(layer.drop(output))

@@ -5,8 +5,9 @@ and maps images to embeddings (B, D); the query side has a predictor behind it, 
 is the moving average of the query encoder.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 from utils.runtime import distributed
 from utils.runtime.errors import InputError
 
+TIMM = "timm/"  # in front of the names of timm's networks
 # torchvision classifiers whose training output is not one tensor.
 _WITH_AUXILIARY_OUTPUT = ("googlenet", "inception_v3")
 # Of torch.compile for CUDA graphs: each size of crops has a graph of its own.
@@ -54,27 +56,44 @@ class Conv4(nn.Module):
         return self.fc(self.features(images).mean(dim=(2, 3)))
 
 
-def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
+def build_backbone(arch: str, *, small_stem: bool = False, image_size: int = 224) -> Backbone:
     """Build a backbone with random weights; its last linear layer becomes the identity.
 
-    arch: "conv4" or a torchvision classification model. small_stem: of a ResNet for images of about
-    32 px: a 3x3 first convolution of stride 1, no pooling behind it. InputError for an unknown
-    arch, one that ends in no linear layer, or a small stem on what is no ResNet.
+    arch: "conv4", a torchvision classification model, or "timm/" and the name of one of timm's.
+    small_stem: of a ResNet for images of about 32 px: a 3x3 first convolution of stride 1, no
+    pooling behind it. image_size: of networks that are built for one size, as vision transformers
+    are by their position embeddings; others do not ask. InputError for an unknown arch, one that
+    ends in no linear layer, a size it cannot be built for, or a small stem on what is no ResNet.
     """
-    if arch == "conv4":
-        module = Conv4()
+    if arch.startswith(TIMM):
+        backbone = _from_timm(arch, image_size)
     else:
-        from torchvision import models  # takes as long as to import torch itself
-
-        if arch in _WITH_AUXILIARY_OUTPUT or arch not in models.list_models(module=models):
-            raise InputError(f"--arch {arch}: unknown; a torchvision classification model or conv4")
-        module = models.get_model(arch, weights=None)
+        backbone = _without_classifier(
+            Conv4() if arch == "conv4" else _from_torchvision(arch, image_size), arch
+        )
     if small_stem:
-        if not isinstance(getattr(module, "conv1", None), nn.Conv2d):
-            raise InputError(f"--small_stem: only for ResNets, not for --arch {arch}")
-        module.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
-        module.maxpool = nn.Identity()
+        _shrink_stem(backbone.module, arch)
+    return backbone
+
+
+def _from_torchvision(arch: str, image_size: int) -> nn.Module:
+    """torchvision's network with its classifier."""
+    from torchvision import models  # takes as long as to import torch itself
+
+    if arch in _WITH_AUXILIARY_OUTPUT or arch not in models.list_models(module=models):
+        known = f"a torchvision classification model, conv4, or {TIMM} and a name of timm's"
+        raise InputError(f"--arch {arch}: unknown; {known}")
+    size = {}
+    if arch.startswith("vit_"):
+        size = {"image_size": image_size}
+    elif arch.startswith("maxvit_"):
+        size = {"input_size": (image_size, image_size)}
+    with _takes(image_size, arch) if size else contextlib.nullcontext():
+        return models.get_model(arch, weights=None, **size)
+
+
+def _without_classifier(module: nn.Module, arch: str) -> Backbone:
+    """The backbone of a network whose classifier is its last linear layer."""
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise InputError(f"--arch {arch}: ends in no linear layer that a projector could replace")
@@ -84,21 +103,69 @@ def build_backbone(arch: str, *, small_stem: bool = False) -> Backbone:
     return Backbone(module, feature_dim, classifier)
 
 
+def _from_timm(arch: str, image_size: int) -> Backbone:
+    """timm's network without its classifier, which timm itself leaves out."""
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"--arch {arch}: needs the package timm (pip install it)") from error
+    name = arch.removeprefix(TIMM)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a known model, but none of its weights' names
+        raise InputError(f"--arch {arch}: {error}") from error
+    if not timm.is_model(name):  # names of the hub and paths too
+        raise InputError(f"--arch {arch}: unknown to timm {timm.__version__}")
+    if config is not None and config.classifier is None:
+        raise InputError(f"--arch {arch}: no classifier, so it ends in no features (B, F)")
+    size = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    with _takes(image_size, arch) if size else contextlib.nullcontext():
+        module = timm.create_model(name, pretrained=False, num_classes=0, **size)
+    classifier = module.pretrained_cfg["classifier"]
+    classifier = classifier if isinstance(classifier, str) else classifier[0]  # of distilled ones
+    return Backbone(module, module.head_hidden_size, classifier)
+
+
+def _shrink_stem(module: nn.Module, arch: str) -> None:
+    """Give a ResNet a first convolution for small images; InputError for another network."""
+    first = getattr(module, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(module, "maxpool"):
+        raise InputError(f"--small_stem: only for ResNets, not for --arch {arch}")
+    module.conv1 = nn.Conv2d(3, first.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+    module.maxpool = nn.Identity()
+
+
+@contextlib.contextmanager
+def _takes(image_size: int, arch: str, *, flag: str = "--image_size") -> Iterator[None]:
+    """What goes wrong inside is the size's fault: InputError that names it."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{flag} {image_size}: --arch {arch} cannot take it ({reason})") from error
+
+
 def check_image_size(
     backbone: Backbone, arch: str, image_size: int, *, flag: str = "--image_size"
 ) -> None:
     """Pass one black image through the backbone; InputError, naming the flag, if it cannot."""
     was_training = backbone.module.training
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), _takes(image_size, arch, flag=flag):
+        try:
             features = backbone.module.eval()(torch.zeros(1, 3, image_size, image_size))
-        if features.shape != (1, backbone.feature_dim):
-            raise RuntimeError(f"features of shape {tuple(features.shape)}")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{flag} {image_size}: --arch {arch} cannot take it ({reason})") from error
-    finally:
-        backbone.module.train(was_training)
+        finally:
+            backbone.module.train(was_training)
+    if features.shape != (1, backbone.feature_dim):
+        made = f"makes {tuple(features.shape)} of an image"
+        raise InputError(f"--arch {arch}: {made} at {flag} {image_size}, no features (B, F)")
+
+
+def lay_channels_last(network: nn.Module) -> None:
+    """Lay the weights of 2D convolutions out with the channels last; others have no such layout."""
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 class _Layers(nn.Sequential):
@@ -207,7 +274,7 @@ class SoleBackbone(_Encoders):
         super().__init__(autocast=autocast, channels_last=channels_last)
         self.query_encoder = Encoder(backbone, nn.Identity())
         if channels_last:
-            self.to(memory_format=torch.channels_last)
+            lay_channels_last(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> features (B, F), with gradient."""
@@ -247,7 +314,7 @@ class QueryTargetEncoders(_Encoders):
         self.predictor = mlp([self.proj_dim, hidden_dim, self.proj_dim])
         self.target_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         if channels_last:
-            self.to(memory_format=torch.channels_last)
+            lay_channels_last(self)
 
     def query(self, images: Tensor, *small: Tensor) -> Tensor:
         """q = norm(h(f(images))): (B, D), unit norm, with gradient. A step begins with it.

@@ -85,10 +85,10 @@ def test_a_file_of_timm(tmp_path):
 # ---- the scripts
 
 
-def figures(call_script, folder, weights, *flags):
+def figures(call_script, folder, weights, *flags, arch="resnet18"):
     """k-NN figures of a file, what the result says of its encoder, and what is printed."""
     flags = ("--weights", weights, "--image_size", 32, "-j", 0, "--save", folder, *flags, folder)
-    code, stdout, stderr = call_script(KNN, "--arch", "resnet18", *flags)
+    code, stdout, stderr = call_script(KNN, "--arch", arch, *flags)
     assert code == 0, stderr
     record = json.loads((folder / "knn.json").read_text())
     assert f"--weights {weights}: backbone {record['backbone'] or 'the top level'}" in stdout
@@ -126,6 +126,28 @@ def test_figures_are_those_of_the_plain_weights_to_the_digit(call_script, images
         assert found == (plain[2, ()], "target", averaged), name
         found = figures(call_script, images, path, "--prefix", averaged)
         assert found == (plain[2, ()], averaged, averaged), name
+
+
+def test_vision_transformers_of_others(call_script, images, tmp_path):
+    """Files as of MAE and DINO, of timm's network; tokens that another build has are refused."""
+    timm = pytest.importorskip("timm")
+    name, path = "vit_tiny_patch16_224", tmp_path / "x.pth"
+    torch.manual_seed(1)
+    plain = timm.create_model(name, img_size=32, num_classes=5).state_dict()
+    decoder = {"mask_token": torch.zeros(1, 1, 192), "decoder_pos_embed": torch.zeros(1, 5, 64)}
+    decoder["decoder_blocks.0.attn.qkv.weight"] = torch.zeros(6, 2)
+    student = {f"module.backbone.{n}": value for n, value in plain.items()}
+    teacher = {f"backbone.{n}": value + 0.1 for n, value in plain.items()}
+    found = []
+    for content in (plain, {"model": plain | decoder}, {"student": student, "teacher": teacher}):
+        torch.save(content, path)
+        found.append(figures(call_script, images, path, arch=f"timm/{name}"))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert [one[2] for one in found] == ["", "model", "student.backbone"]
+    for extra in ({"reg_token": torch.zeros(1, 4, 192)}, {"fc_norm.weight": torch.zeros(192)}):
+        torch.save(plain | extra, path)
+        flags = ("--arch", f"timm/{name}", "--weights", path, "--image_size", 32, images)
+        assert_refused(call_script(KNN, *flags), f"1 weights unknown, first {next(iter(extra))}")
 
 
 def test_training_export_and_hub_read_the_same(call_script, image_tree, tmp_path):

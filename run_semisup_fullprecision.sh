@@ -200,7 +200,7 @@ main() {
     echo
     stage "neighbors" "$PYTHON" "$root/eval/show_neighbors.py" --weights "$checkpoint" \
       --output "$OUT/train/neighbors.png" "${common[@]}" "${data[@]}"
-    stage "features" "$PYTHON" "$root/eval/show_features.py" --weights "$checkpoint" \
+    stage "features" "${run[@]}" "$root/eval/show_features.py" --weights "$checkpoint" \
       --output "$OUT/train/features.svg" "${common[@]}" "${data[@]}"
     stage "report" "$PYTHON" "$root/eval/report.py" "$OUT/train" --results "$OUT/semi" \
       --output "$OUT/report.html"

@@ -80,7 +80,7 @@ def choose_classes(named: str | None, classes: list[str]) -> list[int]:
     """The classes with a color; InputError for unknown or too many ones."""
     if named is None:
         return list(range(min(len(classes), MOST_COLORED)))
-    names = list(dict.fromkeys(named.split(",")))
+    names = [named] if named in classes else list(dict.fromkeys(named.split(",")))
     if unknown := [name for name in names if name not in classes]:
         raise InputError(f"--classes {','.join(unknown[:5])}: no such class")
     if len(names) > MOST_COLORED:

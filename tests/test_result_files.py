@@ -138,6 +138,16 @@ def test_who_wrote_a_png(tmp_path):
     assert result_files.picture_format(tmp_path / "b.png") is None
 
 
+def test_what_begins_as_an_svg_file(tmp_path):
+    path = tmp_path / "a.svg"
+    for begin, kind in (
+        *(("<svg>", "svg"), ('\n<?xml version="1.0"?><svg>', "svg"), ("<!-- a --><svg>", "svg")),
+        *(("<?xml?><a>", None), ("<!doctype html><svg>", None), ("a <svg>", None), ("", None)),
+    ):
+        path.write_text(begin)
+        assert result_files.picture_format(path) == kind
+
+
 KNOWN = Encoder("a/x.pth", "a" * 64, 3, "query", "conv4", 16, False, 0)
 RANDOM = Encoder("random", None, None, "query", "conv4", 16, False, 0)
 

@@ -42,12 +42,12 @@ def tsne(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, float]:
 
     By one thread: several add up in another order each time, and the map would differ.
     """
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits  # scikit-learn needs it, so that it is there
-
     perplexity = min(30.0, (len(features) - 1) / 3)
     if np.ptp(features, axis=0).max() <= _ROUNDING * np.abs(features).max():
         return np.zeros((len(features), 2)), perplexity  # all in one place
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # scikit-learn needs it, so that it is there
+
     reduced = TSNE(init="pca", perplexity=perplexity, random_state=seed % 2**32)
     with threadpool_limits(1):
         return reduced.fit_transform(features), perplexity

@@ -62,8 +62,11 @@ class Points(NamedTuple):
 
 
 class Knn(NamedTuple):
-    """What k-NN says of all images: counts (C, C), a row for each true class; most frequent:
-    class, class taken for, images."""
+    """What k-NN says of all images.
+
+    counts: (C, C), a row for each true class. accuracy: percent. most_frequent: of the confusions
+    class, class taken for, images.
+    """
 
     k: int
     counts: np.ndarray

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Semi-supervised CMSF as in the paper (10% of the labels, full precision): train, k-NN, linear evaluation
 # and fine-tuning on the labeled images, one table at the end (also in $OUT/results.json), and a page that
-# shows it with curves and neighbors ($OUT/report.html).
+# shows it with curves, neighbors and features ($OUT/report.html).
 #
 #   DATA=/imagenet bash run_semisup_fullprecision.sh              the paper's settings
 #   GPUS=4 DATA=/imagenet bash run_semisup_fullprecision.sh       the same by four processes under torchrun
@@ -22,7 +22,7 @@ WORKERS=${WORKERS:-}                # empty: the scripts' default
 GPUS=${GPUS:-1}                     # processes of every stage, one a GPU; without a GPU on the CPU
 SPLIT_FILE=${SPLIT_FILE:-}          # labeled images, one a line; empty: LABEL_FRACTION of every class
 TRAIN=${TRAIN:-1} KNN=${KNN:-1} LINEAR=${LINEAR:-1} FINETUNE=${FINETUNE:-1} # the stages
-REPORT=${REPORT:-1}                 # the page: curves, neighbors, results, is the run healthy
+REPORT=${REPORT:-1}                 # the page: curves, pictures, results, is the run healthy
 BASELINES=${BASELINES:-1}           # raw pixels, random network; in the demo 2Q and the labels alone
 ANEW=${ANEW:-0}                     # 1: move earlier outputs in OUT aside and start anew
 
@@ -200,6 +200,8 @@ main() {
     echo
     stage "neighbors" "$PYTHON" "$root/eval/show_neighbors.py" --weights "$checkpoint" \
       --output "$OUT/train/neighbors.png" "${common[@]}" "${data[@]}"
+    stage "features" "${run[@]}" "$root/eval/show_features.py" --weights "$checkpoint" \
+      --output "$OUT/train/features.svg" "${common[@]}" "${data[@]}"
     stage "report" "$PYTHON" "$root/eval/report.py" "$OUT/train" --results "$OUT/semi" \
       --output "$OUT/report.html"
   fi

@@ -40,6 +40,7 @@ TABLES = {
     "knn.json": ("k", "{}-NN", "k-NN"),
     "linear.json": ("lr", "learning rate {}", "linear classifier"),
 }
+PICTURES = {"neighbors": "png", "features": "svg"}  # by flag, and how their names begin and end
 QUESTION = "<h2>Is this run healthy?</h2>"  # by which a page of ours is known
 
 
@@ -148,24 +149,27 @@ def read_comparison(path: Path, record: dict) -> Result:
     return Result("comparison", rows, note, list(encoders.values()))
 
 
-def find_pictures(folder: Path, named: list[Path], *, last: str | None) -> dict[Path, str]:
-    """PNG files of neighbors, the named ones or neighbors*.png of the folder.
+def find_pictures(folder: Path, named: dict, *, last: str | None) -> tuple[dict, dict]:
+    """The pictures that the flags name, or the folder's such as neighbors*.png: shown, left out.
 
-    To each why it is not known to be of the last checkpoint, by the JSON beside it; "" if it is.
+    named: by flag. Each path with why it is not known to be of the last checkpoint, by the JSON
+    beside it; "" if it is.
     """
-    notes = {}
-    for path in named or sorted(folder.glob("neighbors*.png")):
-        if not path.is_file() or not result_files.is_png(path):
-            if named:
-                raise InputError(f"--neighbors {path}: no PNG file")
-            continue
-        about = path.with_suffix(".json")
-        try:
-            encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))
-            notes[path] = not_of([encoder], last=last)
-        except InputError as error:
-            notes[path] = str(error)
-    return notes
+    shown, left_out = {}, {}
+    for kind, ending in PICTURES.items():
+        for path in named[kind] or sorted(folder.glob(f"{kind}*.{ending}")):
+            if not path.is_file() or result_files.picture_format(path) != ending:
+                if named[kind]:
+                    raise InputError(f"--{kind} {path}: no {ending.upper()} file")
+                continue
+            about = path.with_suffix(".json")
+            try:
+                encoder = result_files.encoder_of(result_files.read_json(about), what=str(about))
+                note = not_of([encoder], last=last)
+            except InputError as error:
+                note = str(error)
+            (shown if named[kind] or not note else left_out)[path] = note
+    return shown, left_out
 
 
 def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
@@ -178,6 +182,7 @@ def build_page(run: RunLog, *, now: float, **parts: Any) -> str:
         "json": plain_json.dumps,
         "svg": curves.chart_svg,
         "duration": lambda seconds: str(datetime.timedelta(seconds=round(seconds))),
+        "kind": result_files.picture_format,
         "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
     return page.from_string(Path(__file__).with_suffix(".html").read_text()).render(
@@ -201,7 +206,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=arguments.path, help=text)
     several = {"nargs": "+", "default": [], "type": arguments.path}
     parser.add_argument("--results", **several, help="folders with result files")
-    parser.add_argument("--neighbors", **several, help="PNG files of nearest neighbors")
+    for kind, ending in PICTURES.items():
+        parser.add_argument(f"--{kind}", **several, help=f"{ending.upper()} files of {kind}")
     return parser.parse_args()
 
 
@@ -224,10 +230,8 @@ def main() -> None:
     last = checkpoint and files.sha256(checkpoint)
     above = folder.resolve().parent
     results, left_out = find_results([folder, *args.results], also=above, last=last)
-    pictures = find_pictures(folder, args.neighbors, last=last)
-    if not args.neighbors:
-        left_out |= {path: note for path, note in pictures.items() if note}
-        pictures = {path: note for path, note in pictures.items() if not note}
+    pictures, others = find_pictures(folder, vars(args), last=last)
+    left_out |= others
     now = time.time()
     parts = {"results": results, "left_out": left_out, "pictures": pictures}
     page = build_page(run, now=now, checkpoint=checkpoint, sha256=last, **parts)

@@ -62,6 +62,7 @@ def commands(weights, data, two, out) -> list[list[str]]:
             *("--resume", out / "tuned" / "linear.pth", "--save", out / "measured"),
         ),
         ("eval.eval_knn", *flags[:-1], two, "--save", out / "two"),
+        ("eval.show_features", *skip, "--map", "pca", "--output", out / "shown" / "features.svg"),
         (
             *("eval.eval_linear", *skip, *LINEAR, "--lr", 0.1, "--cached"),
             *("--cache_dir", out / "knn", "--save", out / "cached"),
@@ -110,6 +111,9 @@ def test_features_and_nearest_neighbors(evaluated, processes):
     assert record(one / "knn", "knn.json") == record(several / "knn", "knn.json")
     assert record(one / "two", "knn.json") == record(several / "two", "knn.json")
     assert len(record(one / "knn", "knn.json")["bad_images"]) == len(BROKEN)
+    shown = [json.loads((part / "shown" / "features.json").read_text()) for part in (one, several)]
+    explained = [(part.pop("command"), part.pop("explained_variance"))[1] for part in shown]
+    assert shown[0] == shown[1] and explained[0] == pytest.approx(explained[1], rel=1e-3)
     states = [
         torch.load(folder / "knn" / feature_cache.NAME, weights_only=True)
         for folder in (one, several)

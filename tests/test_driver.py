@@ -89,6 +89,14 @@ def test_stages_are_switched_off(tmp_path):
         assert done.returncode == 0, done.stderr
         assert calls.read_text().split() == [*expected, "compare.py"]
         calls.unlink()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "log.jsonl").touch()
+    pictures = ["show_neighbors.py", "show_features.py", "report.py"]
+    for report, expected in ((1, pictures), (0, [])):
+        done = drive(tmp_path, DATA="/data", PYTHON=stub, TRAIN=0, REPORT=report, **off)
+        assert done.returncode == 0, done.stderr
+        assert calls.read_text().split() == ["compare.py", *expected]
+        calls.unlink()
 
 
 @pytest.mark.slow
@@ -97,8 +105,9 @@ def test_stages_switched_off_and_a_second_run(image_tree, tmp_path):
     done = drive(tmp_path, DATA=image_tree, **off)
     assert done.returncode == 0, done.stderr
     assert "=== training" in done.stdout and "=== k-NN" not in done.stdout
-    assert "PseudoCMSF" in (tmp_path / "report.html").read_text()
-    assert (tmp_path / "train" / "neighbors.png").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "PseudoCMSF" in page
+    assert "data:image/png;base64," in page and "data:image/svg+xml;base64," in page
     done = drive(tmp_path, DATA=image_tree, **{**off, "TRAIN": 0, "KNN": 1})
     assert done.returncode == 0, done.stderr
     assert "=== training" not in done.stdout and "=== k-NN, semi-supervised" in done.stdout

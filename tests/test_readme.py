@@ -42,6 +42,7 @@ OTHERS = {
     "eval/plot_training.py": "",
     "eval/export_backbone.py": "--arch conv4",
     "eval/show_neighbors.py": "--num_workers 0 --batch_size 16",
+    "eval/show_features.py": "--num_workers 0 --batch_size 16",
     "eval/extract_features.py": "--num_workers 0 --batch_size 16",
     "supervised/train_sup_xent.py": SMALL_RUN.replace("--mem_bank_size 64 ", ""),  # it has no bank
 }
@@ -211,8 +212,8 @@ def test_scripts_of_the_pages_run(call_script, run_script, image_tree, tmp_path,
             code, stderr = done.returncode, done.stderr
         started = True
         assert code == 0, (script, flags, stderr)
-    written = [tmp_path / "first" / name for name in ("report.html", "neighbors.png")]
-    written += [tmp_path / "first" / name for name in ("backbone.pth", "features.npz")]
+    written = ["report.html", "neighbors.png", "backbone.pth", "features.npz", "features.svg"]
+    written = [tmp_path / "first" / name for name in written]
     assert all(path.stat().st_size > 1000 for path in (*written, *tmp_path.glob("training.*")))
     assert len(list(tmp_path.glob("training.*"))) == 1
 

@@ -1,5 +1,6 @@
 """report.py: the numbers on the page, what it finds, what it refuses, how it looks in a browser."""
 
+import base64
 import importlib
 import json
 import os
@@ -20,6 +21,8 @@ from utils.reporting import run_log
 from utils.runtime import files
 
 SCRIPT = importlib.import_module("eval.report")
+# With what must not run on the page.
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="1600" height="9"><script>x()</script></svg>'
 CHROMIUM = shutil.which("chromium")
 KNN = {
     "1": {"accuracy": 81.6, "top5": None, "purity": 81.6},
@@ -80,7 +83,9 @@ def folder(tmp_path):
     (folder.parent / "finetune").mkdir()
     (folder.parent / "finetune" / "linear.json").write_text(json.dumps({"lr": LINEAR} | origin))
     Image.new("RGB", (1600, 400), "teal").save(folder / "neighbors_val.png")
-    (folder / "neighbors_val.json").write_text(json.dumps(origin))
+    (folder / "features.svg").write_text(SVG)
+    for name in ("neighbors_val.json", "features.json"):
+        (folder / name).write_text(json.dumps(origin))
     return folder
 
 
@@ -131,11 +136,12 @@ def test_what_is_not_of_the_last_checkpoint_is_left_out_and_named(call_script, f
     (folder.parent / "results.json").write_text(json.dumps({"a row": {"1-NN": 29.3, "of": whose}}))
     others = ["results.json", "finetune/linear.json"]
     (folder.parent / others[1]).write_text(json.dumps({"lr": LINEAR} | whose))
-    (folder / "neighbors_val.json").write_text(json.dumps(whose))
+    for name in ("neighbors_val.json", "features.json"):
+        (folder / name).write_text(json.dumps(whose))
     out, page = report(call_script, folder)
     assert [list(numbers(t)) for t in page.tables] == [["1-NN", "20-NN"]] * 2
     words = whose.get("checkpoint", "an encoder that it does not name")
-    for name in [*others, "run/neighbors_val.png"]:
+    for name in [*others, "run/neighbors_val.png", "run/features.svg"]:
         (line,) = [line for line in out.splitlines() if f"{name} left out: of {words}" in line]
         assert line in page.text.replace("Left out: ", "").replace(" , of", " left out: of")
     assert "img" not in [tag for tag, _ in page.attributes]
@@ -167,7 +173,11 @@ def test_the_page_needs_no_network_and_is_well_formed(call_script, folder):
     tags = [tag for tag, _ in page.attributes]
     assert tags.count("svg") == 7 and not {"script", "link", "iframe"} & set(tags)
     sources = [a["src"] for _, a in page.attributes if "src" in a]
-    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
+    kinds = [re.match("data:(.*?);base64,", source)[1] for source in sources]
+    assert kinds == ["image/png", "image/svg+xml"]
+    assert base64.b64decode(sources[1].partition(",")[2]).decode() == SVG
+    headings = [page.text.index(words) for words in ("Neighbors neighbors_val", "The encoder's f")]
+    assert headings == sorted(headings)
     text = (folder / "report.html").read_text().replace("http://www.w3.org/2000/svg", "")
     assert "http" not in text and "url(" not in text and "@import" not in text
 
@@ -202,6 +212,7 @@ def test_everything_from_files_is_escaped(call_script, tmp_path, left_out):
     folder = logs.write(tmp_path / name / name, evil(lines), starts=[evil(start)])
     files.save(folder / "ckpt_epoch_3.pth", {"weight": torch.zeros(1)})
     Image.new("RGB", (8, 8)).save(folder / f"neighbors{name}.png")
+    (folder / f"features{name}.svg").write_text(SVG)
     last = "b" * 64 if left_out else files.sha256(folder / "ckpt_epoch_3.pth")
     whose = {"checkpoint": "x", "sha256": last, "encoder": "x", "arch": "x"}
     for path, record in (
@@ -209,6 +220,7 @@ def test_everything_from_files_is_escaped(call_script, tmp_path, left_out):
         (folder / "linear.json", {"lr": LINEAR} | whose),
         (folder.parent / "results.json", {"x": {"y": 1.0, "of": whose, "left_out": {"x": "y"}}}),
         (folder / f"neighbors{name}.json", whose),
+        (folder / f"features{name}.json", whose),
     ):
         path.write_text(json.dumps(evil(record)))
     _, page = report(call_script, folder)
@@ -265,25 +277,28 @@ def test_other_folders_and_pictures_that_are_named(call_script, folder, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("flag", "name"), [("--neighbors", "neighbors_val.png"), ("--features", "features.svg")]
+)
+@pytest.mark.parametrize(
     ("about", "note"),
     [
         ("own", ""),
         (None, "of an encoder that it does not name, not of the run's last checkpoint"),
-        ("{", "neighbors_val.json: no result file"),
-        ('{"sha256": 3}', "neighbors_val.json: sha256 is 3"),
+        ("{", ".json: no result file"),
+        ('{"sha256": 3}', ".json: sha256 is 3"),
         (json.dumps({"checkpoint": "x.pth", "sha256": "b" * 64}), "of x.pth (sha256 bbbbbbbbbbbb)"),
     ],
 )
-def test_a_picture_of_neighbors_is_of_the_last_checkpoint(call_script, folder, about, note):
+def test_a_picture_is_of_the_last_checkpoint(call_script, folder, flag, name, about, note):
     """One found is left out otherwise; one that is named is shown with a note."""
-    picture = folder / "neighbors_val.png"
+    picture = folder / name
     if about is None:
         picture.with_suffix(".json").unlink()
     elif about != "own":
         picture.with_suffix(".json").write_text(about)
-    for flags, between in ((), " left out: "), (("--neighbors", picture), ": "):
+    for flags, between in ((), " left out: "), ((flag, picture), ": "):
         out, page = report(call_script, folder, *flags)
-        shown = "img" in [tag for tag, _ in page.attributes]
+        shown = [tag for tag, _ in page.attributes].count("img") == 2
         assert shown == (bool(flags) or not note)
         lines = [line for line in out.splitlines() if line.startswith(f"{picture}{between}")]
         assert len(lines) == bool(note) and all(note in line for line in lines)
@@ -327,6 +342,8 @@ def test_results_are_on_the_same_val_images(call_script, folder):
         (["run", "--results", "missing"], "--results missing: no such folder"),
         (["run", "--neighbors", "missing"], "--neighbors missing: no PNG file"),
         (["run", "--neighbors", "run/log.jsonl"], "--neighbors run/log.jsonl: no PNG file"),
+        (["run", "--features", "missing"], "--features missing: no SVG file"),
+        (["run", "--features", "run/log.jsonl"], "--features run/log.jsonl: no SVG file"),
         (["run", "--output", "run"], "--output run: ends in none of .html, .htm"),
         (["run", "--output", "run/run.json"], "--output run/run.json: ends in none of"),
         (["run", "--output", "folder.html"], "--output folder.html: not a regular file"),

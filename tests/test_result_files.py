@@ -132,10 +132,20 @@ def test_who_wrote_a_png(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png", pnginfo=about)
     assert result_files.is_png_of(tmp_path / "a.png", "painter")
     assert not result_files.is_png_of(tmp_path / "a.png", "printer")
-    assert result_files.is_png(tmp_path / "a.png")
+    assert result_files.picture_format(tmp_path / "a.png") == "png"
     (tmp_path / "b.png").write_bytes(b"x" + (tmp_path / "a.png").read_bytes())
     assert not result_files.is_png_of(tmp_path / "b.png", "painter")
-    assert not result_files.is_png(tmp_path / "b.png")
+    assert result_files.picture_format(tmp_path / "b.png") is None
+
+
+def test_what_begins_as_an_svg_file(tmp_path):
+    path = tmp_path / "a.svg"
+    for begin, kind in (
+        *(("<svg>", "svg"), ('\n<?xml version="1.0"?><svg>', "svg"), ("<!-- a --><svg>", "svg")),
+        *(("<?xml?><a>", None), ("<!doctype html><svg>", None), ("a <svg>", None), ("", None)),
+    ):
+        path.write_text(begin)
+        assert result_files.picture_format(path) == kind
 
 
 KNOWN = Encoder("a/x.pth", "a" * 64, 3, "query", "conv4", 16, False, 0)

@@ -68,10 +68,12 @@ def is_png_of(path: Path, program: str) -> bool:
     return head.startswith(PNG) and f"tEXtSoftware\0{program}".encode() in head
 
 
-def is_png(path: Path) -> bool:
-    """Whether it begins as a PNG file does."""
+def picture_format(path: Path) -> str | None:
+    """What a file is by how it begins: "png", "svg", or None for any other."""
     with path.open("rb") as file:
-        return file.read(len(PNG)) == PNG
+        head = file.read(4096).lstrip()
+    is_svg = head.startswith((b"<?xml", b"<!--", b"<svg")) and b"<svg" in head
+    return "png" if head.startswith(PNG) else "svg" if is_svg else None
 
 
 def has_figures(path: Path) -> bool:

@@ -8,15 +8,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2  # torch needs it, so that it is there
 import numpy as np
 
+from utils.reporting import svg_template
 from utils.reporting.run_log import KNN, RunLog
-from utils.runtime.errors import printable
 
 WIDTH, HEIGHT = 400, 250  # of a chart's coordinates
 COLUMNS = 3  # of charts in a picture
@@ -158,23 +156,11 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-@cache
-def _template() -> jinja2.Template:
-    page = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda x: printable(x) if type(x) is str else x,  # not what a macro made
-    )
-    page.filters["path"] = lambda points: "M" + "L".join(f"{x} {y}" for x, y in points)
-    return page.from_string(_TEMPLATE.read_text())
-
-
 def _render(title: str, width: int, height: int, **parts: list) -> str:
     """An SVG element of this size; with a legend a sheet on white paper."""
     sides = {"left": _LEFT, "right": WIDTH - _RIGHT, "top": _TOP, "bottom": HEIGHT - _BOTTOM}
     sides |= {"title": title, "width": width, "height": height, "gap": _GAP, "line_height": _LINE}
-    return _template().render(sides | parts)
+    return svg_template.read(_TEMPLATE).render(sides | parts)
 
 
 def _draw(chart: Chart) -> dict:

@@ -187,7 +187,7 @@ def weights(tmp_path_factory):
 def run_linear(call_script, weights, image_tree):
     """Call the script: (folder of --save, *flags) -> (linear.json, console, linear.pth).
 
-    The console without the first lines, which tell what images there are.
+    The console without the first lines, which tell what images and which backbone there are.
     """
 
     module = importlib.import_module("eval.eval_linear")
@@ -196,7 +196,7 @@ def run_linear(call_script, weights, image_tree):
         flags = (*linear_runs.QUICK, "--weights", weights, *flags, "--save", folder, data)
         code, stdout, stderr = call_script(module, *flags)
         assert code == 0, stderr
-        told = re.sub("^(data .*: [0-9]+ images in .*\n)+", "", stdout)
+        told = re.sub("^((data .*: [0-9]+ images in|--weights .*: backbone) .*\n)+", "", stdout)
         return json.loads((folder / "linear.json").read_text()), told, linear_runs.load(folder)
 
     return run

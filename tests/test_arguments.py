@@ -21,7 +21,7 @@ SCRIPTS = [
     if "def parse_args" in path.read_text()
 ]
 # Flags without a type: names that are no paths of the system, and what has a name before it.
-PLAIN_TEXT = {"arch", "images", "image_size", "prefix", "use_target", "small_stem"}
+PLAIN_TEXT = {"arch", "classes", "images", "image_size", "prefix", "use_target", "small_stem"}
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def faults(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
         "missing": [name for name in own if name not in weights and not name.endswith(_COUNTER)],
         "unknown": [name for name in weights if name not in own],
         "of another shape": [f"{n} {tuple(b.shape)}, not {tuple(a.shape)}" for n, a, b in shapes],
-        "of another type": [name for name, a, b in both if _type(a) != _type(b)],
+        "of another type": [name for name, a, b in both if not _has_type_of(a, b)],
     }
     texts = (
         f"{len(names)} weights {kind}, first {torch_file.one_line(names[0])}"
@@ -306,15 +306,15 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[._\d]+", name.lower()))
 
 
-def _type(value: Tensor) -> tuple[bool, bool] | None:
-    """What a weight must be to stand for another: of one floating type for any other."""
-    if not torch_file.is_dense(value):
-        return None
-    return value.is_floating_point(), value.dtype == torch.bool
+def _has_type_of(own: Tensor, value: Tensor) -> bool:
+    """Whether a weight out of a file can stand for one: of one floating type for any other."""
+    floats = own.is_floating_point() == value.is_floating_point()
+    bools = (own.dtype == torch.bool) == (value.dtype == torch.bool)
+    return torch_file.is_dense(value) and floats and bools
 
 
 def _is_like(own: Tensor, value: Tensor) -> bool:
-    return _type(own) == _type(value) and own.shape == value.shape
+    return _has_type_of(own, value) and own.shape == value.shape
 
 
 def _distinct(found: list[Found]) -> list[Found]:

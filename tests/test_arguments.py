@@ -143,6 +143,7 @@ def test_the_home_folder_in_every_path(actions, monkeypatch):
     assert expanded == {
         *("data", "weights", "resume", "checkpoint_path", "train_file", "sup_split_file"),
         *("label_file", "save", "save_acc", "load_cache", "cache_dir", "root", "output"),
+        "features",
         *("run", "runs", "results", "neighbors"),
     }
 

@@ -40,7 +40,8 @@ def compare(call_script, tmp_path):
     def call(*flags):
         code, out, error = call_script(COMPARE, *QUICK, "--save", tmp_path / "out", *flags)
         assert (code, error) == (0, "")
-        return json.loads((tmp_path / "out" / "results.json").read_text()), out
+        saved = flags[flags.index("--save") + 1] if "--save" in flags else tmp_path / "out"
+        return json.loads((saved / "results.json").read_text()), out
 
     return call
 
@@ -243,3 +244,14 @@ def test_several_processes_extract(compare, image_tree, weights, tmp_path):
         for column in ("1-NN", "20-NN", "linear", "alignment", "uniformity", "effective rank"):
             assert row[column] == pytest.approx(alone[name][column], rel=1e-4)
     assert "extracted anew" not in compare("--weights", f"x={weights}", image_tree)[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_what_a_cpu_does(compare, weights, image_tree, tmp_path):
+    rows = []
+    for device in ("cpu", "cuda"):
+        flags = ("--device", device, "--save", tmp_path / device, image_tree)
+        rows.append(compare("--weights", f"x={weights}", *flags)[0]["x"])
+    for column in ("effective rank", "alignment", "uniformity"):
+        assert rows[0][column] == pytest.approx(rows[1][column], rel=0.02, abs=1e-3), column
+    assert rows[0]["parameters"] == rows[1]["parameters"] and rows[1]["images/s"] > 0

@@ -288,3 +288,18 @@ def test_compiled_whole(monkeypatch, one_thin_layer, timm, arch):
     assert len(graphs) == 3
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("flags", [(), ("--precision", "bf16"), ("--channels_last",)])
+def test_on_a_gpu_a_vision_transformer_trains_and_is_measured(
+    call_script, image_tree, tmp_path, flags
+):
+    arch = ("--arch", "timm/vit_tiny_patch16_224", "--checkpoint_path", tmp_path)
+    how = (*TINY, *arch, "--epochs", 1, "--knn_freq", 0, "--device", "cuda", *flags)
+    call(call_script, MSF, *how, image_tree)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses and np.isfinite(losses).all()
+    assert 0 <= records[-1]["knn"]["1"]["accuracy"] <= 100

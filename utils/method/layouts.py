@@ -6,6 +6,7 @@ how several backbones are told apart goes by words.
 """
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -145,6 +146,8 @@ def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found
     places = _places(stored, layouts)
     needed = {name for name in own if not name.endswith(_COUNTER)}
     complete = [place for place, names in places.items() if needed <= names.keys()]
+    numbers = {name: number for number, name in enumerate(stored)}
+    ordered = sorted(stored)  # so that a prefix is a range of them
 
     def right(place: _Place) -> int:
         return sum(_is_like(own[n], stored[name].value) for n, name in places[place].items())
@@ -152,9 +155,9 @@ def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found
     def examine(place: _Place) -> tuple[Found, str]:
         """What stands at a place, and how it does not fit, "" if it does."""
         weights = {n: stored[name].value for n, name in places[place].items()}
-        rest = {n: one for n, one in stored.items() if n.startswith(place.prefix)}
-        for name in places[place].values():
-            del rest[name]
+        ends = [bisect_left(ordered, end) for end in (place.prefix, f"{place.prefix}\U0010ffff")]
+        below = set(ordered[slice(*ends)]) - set(places[place].values())
+        rest = {name: stored[name] for name in sorted(below, key=numbers.get)}
         tops = {name.partition(".")[0] for name in layouts[place.layout]}
         others = {other.prefix for other in complete}
         unknown, aside = _beside(rest, place.prefix, tops, backbone.classifier, others)

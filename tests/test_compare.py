@@ -93,6 +93,17 @@ def test_rank_alignment_and_uniformity_by_hand(compare, weights, image_tree, tmp
     assert results["x"]["effective rank"] == pytest.approx(rank, rel=1e-4)
 
 
+def test_one_val_image_has_no_distances(compare, image_tree, tmp_path, weights):
+    tree = shutil.copytree(image_tree, tmp_path / "tree")
+    images = sorted((tree / "val").rglob("*.*"))
+    for path in images[1:]:
+        path.write_bytes(b"")
+    flags = ("--bad_images", "skip", "--max_bad_images", 11, "--baselines")
+    results, out = compare(tree, "--weights", f"one={weights}", *flags)
+    assert results["one"]["alignment"] is results["one"]["uniformity"] is None
+    assert results["one"]["1-NN"] in (0, 100) and out.splitlines()[-3].split()[6:8] == ["-", "-"]
+
+
 def test_kept_features_are_used_again_for_the_same_weights_only(
     compare, image_tree, tmp_path, extractions, monkeypatch
 ):

@@ -194,7 +194,7 @@ def keep_features(row: Opened, data: Data, *, check: bool) -> None:
         settings = ("image_size", "batch_size", "seed", "num_workers", "device")
         how = {name: getattr(row.args, name) for name in settings}
         images = comparison.evenly_taken(data.val)
-        views = LabeledLoader(images, bad_images=data.bad_images, **how)
+        views = LabeledLoader(images, bad_images=data.bad_images, fewest=1, **how)
         return comparison.extract_crops(network, views, row.name)
 
     of_images, crops = _kept(row, data).items()

@@ -25,8 +25,10 @@ class LabeledLoader(RandomLoader):
 
     The view is torchvision's RandomResizedCrop and a flip, drawn from (seed, epoch, image index).
     An epoch is every image once, in the batches of `epoch_batches`. scale: share of the area that a
-    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`. settings: as of
-    `RandomLoader`; where no image is left to take the place of a broken one, the batch is smaller.
+    crop takes, by default as in torchvision, unlike the views of `TwoViewLoader`. fewest:
+    InputError where fewer images of a batch can be read; batch norm cannot train on one. settings:
+    as of `RandomLoader`; where no image is left to take the place of a broken one, the batch is
+    smaller.
     """
 
     def __init__(
@@ -35,20 +37,20 @@ class LabeledLoader(RandomLoader):
         *,
         image_size: int = 224,
         scale: tuple[float, float] = (0.08, 1.0),
+        fewest: int = 2,
         **settings,
     ) -> None:
         self.image_size = image_size
+        self.fewest = fewest
         super().__init__(images, [CropGroup(1, image_size, scale)], whole=True, **settings)
 
     def epoch(self, epoch: int) -> Iterator[EvalBatch]:
         """The batches of one epoch (from 1)."""
         for crops, index, label, _ in self._read(epoch):
             readable = int(distributed.add_up(torch.tensor(len(index))))
-            if readable < min(2, self.batch_size):  # batch norm cannot train on one
-                raise InputError(
-                    f"data {self.images.root}: of {len(self.images)} training images only "
-                    f"{readable} can be read"
-                )
+            if readable < min(self.fewest, self.batch_size):
+                count = f"of {len(self.images)} images only {readable} can be read"
+                raise InputError(f"data {self.images.root}: {count}")
             crops = crops.view(-1, 3, self.image_size, self.image_size)  # also where there is none
             draws = self._crops.draws(epoch, index)[:, 0]
             yield EvalBatch(augment.weak_view(upload(crops, self.device), draws), index, label)

@@ -29,7 +29,7 @@ from utils.evaluation import result_files
 from utils.method import checkpoint
 from utils.method.encoders import Backbone
 from utils.runtime import checked, files, plain_json, safetensors_file, script
-from utils.runtime.errors import InputError
+from utils.runtime.errors import InputError, printable
 
 ENDINGS = (".pth", safetensors_file.ENDING)
 
@@ -86,7 +86,8 @@ def main() -> None:
         files.save(args.output, checkpoint.exported(weights, about), flag="--output")
     print(f"{args.output}: {len(weights)} weights")
     for name, value in about.items():
-        print(f"  {name}: {value if isinstance(value, str) else plain_json.dumps(value)}")
+        text = value if isinstance(value, str) else plain_json.dumps(value)
+        print(printable(f"  {name}: {text}"))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main() -> None:
     network = backbone.module
     if args.projected:
         what = f"--projected: --weights {args.weights}"
-        if not state:
+        if args.weights in result_files.NAMED:
             raise InputError(f"{what}: no projector in it")
         which = {"encoder": "target" if args.use_target else "query", "prefix": args.prefix}
         projector = checkpoint.load_projector(state, backbone, **which, what=what)

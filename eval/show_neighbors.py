@@ -34,7 +34,7 @@ from utils.reporting import shown_neighbors
 from utils.reporting.pictures import neighbor_sheet
 from utils.reporting.shown_neighbors import Searched
 from utils.runtime import distributed, files, script
-from utils.runtime.errors import InputError
+from utils.runtime.errors import InputError, printable
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
 PROGRAM = "CMSF show_neighbors.py"  # what a picture says that it was made by
@@ -142,8 +142,8 @@ def search_features(
     index = torch.tensor(sorted(set(range(len(images))) - {*loader.left_out}))
     if not len(index):
         raise InputError(f"data {images.root}: no image in it can be read")
-    encoder = "target" if args.use_target else "query"
-    about = f"{Path(args.weights).name}: features of the {encoder} encoder ({args.arch})"
+    name, encoder = Path(args.weights).name, printable(args.encoder)
+    about = f"{name}: features of the {encoder} encoder ({args.arch})"
     notes = [f"{about}; {len(index)} training images. {COSINES}"]
     row_of = {number: row for row, number in enumerate(index.tolist())}
     return Searched(images, features, index, row_of, args.neighbors, by_rank=False), notes, state

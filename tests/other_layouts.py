@@ -105,7 +105,11 @@ ONE = {
     "torch.compile": (lambda m: torch.compile(m).state_dict(), "", []),
     "SimSiam": (simsiam, "state_dict.encoder", ["fc"]),
     "SwAV": (
-        lambda m: named(m, "module.") | head("projection_head.", 8) | {"prototypes.weight": HEAD},
+        lambda m: (
+            named(m, "module.")
+            | head("module.projection_head.", 8)
+            | {"module.prototypes.weight": HEAD}
+        ),
         "",
         ["projection_head", "prototypes"],
     ),

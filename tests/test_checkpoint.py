@@ -199,7 +199,7 @@ def test_an_epoch_of_others_that_is_none_is_left_out(tmp_path, capsys):
         capsys.readouterr()
         assert "epoch" not in checkpoint.load(path, flag="--weights")
         assert f"--weights {path}: its epoch is " in capsys.readouterr().out
-        files.save(path, {"format": "x", "epoch": given})
+        files.save(path, {"format": checkpoint.FORMAT, "epoch": given})
         with pytest.raises(InputError, match=f"--weights {path}: epoch is .*, not a whole number"):
             checkpoint.load(path, flag="--weights")
 

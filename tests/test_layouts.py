@@ -187,8 +187,151 @@ def test_dicts_that_hold_themselves_and_names_that_are_there_twice():
     state = {"net": named(network())}
     state["net"]["again"] = state
     assert read(state, network())[1].prefix == "net"
-    state = {"a.b": {"c": torch.ones(2)}, "a": {"b.c": torch.zeros(2)}, "net": named(network())}
-    with pytest.raises(InputError, match=r"--weights x: two weights are called a\.b\.c"):
+    state = {"a.b": {"c": torch.ones(2)}, "a": {"b.c": torch.ones(2).to_sparse()}}
+    assert read(state | {"net": named(network())}, network())[1].prefix == "net"
+    state = {"a": {"net": named(network())}, "a.net": {"conv1.weight": network(2).conv1.weight}}
+    with pytest.raises(InputError, match=r"two weights are called a\.net\.conv1\.weight"):
+        read(state, network())
+    for _ in range(101):
+        state = {"a": state}
+    with pytest.raises(InputError, match="--weights x: more than 100 dicts in one another"):
+        read(state, network())
+
+
+def by_module(table):
+    """A dict for each part of a name."""
+    tree = {}
+    for name, value in table.items():
+        *parts, last = name.split(".")
+        place = tree
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return tree
+
+
+@pytest.mark.parametrize("around", [lambda tree: tree, lambda tree: {"net": tree}])
+def test_a_dict_for_each_module(around):
+    state = around(by_module(named(network()) | head("fc.", 8)))
+    weights, found = read(state | {"optimizer": {"state": {0: network().conv1.weight}}}, network())
+    assert_same(weights, network())
+    assert found.aside[0] == "fc"
+    more = {"norm_pre.weight": torch.ones(64), "extra.0.weight": torch.ones(8, 3, 3, 3)}
+    with pytest.raises(InputError, match="2 weights unknown, first (norm_pre|extra)"):
+        read(around(by_module(named(network()) | more)), network())
+
+
+def test_names_that_wrappers_make_alike():
+    """What a wrapper holds is another network than what lies beside it."""
+    one, other = named(network()), named(network(2))
+    half = dict([*one.items()][:60])
+    for state in (
+        half | {"module": {n: v for n, v in other.items() if n not in half}},
+        {"m": half, "module": {"m": {n: v for n, v in other.items() if n not in half}}},
+    ):
+        with pytest.raises(InputError, match=r"does not fit: nearest is .*: \d+ weights missing"):
+            read(state, network())
+    for key in ("", "module"):
+        state = one | {key: other}
+        with pytest.raises(InputError, match="which is its query encoder"):
+            read(state, network())
+    assert_same(read(one | {"module": other}, network(2), prefix="module")[0], network(2))
+    wrapped = {n.replace(".", "._fsdp_wrapped_module.", 1): v for n, v in one.items()}
+    wrapped = {f"_fsdp_wrapped_module.{n}": v for n, v in wrapped.items()}
+    weights, found = read({"state_dict": wrapped}, network())
+    assert_same(weights, network())
+    assert found.prefix == "state_dict"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("init", "t100"), ("base", "model"), ("encoder_t", "encoder_f"), ("net_avg", "net_max")),
+        *(("a.k", "b.q"), ("visual_encoder", "visual_encoder_m")),
+    ],
+)
+def test_words_that_do_not_tell(names):
+    state = {name: named(network(seed)) for seed, name in enumerate(names)}
+    with pytest.raises(InputError, match=f"which is its query encoder. it has {names[0]}, "):
+        read(state, network())
+
+
+@pytest.mark.parametrize(
+    ("trained", "averaged"),
+    [
+        *(("encoder_s", "encoder_t"), ("net", "netEMA"), ("net", "emaModel"), ("net", "ema2")),
+        *(("query_encoder", "key_encoder"), ("0", "1.ema")),
+    ],
+)
+def test_words_that_tell(trained, averaged):
+    state = {averaged: named(network(2)), trained: named(network())}
+    assert read(state, network())[1].prefix == trained
+    assert read(state, network(2), encoder="target")[1].prefix == averaged
+
+
+def test_networks_in_lists():
+    state = {"models": [named(network()), {"fc": torch.ones(2)}], "model_ema": named(network(2))}
+    weights, found = read(state, network())
+    assert_same(weights, network())
+    assert found.prefix == "models.0"
+
+
+def test_what_an_optimizer_keeps_is_no_network():
+    kept = {"momentum_buffer": named(network(2)), "exp_avg": named(network(3))}
+    for state in (
+        {"model": named(network()), "optimizer": kept},
+        {"model": named(network()), "state": {"exp_avg": kept["exp_avg"]}},
+    ):
+        weights, found = read(state, network())
+        assert_same(weights, network())
+        assert found.prefix == "model"
+        with pytest.raises(InputError, match="no target encoder in it"):
+            read(state, network(), encoder="target")
+    weights, _ = read({"optimizer": kept}, network(), prefix="momentum_buffer")
+    assert_same(weights, network(2))
+
+
+def test_an_average_alone_is_called_so():
+    """Nothing tells that the file had a trained one, or that it is near enough to be one."""
+    few = dict([*named(network()).items()][:5])
+    for state in ({"ema": named(network(2))}, {"ema": named(network(2)), "student": few}):
+        _, found = read(state, network())
+        assert found.words == "ema, a moving average"
+    some = dict([*named(network()).items()][:50])
+    with pytest.raises(InputError, match="only ema fits, an averaged one .*nearest is student: "):
+        read({"ema": named(network(2)), "student": some}, network())
+
+
+def test_parts_of_a_prefix():
+    state = {"a": {"student.backbone": named(network()), "teacher.backbone": named(network(2))}}
+    for given in ("student", "a.student", "student.backbone", "module.a.student.backbone"):
+        assert read(state, network(), prefix=given)[1].prefix == "a.student.backbone"
+    for given, count in (("backbone", "more than one"), ("a", "more than one"), ("", "no")):
+        with pytest.raises(
+            InputError, match=f"--prefix {given or repr(given)}: {count} backbone of this name"
+        ):
+            read(state, network(), prefix=given)
+    with pytest.raises(InputError, match="--prefix student: not together with the target encoder"):
+        read(state, network(), prefix="student", encoder="target")
+
+
+def test_batch_counters_of_another_kind():
+    weights = named(network())
+    for change in (torch.Tensor.half, torch.Tensor.reshape):
+        state = {
+            name: change(value, *[(1,)] * (change is torch.Tensor.reshape))
+            if name.endswith("num_batches_tracked")
+            else value
+            for name, value in weights.items()
+        }
+        assert_same(read(state, network())[0], network())
+
+
+def test_weights_that_the_network_cannot_hold():
+    state = {n: v.double() if v.is_floating_point() else v for n, v in named(network()).items()}
+    assert_same(read(state, network())[0], network())
+    state["conv1.weight"] = torch.full_like(state["conv1.weight"], 1e300)
+    with pytest.raises(InputError, match=r"1 weights are not finite, first conv1\.weight"):
         read(state, network())
 
 

@@ -181,6 +181,67 @@ def test_training_export_and_hub_read_the_same(call_script, image_tree, tmp_path
             assert torch.equal(state[name], network(2).layer1[0].conv1.weight)
 
 
+@pytest.mark.parametrize("state", [{}, {"epoch": "three"}, {0: torch.ones(2)}])
+@pytest.mark.parametrize("script", [KNN, EXPORT])
+def test_a_file_of_nothing_is_no_random_network(call_script, image_tree, tmp_path, state, script):
+    torch.save(state, tmp_path / "x.pth")
+    more = (image_tree,) if script is KNN else ("--output", tmp_path / "out.pth")
+    flags = ("--weights", tmp_path / "x.pth", "--arch", "resnet18", *more)
+    found = call_script(script, *flags)
+    assert_refused(
+        (found[0], "", found[2]), f"--weights {tmp_path / 'x.pth'}", "no weight of its names"
+    )
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_result_is_of_one_prefix(call_script, images, tmp_path):
+    """Two encoders of one file whose roles have one name."""
+    torch.save({"target": named(network()), "target_ema": named(network(2))}, tmp_path / "x.pth")
+    flags = ("--weights", tmp_path / "x.pth", "--arch", "resnet18", "--image_size", 32, "-j", 0)
+    flags += ("--save", tmp_path, "--keep_done", images)
+    assert call_script(KNN, *flags, "--prefix", "target")[0] == 0
+    first = json.loads((tmp_path / "knn.json").read_text())
+    code, stdout, _ = call_script(KNN, *flags, "--use-target")
+    assert code == 0 and "has another backbone: replaced" in stdout
+    second = json.loads((tmp_path / "knn.json").read_text())
+    assert first["encoder"] == second["encoder"] == "target" and first["k"] != second["k"]
+    assert (first["backbone"], second["backbone"]) == ("target", "target_ema")
+
+
+def test_what_others_say_in_their_own_way_is_not_noted(call_script, images, tmp_path):
+    args = {"image_size": [224, 224], "small_stem": 1, "arch": "resnet18"}
+    state = {"state_dict": named(network()), "args": args, "format": 1, 7: "seven"}
+    torch.save(state, tmp_path / "x.pth")
+    flags = ("--weights", tmp_path / "x.pth", "--image_size", 32, "-j", 0, images)
+    code, stdout, stderr = call_script(KNN, *flags)
+    assert code == 0, stderr
+    assert "its image_size is a list, which is not noted" in stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        (KNN, ("--weights", "random"), "--prefix x: --weights random is no file"),
+        (TRAIN, ("--arch", "conv4"), "--prefix x: no --weights is given"),
+        (KNN, ("--weights", "{file}", "--use-target"), "--prefix x: not together with the target"),
+    ],
+)
+def test_a_prefix_of_nothing(call_script, image_tree, tmp_path, script, flags, words):
+    torch.save({"x": named(network())}, tmp_path / "x.pth")
+    flags = [str(flag).format(file=tmp_path / "x.pth") for flag in flags]
+    flags += ["--checkpoint_path", tmp_path] if script is TRAIN else ["--arch", "resnet18"]
+    assert_refused(call_script(script, *flags, "--prefix", "x", image_tree), words)
+
+
+def test_names_out_of_a_file_do_not_reach_the_terminal(call_script, tmp_path):
+    state = {"student\x1b[31m": named(network()), "teacher": named(network(2))}
+    torch.save(state | {"method": "evil\x1b[2J"}, tmp_path / "x.pth")
+    flags = ("--weights", tmp_path / "x.pth", "--arch", "resnet18", "--prefix", "student\x1b[31m")
+    code, stdout, stderr = call_script(EXPORT, *flags, "--output", tmp_path / "out.pth")
+    assert code == 0, stderr
+    assert "\x1b" not in stdout and "encoder: student\\x1b[31m" in stdout
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [

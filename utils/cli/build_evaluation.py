@@ -44,6 +44,8 @@ def read_weights(args: argparse.Namespace) -> dict:
     args.sha256, args.backbone = None, None
     args.encoder = "target" if args.use_target else "query"
     if args.weights in result_files.NAMED:
+        if args.prefix is not None:
+            raise InputError(f"--prefix {args.prefix}: --weights {args.weights} is no file")
         return {}
     state = checkpoint.load(args.weights, flag="--weights")
     args.sha256 = files.sha256(args.weights)
@@ -70,7 +72,7 @@ def evaluated_backbone(args: argparse.Namespace) -> tuple[Backbone, dict]:
     size = {"image_size": args.image_size}
     backbone = build_backbone(args.arch, small_stem=args.small_stem, **size)
     check_image_size(backbone, args.arch, args.image_size)
-    if state:
+    if args.weights not in result_files.NAMED:
         which = {"encoder": args.encoder, "prefix": args.prefix}
         what = weights_flags(args, state)
         found = checkpoint.load_backbone(backbone, state, **which, what=what)
@@ -163,6 +165,7 @@ def feature_key(args: argparse.Namespace, state: dict, digests: dict[str, str]) 
     key = {
         "checkpoint": args.sha256 or f"{args.weights}, seed {args.seed}, torch {torch.__version__}",
         "encoder": args.encoder,
+        "backbone": args.backbone or "",
         "arch": args.arch,
         "stem": "small" if args.small_stem else "as built",
         "image size": str(args.image_size),
@@ -204,12 +207,16 @@ def _differing(found: dict, wanted: dict) -> str:
 
 
 def encoder_record(args: argparse.Namespace, state: dict) -> dict:
-    """Which encoder a result is of: what `result_files.encoder_of` reads."""
+    """Which encoder a result is of: what `result_files.encoder_of` reads.
+
+    "backbone" tells under which prefix the weights stood in the checkpoint.
+    """
     return {
         "checkpoint": args.weights,
         "sha256": args.sha256,
         "epoch": state.get("epoch"),
         "encoder": args.encoder,
+        "backbone": args.backbone,
         "arch": args.arch,
         "image_size": args.image_size,
         "small_stem": args.small_stem,
@@ -227,11 +234,9 @@ def result_record(
 ) -> dict:
     """What every result file says of its origin: encoder, counts of what was used, command.
 
-    images: by split; "left_out" tells what lies among their files and is no image. "backbone" tells
-    under which prefix the weights stood in the checkpoint.
+    images: by split; "left_out" tells what lies among their files and is no image.
     """
     return encoder_record(args, state) | {
-        "backbone": args.backbone,
         "counts": counts,
         "left_out": {split: found.left_out.record() for split, found in images.items()},
         "bad_images": bad_images.names,

@@ -38,7 +38,7 @@ from utils.method.encoders import (
 )
 from utils.method.memory_bank import MemoryBank
 from utils.runtime import distributed, faiss_library, origin
-from utils.runtime.errors import InputError
+from utils.runtime.errors import InputError, printable
 from utils.training import run_folder
 from utils.training.engine import Run
 
@@ -266,6 +266,8 @@ def _finished(
 
     A run that goes on from a checkpoint of its own needs no --weights.
     """
+    if args.prefix is not None and not args.weights:
+        raise InputError(f"--prefix {args.prefix}: no --weights is given")
     if args.bn == "sync":
         network = batch_norm.synchronized(network, args.device)
     goes_on = args.resume
@@ -277,7 +279,7 @@ def _finished(
     elif args.weights:
         state = checkpoint.load(args.weights, flag="--weights")
         loaded = fill(network, state, weights_flags(args, state))
-        print(f"{args.weights}: {loaded}", flush=True)
+        print(printable(f"{args.weights}: {loaded}"), flush=True)
     if args.compile:
         network.compile(cuda_graphs=args.cuda_graphs)
     return network

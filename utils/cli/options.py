@@ -38,7 +38,7 @@ DEMO = {
 DEMO_CHECKPOINT = str(ROOT / "output" / "demo_2q" / f"ckpt_epoch_{DEMO['epochs']}.pth")
 DEMO_FOLDER = ROOT / "data" / "demo"
 
-PREFIX = "of several backbones in the checkpoint the one whose names begin so; default: by its name"
+PREFIX = "of several backbones in the checkpoint the one under these names, or under a part of them"
 # What --precision may be, and the dtype that the encoders compute in instead of float32.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 # What --bank_precision may be.

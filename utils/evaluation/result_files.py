@@ -149,13 +149,15 @@ def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
 class Encoder(NamedTuple):
     """Which encoder a result is of, as far as its file says; None: it does not.
 
-    checkpoint: the file, "random" or "pixels". sha256: of the file. seed: of random weights.
+    checkpoint: the file, "random" or "pixels". sha256: of the file. backbone: its prefix there.
+    seed: of random weights.
     """
 
     checkpoint: str | None = None
     sha256: str | None = None
     epoch: int | None = None
     encoder: str | None = None
+    backbone: str | None = None
     arch: str | None = None
     image_size: int | None = None
     small_stem: bool | None = None
@@ -171,7 +173,7 @@ class Encoder(NamedTuple):
 
         One that says nothing of its weights is of no other's.
         """
-        asked = ["encoder", "arch", "image_size", "small_stem"]
+        asked = ["encoder", "backbone", "arch", "image_size", "small_stem"]
         if self.sha256 is None:
             asked += ["checkpoint", "seed"]
         same_weights = self.is_known == other.is_known and self.sha256 == other.sha256

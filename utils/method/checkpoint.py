@@ -108,20 +108,30 @@ def _from_safetensors(path: str | Path, *, what: str) -> dict:
 def _checked(state: dict, *, what: str) -> dict:
     """A file's content, if its fields are as they must be; InputError, begun by `what`, if not.
 
-    An epoch in files of others that is no number of one is left out, and that is said.
+    What files of others say of epoch and network in another way is not noted, and that is said.
     """
+    epoch = checked.or_none(_COUNT)
+    if not _is_own(state):
+        about = {name: settings(state).get(name) for name in NETWORK}
+        kinds = {name: checked.or_none(kind) for name, kind in NETWORK.items()} | {"epoch": epoch}
+        for name, value in (about | {"epoch": state.get("epoch")}).items():
+            if not kinds[name].holds(value):
+                found = checked.shown(value)
+                print(f"{what}: its {name} is {found}, which is not noted", flush=True)
+        return {k: v for k, v in state.items() if k != "epoch" or epoch.holds(v)}
     for name in state:
         if not isinstance(name, str):
             raise InputError(f"{what}: its key {checked.shown(name)} is not text")
-    fields = _FIELDS.get(checked.take(state, "format", checked.TEXT, what=what, default=""), {})
-    epoch = checked.or_none(_COUNT)
-    if "format" not in state and not epoch.holds(found := state.get("epoch")):
-        print(f"{what}: its epoch is {checked.shown(found)}, which is not noted", flush=True)
-        del state["epoch"]
-    for name, kind in ({"epoch": epoch} | fields).items():
+    for name, kind in ({"epoch": epoch} | _FIELDS[state["format"]]).items():
         if name in state or name == "metadata":  # of a run a reader asks for what it needs
             checked.take(state, name, kind, what=what)
     return state
+
+
+def _is_own(checkpoint: dict) -> bool:
+    """Whether it says that it is of this repository, or of a kind that has the same key."""
+    format = checkpoint.get("format")
+    return isinstance(format, str) and format in _FIELDS
 
 
 def exported(weights: dict[str, Tensor], about: dict[str, Any], *, format: str = EXPORTED) -> dict:
@@ -150,9 +160,11 @@ def settings(checkpoint: dict) -> dict:
 def said(checkpoint: dict, name: str, *, what: str) -> Any:
     """The "arch", "image_size" or "small_stem" that a checkpoint names, None where it does not.
 
-    InputError that begins with `what` for a value that is none.
+    InputError that begins with `what` for a value that is none, in a file of this repository.
     """
     kind = checked.or_none(NETWORK[name])
+    if not (_is_own(checkpoint) or kind.holds(settings(checkpoint).get(name))):
+        return None
     return checked.take(settings(checkpoint), name, kind, what=what, default=None)
 
 
@@ -163,7 +175,7 @@ def load_strictly(
 
     As in PyTorch's own strict load, only the batch norms' batch counters, which files from before
     2018 lack, may be missing; names of older torchvision releases count as today's. finite: also
-    refuse weights that are infinite or not a number.
+    refuse weights that are infinite or not a number, or would be in the module's own type.
     """
     torch_file.check_weights(weights, what=what)
     own = module.state_dict()
@@ -175,11 +187,14 @@ def load_strictly(
     if text := layouts.faults(own, weights):
         raise InputError(f"{what}: does not fit: {text}")
     # Not before: a view in a file can repeat few bytes to more numbers than can be looked at.
-    broken = [n for n, value in weights.items() if finite and not torch_file.is_finite(value)]
+    weights = OrderedDict(layouts.with_counters(own, weights))
+    broken = [
+        name
+        for name, value in weights.items()
+        if finite and not torch_file.is_finite(value.to(own[name].dtype))
+    ]
     if broken:
         raise InputError(f"{what}: {len(broken)} weights are not finite, first {broken[0]}")
-    for name in own:  # batch counters
-        weights.setdefault(name, own[name])
     weights._metadata = own._metadata  # the versions of the names that they have by now
     module.load_state_dict(weights)
 
@@ -197,6 +212,9 @@ def find_backbone(
     encoder: "query", trained by gradient, or "target", a moving average of such. prefix: the one
     under these names instead. InputError that begins with `what` where none fits, or several do.
     """
+    if prefix is not None and encoder == "target":
+        asked = f"--prefix {torch_file.one_line(prefix) or repr(prefix)}"
+        raise InputError(f"{what}: {asked}: not together with the target encoder (--use_target)")
     found, near = layouts.find(checkpoint, backbone, what=what)
     said = metadata(checkpoint).get("encoder")
     if said and prefix is None:  # of an exported backbone, whose names tell nothing
@@ -223,12 +241,11 @@ def load_projector(
     or one of another build.
     """
     found = find_backbone(backbone, checkpoint, what=what, **which)
-    encoder, _, last = found.prefix.rpartition(".")
+    *encoder, last = found.prefix.split(".")
     # In our files it stands beside the backbone; in published ones as its last linear layer.
-    ours = last == "backbone"
-    place = f"{encoder}.projector." if ours else f"{found.prefix}.{backbone.classifier}."
-    stored = layouts.flatten(checkpoint, what=what)
-    chosen = {n.removeprefix(place): one.value for n, one in stored.items() if n.startswith(place)}
+    parts = [*encoder, "projector"] if last == "backbone" else [found.prefix, backbone.classifier]
+    place = "".join(f"{part}." for part in parts if part)
+    chosen = _below(place, layouts.unwrapped(checkpoint, what=what))
     torch_file.check_weights(chosen, what=what)
     sizes = [len(v) for n, v in chosen.items() if n.endswith(".weight") and v.ndim == 2]
     if not sizes:
@@ -263,7 +280,7 @@ def load_initial_weights(
 
 def _all_encoders(checkpoint: dict, classifier: str, *, what: str) -> dict[str, Tensor]:
     """The weights of `QueryTargetEncoders` in a CMSF or MSF checkpoint, {} in others."""
-    stored = {n: one.value for n, one in layouts.flatten(checkpoint, what=what).items()}
+    stored = layouts.unwrapped(checkpoint, what=what)
     for table in ("state_dict.", "model.", ""):
         state = _below(table, stored)
         ours = _below("encoders.", state)

@@ -122,6 +122,9 @@ def main() -> None:
     rows = comparison_table.read_rows(args.results)
     if args.save:
         result_files.make_folder(args.save, flag="--save")
+        for name, is_own in comparison_table.WRITTEN.items():
+            own = {"kind": "table of this script", "is_own": is_own}
+            result_files.check_own(args.save / name, flag="--save", **own)
     if args.weights:
         measured = measure_rows(args, taken=rows)
         if measured is None:

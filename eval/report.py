@@ -25,7 +25,7 @@ import jinja2  # torch needs it, so that it is there
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import arguments
-from utils.evaluation import result_files
+from utils.evaluation import comparison_table, result_files
 from utils.evaluation.result_files import Encoder, ValImages
 from utils.reporting import curves, health, run_log
 from utils.reporting.run_log import RunLog
@@ -146,6 +146,9 @@ def read_comparison(path: Path, record: dict) -> Result:
     checked.take({"its table": rows}, "its table", result_files.TABLE, what=str(path))
     whose = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
     note = f"on the val images; k-NN, linear and fine-tuned: accuracy, percent; {whose}"
+    for row in rows.values():
+        measured = {n: row[n] for n in comparison_table.NOT_PERCENT if row.get(n) is not None}
+        row |= {name: comparison_table.shown(name, value) for name, value in measured.items()}
     return Result("comparison", rows, note, list(encoders.values()))
 
 

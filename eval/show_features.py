@@ -91,6 +91,7 @@ def choose_classes(named: str | None, classes: list[str]) -> list[int]:
 def build_map(kind: str, features: np.ndarray, *, seed: int) -> tuple[Map, list[float] | None]:
     """The map of features (n, F), and in percent what PCA's axes explain."""
     if kind == "tsne":
+        print(f"t-SNE of {len(features)} images, which takes up to some minutes", flush=True)
         places, perplexity = feature_space.tsne(features, seed=seed)
         title = f"t-SNE (perplexity {perplexity:.3g}, seed {seed})"
         axes = ("no scale: only what lies close is alike", "")

@@ -157,7 +157,7 @@ def test_words_that_are_no_path_stay(monkeypatch, tmp_path):
     assert arguments.named_path("~/run") == f"{tmp_path}/run"
     (tmp_path / "a=~").mkdir()
     assert arguments.named_path(f"{tmp_path}/a=~") == f"{tmp_path}/a=~"  # a folder's own name
-    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+    with pytest.raises(argparse.ArgumentTypeError, match="name= has no path behind ="):
         arguments.named_path("name=")
 
 

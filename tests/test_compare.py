@@ -102,6 +102,42 @@ def test_one_val_image_has_no_distances(compare, image_tree, tmp_path, weights):
     results, out = compare(tree, "--weights", f"one={weights}", *flags)
     assert results["one"]["alignment"] is results["one"]["uniformity"] is None
     assert results["one"]["1-NN"] in (0, 100) and out.splitlines()[-3].split()[6:8] == ["-", "-"]
+    assert "one: alignment left out: only one val image" in out
+
+
+def test_what_cannot_be_measured_says_why(compare, image_tree, weights, tmp_path):
+    few = ("--label_fraction", 0.3)
+    results, out = compare("--weights", f"x={weights}", *few, image_tree, "--baselines")
+    assert results["x"]["20-NN"] is None and results["x"]["1-NN"] is not None
+    assert "x: weighted 20-NN left out: only 9 training images" in out
+    state = torch.load(weights, weights_only=True)
+    for name, value in state["state_dict"].items():
+        if "query_encoder.backbone" in name and value.is_floating_point():
+            value.zero_()
+    torch.save(state, tmp_path / "zero.pth")
+    results, out = compare("--weights", f"x={tmp_path / 'zero.pth'}", image_tree, "--baselines")
+    assert results["x"]["effective rank"] is None
+    assert "x: effective rank left out: all features are zero" in out
+
+
+def test_files_of_somebody_else_stay(compare, call_script, image_tree, weights, tmp_path):
+    flags = ("--weights", f"x={weights}", image_tree, "--baselines")
+    for name, text in (("results.md", "# my notes"), ("results.json", '{"my": "own"}')):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        refused = call_script(COMPARE, *QUICK, "--save", folder, *flags)
+        assert_refused(refused, f"--save {folder / name}", "no table of this script")
+        assert [p.name for p in folder.iterdir()] == [name] and (folder / name).read_text() == text
+    for _ in range(2):
+        compare(*flags)  # its own it replaces
+
+
+def test_a_random_network_by_name_is_one_row(compare, image_tree):
+    small = ("--arch", "conv4", "--image_size", 16)
+    results, _ = compare("--weights", "mine=random", *small, image_tree)
+    assert list(results) == ["raw pixels", "mine"]
+    assert results["mine"]["more"]["k-NN"].startswith("majority vote")
 
 
 def test_kept_features_are_used_again_for_the_same_weights_only(
@@ -161,7 +197,7 @@ def test_settings_of_rows(compare, image_tree, tmp_path, weights):
     whole = "state_dict.encoders.target_encoder.backbone"
     encoders = {name: results[name]["of"]["encoder"] for name in "abc"}
     assert encoders == {"a": "query", "b": "target", "c": whole}
-    assert results["c"]["more"]["backbone"] == results["b"]["more"]["backbone"] == whole
+    assert results["c"]["of"]["backbone"] == results["b"]["of"]["backbone"] == whole
     assert results["a"]["alignment"] != results["b"]["alignment"] == results["c"]["alignment"]
 
 
@@ -201,6 +237,7 @@ def test_a_classifier_that_diverges_leaves_the_other_figures(compare, image_tree
     [
         ((), ("--weights", "--results")),
         (("--weights", "ckpt.pth", "{data}"), ("--weights ckpt.pth", "not NAME=FILE")),
+        (("--weights", "x=", "{data}"), ("--weights: x= has no path",)),
         (("--weights", "=ckpt.pth", "{data}"), ("--weights =ckpt.pth", "not NAME=FILE")),
         (("--weights", "x=no.pth", "{data}"), ("--weights no.pth", "no such file")),
         (("--weights", "x={ckpt}"), ("data: name the folder",)),
@@ -235,9 +272,10 @@ def test_what_cannot_be_is_refused_before_the_work(
 
 
 def test_by_default_it_writes_below_output(call_script, image_tree, weights, tmp_path, monkeypatch):
-    """The data may stand anywhere behind names."""
+    """The data may stand anywhere behind names; a name may be a folder's."""
     monkeypatch.chdir(tmp_path)
-    flags = ("--weights", f"x={weights}", image_tree, "--baselines", *QUICK)
+    (tmp_path / "conv4").mkdir()
+    flags = ("--weights", f"x={weights}", image_tree, "--baselines", *QUICK, "--arch", "conv4")
     assert call_script(COMPARE, *flags)[0] == 0
     assert (tmp_path / "output" / "compare" / "results.md").exists()
 

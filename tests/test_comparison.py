@@ -17,7 +17,7 @@ from utils.data.eval_loader import LabeledLoader
 from utils.evaluation import comparison, comparison_table
 from utils.evaluation.comparison_table import Row
 from utils.evaluation.result_files import Encoder, ValImages
-from utils.method.encoders import build_backbone
+from utils.method.encoders import Backbone, build_backbone
 from utils.runtime.errors import InputError, printable
 
 
@@ -68,10 +68,11 @@ def test_crops_are_those_of_two_epochs_in_the_order_of_the_images(broken_tree, b
     """One of twelve images is broken: it has no row, whatever took its place."""
     images = read_split(broken_tree, "val")
     torch.manual_seed(0)
-    network = build_backbone("conv4").module.eval()
+    backbone = build_backbone("conv4")
+    network = backbone.module.eval()
     how = {"batch_size": batch_size, "image_size": 16, "seed": 3}
     found = comparison.extract_crops(
-        network, LabeledLoader(images, bad_images=BadImages(skip=True), **how), "x"
+        backbone, LabeledLoader(images, bad_images=BadImages(skip=True), **how), "x"
     )
     readable = [i for i in range(12) if images.name(i) != "b/2.jpg"]
     loader = LabeledLoader(images, bad_images=BadImages(skip=True), **how)
@@ -86,6 +87,30 @@ def test_crops_are_those_of_two_epochs_in_the_order_of_the_images(broken_tree, b
             torch.testing.assert_close(row, expected[number])
         assert labels.tolist() == images.labels[readable].tolist()
     assert not torch.equal(found["first crops"][0], found["second crops"][0])
+
+
+class RefusesNothing(nn.Flatten):
+    """As some networks of timm do."""
+
+    def forward(self, images):
+        assert len(images)
+        return super().forward(images)
+
+
+def test_a_share_of_no_images_does_not_pass_the_network(image_tree):
+    """Of several processes one may have none of a batch."""
+    loader = LabeledLoader(read_split(image_tree, "val"), batch_size=12, image_size=4)
+    whole = loader.epoch
+
+    def with_an_empty_batch(epoch):
+        for batch in whole(epoch):
+            parts = (part[:0] for part in (batch.images, batch.index, batch.label))
+            yield from (batch, type(batch)(*parts))
+
+    loader.epoch = with_an_empty_batch
+    backbone = Backbone(RefusesNothing(), 48, "")
+    found = comparison.extract_crops(backbone, loader, "x")
+    assert [features.shape for features, _ in found.values()] == [(12, 48), (12, 48)]
 
 
 def test_images_are_taken_evenly(image_tree, monkeypatch):
@@ -106,8 +131,8 @@ class Sleeps(nn.Module):
     def forward(self, images):
         self.sizes.append(len(images))
         self.clock[0] += (
-            self.each * len(images) * (5 if len(self.sizes) < 3 else 1)
-        )  # cold at first
+            self.each * len(images) * (5 if len(self.sizes) < 3 else 1 + len(self.sizes) % 2)
+        )  # cold at first, then disturbed every other time
         return images.flatten(1)
 
 
@@ -121,7 +146,7 @@ def test_speed_by_a_clock(monkeypatch, each, largest):
     speed, batch = comparison.images_per_second(network, batch_size=48, image_size=4, device=device)
     assert batch == largest and speed == pytest.approx(1 / each)
     passes = network.sizes.count(largest)
-    assert passes > 3 and passes * largest * each > 1 and network.sizes[-1] == largest
+    assert passes > 3 and passes * largest * each * 1.5 > 1 and network.sizes[-1] == largest
 
 
 def test_parameters_are_counted():

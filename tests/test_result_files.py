@@ -159,6 +159,7 @@ RANDOM = Encoder("random", None, None, "query", "conv4", 16, False, 0)
         (KNOWN, Encoder("x.pth", "a" * 64), True),  # of an early version, which said less
         (KNOWN, KNOWN._replace(sha256="b" * 64), False),
         (KNOWN, KNOWN._replace(encoder="target"), False),
+        (KNOWN._replace(backbone="a"), KNOWN._replace(backbone="b"), False),
         (KNOWN, KNOWN._replace(arch="resnet18"), False),
         (KNOWN, KNOWN._replace(image_size=32), False),
         (KNOWN, KNOWN._replace(small_stem=True), False),

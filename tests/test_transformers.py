@@ -138,7 +138,8 @@ def test_cross_entropy(call_script, image_tree, tmp_path, arch, has_norm):
     [
         ("vit_b_16", 40, ("--image_size 40", "--arch vit_b_16", "patch size")),
         ("maxvit_t", 32, ("--image_size 32", "--arch maxvit_t", "partition size 7")),
-        ("timm/test_vit", 40, ("--image_size 40", "--arch timm/test_vit", "patch size (16)")),
+        ("timm/test_vit", 40, ("--image_size 40", "--arch timm/test_vit", "patch size")),
+        ("timm/vit_tiny_patch16_224", 33, ("--image_size 33: --arch timm/vit_tiny", "patch size")),
         ("timm/halonet26t", 30, ("--image_size 30", "--arch timm/halonet26t (AssertionError)")),
         ("timm/no_such_net", 32, ("--arch timm/no_such_net: unknown to timm",)),
         ("timm/hf-hub:timm/test_vit", 32, ("--arch timm/hf-hub:timm/test_vit: unknown to",)),

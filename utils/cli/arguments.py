@@ -32,12 +32,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _with_data_last(self, words: list[str]) -> list[str]:
-        """The words, with the folder that a flag of several values would take at their end."""
-        action = None
+        """The words, with the folder that a flag of several values would take at their end.
+
+        Not the only value of a flag that must have one.
+        """
+        action, flag = None, -1
         for place, word in enumerate(words):
             if word.startswith("-"):
-                action = self._option_string_actions.get(word)
-            elif action and action.nargs in ("+", "*"):
+                action, flag = self._option_string_actions.get(word), place
+            elif action and action.nargs in (["*", "+"] if place - flag > 1 else ["*"]):
                 is_last = place + 1 == len(words) or words[place + 1].startswith("-")
                 path, named = map(os.path.expanduser, (word, word.partition("=")[2]))
                 if is_last and os.path.isdir(path) and not (named and os.path.exists(named)):
@@ -142,6 +145,8 @@ def named_path(text: str) -> str:
     name, equals, rest = text.partition("=")
     if not equals or os.path.exists(path_text(text)):
         return path_text(text)
+    if not rest:
+        raise wrong(text, "has no path behind =")
     return f"{name}={path_text(rest)}"
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from utils.data.bad_images import BadImages
 from utils.data.datasets import ImageSet
 from utils.data.eval_loader import LabeledLoader
 from utils.data.splits import check_every_class, unreadable_classes
-from utils.evaluation import comparison, feature_cache, linear_probe, result_files
+from utils.evaluation import comparison, feature_cache, knn, linear_probe, result_files
 from utils.evaluation.comparison_table import Row
 from utils.evaluation.feature_cache import Features
 from utils.evaluation.linear_run import FromFeatures, Recipe
@@ -82,7 +83,7 @@ def _row_args(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     files = {}
     for text in args.weights:
         name, equals, file = text.partition("=")
-        if not (name and equals and file):
+        if not (name and equals):
             raise InputError(f"--weights {text}: not NAME=FILE")
         if name in files:
             raise InputError(f"--weights {text}: there is a row of the name {name!r} already")
@@ -115,7 +116,7 @@ def _baselines(args: argparse.Namespace, opened: list[Opened]) -> dict[str, argp
     if "pixels" in args.baselines:
         pixels = {"weights": "pixels", "image_size": PIXELS_SIZE}
         rows["raw pixels"] = _with(args, plain | pixels)
-    own = [row.args for row in opened if row.args.weights != "pixels"]
+    own = [row.args for row in opened if row.args.weights not in result_files.NAMED]
     networks = dict.fromkeys((row.arch, row.image_size, row.small_stem) for row in own)
     for arch, size, small in networks if "random" in args.baselines else ():
         about = f" ({arch}, {size} px{', small stem' * small})" if len(networks) > 1 else ""
@@ -138,14 +139,15 @@ def open_rows(args: argparse.Namespace, *, taken: Iterable[str], images: int) ->
 
     taken: names of other rows. images: most of a split. InputError for a row that cannot be.
     """
-    opened = [_open(name, own, images=images) for name, own in _row_args(args).items()]
-    named = [row.name for row in opened]
-    for name, own in _baselines(args, opened).items():
-        if name in (*named, *taken):
-            raise InputError(f"--baselines {own.weights}: there is a row {name!r} already")
-        opened.insert(len(opened) - len(named), _open(name, own, images=images))
-    if twice := [name for name in named if name in taken]:
+    own = _row_args(args)
+    if twice := [name for name in own if name in taken]:
         raise InputError(f"--weights: there is a row of the name {twice[0]!r} in --results too")
+    opened = [_open(name, settings, images=images) for name, settings in own.items()]
+    named = [row.name for row in opened]
+    for name, settings in _baselines(args, opened).items():
+        if name in (*named, *taken):
+            raise InputError(f"--baselines {settings.weights}: there is a row {name!r} already")
+        opened.insert(len(opened) - len(named), _open(name, settings, images=images))
     for row in opened:
         result_files.make_folder(row.folder, flag="--save")
     return opened
@@ -186,7 +188,7 @@ def keep_features(row: Opened, data: Data, *, check: bool) -> None:
     What is there of the same checkpoint, settings and images stays. All processes call it. check:
     InputError for a class without a readable training image, a warning for one without a val image.
     """
-    network = build_evaluation.place(row.args, row.backbone.module)
+    backbone = row.backbone._replace(module=build_evaluation.place(row.args, row.backbone.module))
     both = (data.train, data.val)
     loaders = build_evaluation.eval_loaders(row.args, *both, bad_images=data.bad_images)
 
@@ -195,10 +197,10 @@ def keep_features(row: Opened, data: Data, *, check: bool) -> None:
         how = {name: getattr(row.args, name) for name in settings}
         images = comparison.evenly_taken(data.val)
         views = LabeledLoader(images, bad_images=data.bad_images, fewest=1, **how)
-        return comparison.extract_crops(network, views, row.name)
+        return comparison.extract_crops(backbone, views, row.name)
 
     of_images, crops = _kept(row, data).items()
-    features = _keep(row, *of_images, lambda: feature_cache.extract(network, *loaders))
+    features = _keep(row, *of_images, lambda: feature_cache.extract(backbone.module, *loaders))
     if check and features:
         what = f"data {row.args.data}, as far as it can be read"
         check_every_class(features["train"][1], data.train.classes, what=what)
@@ -226,6 +228,19 @@ def _sweep(
         return {}, {"linear": str(error)}
 
 
+def _reasons(figures: dict[str, float | None], counts: dict[str, int]) -> dict[str, str]:
+    """Why figures are left out; such as are no number are taken out for it."""
+    reasons = {}
+    for name, value in figures.items():
+        if value is None and "NN" in name:
+            reasons[name] = f"only {counts['train']} training images"
+        elif value is None and name != "linear":
+            reasons[name] = "only one val image"
+        elif value is not None and not math.isfinite(value):
+            figures[name], reasons[name] = None, "all features are zero"
+    return reasons
+
+
 def measure(row: Opened, data: Data, recipe: Recipe, *, epochs: int) -> Row:
     """The figures of a row from its kept features and its network."""
     files, classes = _kept(row, data), len(data.train.classes)
@@ -237,6 +252,7 @@ def measure(row: Opened, data: Data, recipe: Recipe, *, epochs: int) -> Row:
     figures = comparison.feature_figures(features, num_classes=classes)
     figures |= comparison.crop_figures(crops) | {"linear": sweep[best]["top1"] if best else None}
     network, batch = row.backbone.module, None
+    left_out |= _reasons(figures, counts)
     figures |= {"images/s": None, "parameters": comparison.num_parameters(network)}
     if figures["parameters"]:
         sizes = {"batch_size": row.args.batch_size, "image_size": row.args.image_size}
@@ -250,6 +266,7 @@ def measure(row: Opened, data: Data, recipe: Recipe, *, epochs: int) -> Row:
     )
     encoder = result_files.encoder_of(record, what=row.name)
     more = {"lr": sweep, "best_lr": best, "epochs": epochs, "protocol": recipe.protocol}
+    more |= {"k-NN": f"{knn.CMSF.words}; weighted: temperature {knn.CMSF.temperature}"}
     more |= {"images/s with batches of": batch}
     more |= {name: value for name, value in record.items() if name not in encoder._fields}
     images = ValImages(data.digests["val"], counts["val"], classes)

@@ -3,7 +3,6 @@
 N images, F feature size.
 """
 
-import statistics
 import time
 
 import numpy as np
@@ -55,20 +54,22 @@ def evenly_taken(images: ImageSet) -> ImageSet:
 
 
 @torch.no_grad()
-def extract_crops(network: nn.Module, loader: LabeledLoader, text: str) -> Features | None:
+def extract_crops(backbone: Backbone, loader: LabeledLoader, text: str) -> Features | None:
     """Features of two random crops of each image, those of the loader's epochs 1 and 2.
 
     By CROPS: features (N, F) float32, not normalized, and labels (N,), on the CPU, in the order of
     the images that can be read. None but on the main process; all call it. text: of the bar.
     RunError for features that are not finite.
     """
-    network.eval()
+    network = backbone.module.eval()
+    nothing = torch.zeros(0, backbone.feature_dim)  # of a process without an image in a batch
     crops, labels = {}, torch.from_numpy(loader.images.labels)
     for epoch, name in enumerate(CROPS, 1):
         parts, numbers = [], []
         bar = {"total": len(loader), "leave": False, "disable": not distributed.shows_bars()}
         for batch in tqdm(loader.epoch(epoch), f"{text}, {name}", **bar):
-            parts.append(distributed.gather_uneven(network(batch.images).float().cpu()))
+            some = network(batch.images).float().cpu() if len(batch.images) else nothing
+            parts.append(distributed.gather_uneven(some))
             numbers.append(distributed.gather_uneven(batch.index))
         # One that stands for a broken image is there twice, with the same crop.
         numbers, rows = np.unique(torch.cat(numbers).numpy(), return_index=True)
@@ -94,7 +95,7 @@ def crop_figures(crops: Features) -> dict[str, float | None]:
 
 
 def feature_figures(features: Features, *, num_classes: int) -> dict[str, float | None]:
-    """k-NN accuracies, percent, and the effective rank of the unit val features.
+    """k-NN accuracies, percent, and the effective rank of the unit val features, nan if all are 0.
 
     The features are L2-normalized in place. None: fewer training images than neighbors.
     """
@@ -134,8 +135,9 @@ def images_per_second(
 ) -> tuple[float, int]:
     """Images that pass through the network in a second, with a batch ready on the device.
 
-    The median of the passes of a second, at least three, after others to warm up. The batch grows
-    up to batch_size as long as a pass takes less than a quarter of a second; it is returned too.
+    The fastest of the passes of a second, at least three, after others to warm up: what else runs
+    on the machine makes them slower. The batch grows up to batch_size as long as a pass takes less
+    than a quarter of a second; it is returned too.
     """
     network.eval()
 
@@ -154,7 +156,7 @@ def images_per_second(
     passes = []
     while len(passes) < _FEWEST_PASSES or sum(passes) < _SECONDS:
         passes.append(seconds(images))
-    return count / statistics.median(passes), count
+    return count / min(passes), count
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -13,18 +13,33 @@ KNN, LINEAR, FINETUNE = "knn.json", "linear/linear.json", "finetune/linear.json"
 # Of each file the columns it fills.
 FILES = {KNN: ("1-NN", "20-NN"), LINEAR: ("linear",), FINETUNE: ("fine-tuned",)}
 # All columns in their order, and how figures are shown: accuracies in percent.
-COLUMNS = {
-    **dict.fromkeys(("1-NN", "20-NN", "weighted 20-NN", "linear", "fine-tuned"), "{:.1f}"),
+NOT_PERCENT = {
     "effective rank": "{:.1f}",
     "alignment": "{:.3f}",
     "uniformity": "{:.3f}",
     "images/s": "{:,.0f}",
     "parameters": "{:,}",
 }
+COLUMNS = {
+    **dict.fromkeys(("1-NN", "20-NN", "weighted 20-NN", "linear", "fine-tuned"), "{:.1f}"),
+    **NOT_PERCENT,
+}
 MISPLACED = {
     True: "of a fine-tuned encoder",
     False: "of a frozen encoder",
     None: "it does not say whether the encoder was trained too (--fine-tune)",
+}
+
+
+def _is_record(path: Path) -> bool:
+    rows = result_files.read_json(path)
+    return all(isinstance(row, dict) and result_files.OF in row for row in rows.values())
+
+
+# What is written of a table, and whether a file is such.
+WRITTEN = {
+    "results.json": _is_record,
+    "results.md": lambda path: path.read_text().startswith("|  | "),
 }
 
 
@@ -115,13 +130,17 @@ def record(rows: dict[str, Row]) -> dict[str, dict[str, Any]]:
     }
 
 
+def shown(title: str, value: float | None) -> str:
+    """A figure of a column as text, a dash for what was not measured."""
+    return "-" if value is None else COLUMNS[title].format(value)
+
+
 def _cells(rows: dict[str, Row]) -> dict[str, list[str]]:
     """Each column's title and texts, a dash for what was not measured."""
     cells = {}
-    for title, form in COLUMNS.items():
+    for title in COLUMNS:
         if any(title in row.figures for row in rows.values()):
-            figures = [row.figures.get(title) for row in rows.values()]
-            cells[title] = ["-" if v is None else form.format(v) for v in figures]
+            cells[title] = [shown(title, row.figures.get(title)) for row in rows.values()]
     return cells
 
 

@@ -149,19 +149,19 @@ def format_rows(rows: dict[str, dict[str, float | None]]) -> str:
 class Encoder(NamedTuple):
     """Which encoder a result is of, as far as its file says; None: it does not.
 
-    checkpoint: the file, "random" or "pixels". sha256: of the file. backbone: its prefix there.
-    seed: of random weights.
+    checkpoint: the file, "random" or "pixels". sha256: of the file. seed: of random weights.
+    backbone: its prefix in the file.
     """
 
     checkpoint: str | None = None
     sha256: str | None = None
     epoch: int | None = None
     encoder: str | None = None
-    backbone: str | None = None
     arch: str | None = None
     image_size: int | None = None
     small_stem: bool | None = None
     seed: int | None = None
+    backbone: str | None = None
 
     @property
     def is_known(self) -> bool:
@@ -185,7 +185,9 @@ class Encoder(NamedTuple):
             return "an encoder that it does not name"
         named = {"sha256": self.sha256 and self.sha256[:12], "epoch": self.epoch}
         named = named if self.sha256 else {"seed": self.seed}
-        named |= {"arch": self.arch, "encoder": self.encoder, "image size": self.image_size}
+        named |= {"arch": self.arch, "encoder": self.encoder}
+        named = {} if self.checkpoint == "pixels" else named
+        named |= {"image size": self.image_size}
         parts = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
         name = Path(self.checkpoint or "a checkpoint").name
         return printable(f"{name} ({parts})" if parts else name)

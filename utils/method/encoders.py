@@ -121,6 +121,12 @@ def _from_timm(arch: str, image_size: int) -> Backbone:
     size = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     with _takes(image_size, arch) if size else contextlib.nullcontext():
         module = timm.create_model(name, pretrained=False, num_classes=0, **size)
+        patch = getattr(getattr(module, "patch_embed", None), "patch_size", ()) if size else ()
+        if any(image_size % side for side in patch):  # timm would leave the rest out
+            what = f"--image_size {image_size}: --arch {arch}"
+            raise InputError(
+                f"{what} cannot take it (no multiple of its patch size, {patch[0]} px)"
+            )
     classifier = module.pretrained_cfg["classifier"]
     classifier = classifier if isinstance(classifier, str) else classifier[0]  # of distilled ones
     return Backbone(module, module.head_hidden_size, classifier)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.method import layouts
+from utils.method import layouts, which_encoder
 from utils.method.encoders import Backbone, QueryTargetEncoders, mlp
-from utils.method.layouts import Found
+from utils.method.which_encoder import Found
 from utils.runtime import checked, safetensors_file, torch_file
 from utils.runtime.checked import Kind
 from utils.runtime.errors import DamagedError, InputError
@@ -207,7 +207,7 @@ def find_backbone(
     prefix: str | None = None,
     what: str,
 ) -> Found:
-    """One encoder's backbone in a checkpoint of any layout; see `layouts`.
+    """One encoder's backbone in a checkpoint of any layout; see `layouts` and `which_encoder`.
 
     encoder: "query", trained by gradient, or "target", a moving average of such. prefix: the one
     under these names instead. InputError that begins with `what` where none fits, or several do.
@@ -220,9 +220,9 @@ def find_backbone(
     if said and prefix is None:  # of an exported backbone, whose names tell nothing
         if encoder == "target" != said:
             raise InputError(f"{what}: no target encoder in it, but {torch_file.one_line(said)}")
-        return layouts.choose(found, averaged=False, what=what)._replace(role=said)
+        return which_encoder.choose(found, averaged=False, what=what)._replace(role=said)
     which = {"averaged": encoder == "target", "prefix": prefix}
-    return layouts.choose(found, **which, near=near, what=what)
+    return which_encoder.choose(found, **which, near=near, what=what)
 
 
 def load_backbone(backbone: Backbone, checkpoint: dict, *, what: str, **which: str | None) -> Found:

@@ -1,25 +1,25 @@
-"""Backbones in a checkpoint of any layout: where they stand, and which of several is meant.
+"""Backbones in a checkpoint of any layout: where they stand.
 
 A backbone stands under a prefix if all its weights do, by name and shape, and beside them nothing
 but heads. So files of other methods and libraries are read without a list of their layouts. Only
-how several backbones are told apart goes by words.
+how several backbones are told apart goes by words (`which_encoder`).
 """
 
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from utils.method import which_encoder
 from utils.method.encoders import Backbone
+from utils.method.which_encoder import Found, listed, unwrapped_name, words_of
 from utils.runtime import torch_file
 from utils.runtime.errors import InputError
 
-# What wrappers add to a parameter's name: DataParallel, torch.compile, FSDP and its checkpointing.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Today's names in torchvision -> its older ones (densenet.py, vision_transformer.py), and those of
 # the ResNets for CIFAR that SupCon and others took over.
 _OLDER = (
@@ -30,47 +30,10 @@ _OLDER = (
 )
 # Batch norms' batch counters, which files from before 2018 lack.
 _COUNTER = "num_batches_tracked"
-# Words in a prefix that tell encoders apart: a moving average, or what is trained by gradient.
-_AVERAGED = {"target", "teacher", "momentum", "ema", "swa", "averaged", "key", "slow", "shadow"}
-_TRAINED = {"query", "student", "online"}
-# Letters that do so where both are there, as in encoder_q and encoder_k.
-_PAIRS = (("q", "k"), ("q", "t"), ("s", "t"))
-# What an optimizer keeps of weights, and has under their names.
-_OPTIMIZER = re.compile(r"(?:^|\.)optim(?:izer)?s?(?:\.|$)|exp_avg|momentum_buffer")
 # Words in the name of what stands beside a backbone and is no part of it.
 _HEAD = {"head", "heads", "classifier", "projector", "projection", "predictor", "prediction"}
 _HEAD |= {"prototypes", "queue", "decoder", "mask", "optimizer", "optimizers", "optim"}
-_SHOWN = 8  # names in a message
 _DEEPEST = 100  # dicts in one another
-
-
-class Found(NamedTuple):
-    """A backbone in a checkpoint.
-
-    prefix: what its names begin with there, the names of dicts in front, "" for none; without what
-    wrappers add. weights: under the backbone's own names. aside: what stands beside them and is
-    none of its weights. hints: words in the prefix. role: "query" or "target", or the prefix where
-    that was asked for. others: which it was chosen from.
-    """
-
-    prefix: str
-    weights: dict[str, Tensor]
-    aside: list[str]
-    hints: set[str]
-    role: str = ""
-    others: Sequence["Found"] = ()
-
-    @property
-    def words(self) -> str:
-        """Which it is, what else there is, in one line."""
-        parts = {"also there": self.others, "left aside": map(torch_file.one_line, self.aside)}
-        texts = (f"; {name}: {_listed(some)}" for name, some in parts.items())
-        average = ", a moving average" * (self.role == "target")
-        return f"{self}{average}{''.join(text for text in texts if not text.endswith(': '))}"
-
-    def __str__(self) -> str:
-        """The prefix in one line."""
-        return torch_file.one_line(self.prefix) if self.prefix else "the top level"
 
 
 class _Stored(NamedTuple):
@@ -122,7 +85,7 @@ def unwrapped(checkpoint: dict, *, what: str) -> dict[str, Tensor]:
     """
     found: dict[str, list[_Stored]] = defaultdict(list)
     for name, one in _flatten(checkpoint, what=what).items():
-        found[_unwrapped(name)].append(one)
+        found[unwrapped_name(name)].append(one)
     single = {name: some[0] for name, some in found.items() if len(some) == 1}
     return {name: one.value for name, one in single.items() if not one.twice}
 
@@ -165,6 +128,58 @@ def with_counters(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[st
     return {name: value for name, value in own.items() if name.endswith(_COUNTER)} | fitting
 
 
+class _File:
+    """The tensors of a checkpoint, and where the weights of a backbone may stand in it."""
+
+    def __init__(self, checkpoint: dict, backbone: Backbone, *, what: str) -> None:
+        self.stored = _flatten(checkpoint, what=what)
+        self.backbone = backbone
+        self.own = backbone.module.state_dict()
+        self.layouts = _layouts(backbone.module)
+        self.places = _places(self.stored, self.layouts)
+        self.needed = {name for name in self.own if not name.endswith(_COUNTER)}
+        self.complete = [p for p, names in self.places.items() if self.needed <= names.keys()]
+        self._numbers = {name: number for number, name in enumerate(self.stored)}
+        self._ordered = sorted(self.stored)  # so that a prefix is a range of them
+        self._words = {words_of(place.prefix) for place in self.places}
+
+    def hints(self, place: _Place) -> frozenset[str]:
+        """What the prefix says of the encoder; see `which_encoder`."""
+        return which_encoder.hints_of(place.prefix, self._words)
+
+    def examine(self, place: _Place) -> tuple[Found, str]:
+        """What stands at a place, and how it does not fit, "" if it does."""
+        names, prefix = self.places[place], place.prefix
+        weights = {n: self.stored[name].value for n, name in names.items()}
+        ends = [bisect_left(self._ordered, end) for end in (prefix, f"{prefix}\U0010ffff")]
+        below = set(self._ordered[slice(*ends)]) - set(names.values())
+        rest = {name: self.stored[name] for name in sorted(below, key=self._numbers.get)}
+        if len({self.stored[name].table for name in names.values()}) == 1:  # not one a module
+            rest = {n: one for n, one in rest.items() if len(one.table) < max(1, len(prefix))}
+        tops = {name.partition(".")[0] for name in self.layouts[place.layout]}
+        others = {other.prefix for other in self.complete}
+        unknown, aside = _beside(rest, prefix, tops, self.backbone.classifier, others)
+        twice = [name for name in names.values() if self.stored[name].twice]
+        text = f"two weights are called {torch_file.one_line(twice[0])}" if twice else ""
+        one = Found(unwrapped_name(prefix.removesuffix(".")), weights, aside, self.hints(place))
+        return one, text or faults(self.own, weights | unknown)
+
+    def nearest(self, places: Iterable[_Place], *, least: float = 0) -> str:
+        """The place of most weights of its name and shape, and how it does not fit, in words.
+
+        "" where none has so many as `least`.
+        """
+
+        def right(place: _Place) -> int:
+            names = self.places[place].items()
+            return sum(is_like(self.own[n], self.stored[name].value) for n, name in names)
+
+        best = max(places, key=right, default=None)
+        if best is None or right(best) < least:
+            return ""
+        return "nearest is {}: {}".format(*self.examine(best))
+
+
 def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found], str]:
     """All backbones of this build in a checkpoint, in the order of its names.
 
@@ -172,120 +187,23 @@ def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found
     "" where none has a tenth of the weights. InputError that begins with `what`, and says that of
     the nearest, where there is none, and for dicts too deep in one another.
     """
-    stored, own = _flatten(checkpoint, what=what), backbone.module.state_dict()
-    layouts = _layouts(backbone.module)
-    places = _places(stored, layouts)
-    needed = {name for name in own if not name.endswith(_COUNTER)}
-    complete = [place for place, names in places.items() if needed <= names.keys()]
-    prefixes = {place.prefix for place in complete}
-    numbers = {name: number for number, name in enumerate(stored)}
-    ordered = sorted(stored)  # so that a prefix is a range of them
-    pairs = {frozenset(_words(place.prefix)) for place in places}
-
-    def right(place: _Place) -> int:
-        return sum(is_like(own[n], stored[name].value) for n, name in places[place].items())
-
-    def examine(place: _Place) -> tuple[Found, str]:
-        """What stands at a place, and how it does not fit, "" if it does."""
-        names, prefix = places[place], place.prefix
-        weights = {n: stored[name].value for n, name in names.items()}
-        ends = [bisect_left(ordered, end) for end in (prefix, f"{prefix}\U0010ffff")]
-        below = set(ordered[slice(*ends)]) - set(names.values())
-        rest = {name: stored[name] for name in sorted(below, key=numbers.get)}
-        if len({stored[name].table for name in names.values()}) == 1:  # not a dict for each module
-            rest = {name: one for name, one in rest.items() if len(one.table) < max(1, len(prefix))}
-        tops = {name.partition(".")[0] for name in layouts[place.layout]}
-        unknown, aside = _beside(rest, prefix, tops, backbone.classifier, prefixes)
-        twice = [name for name in names.values() if stored[name].twice]
-        text = f"two weights are called {torch_file.one_line(twice[0])}" if twice else ""
-        hints = _words(prefix) | _roles(prefix, pairs)
-        one = Found(_unwrapped(prefix.removesuffix(".")), weights, aside, hints)
-        return one, text or faults(own, weights | unknown)
-
-    def nearest(some: Iterable[_Place], *, least: float = 0) -> str:
-        best = max(some, key=right, default=None)
-        if best is None or right(best) < least:
-            return ""
-        return "nearest is {}: {}".format(*examine(best))
-
-    found = {place: one for place in complete for one, text in [examine(place)] if not text}
+    file, near = _File(checkpoint, backbone, what=what), ""
+    examined = {place: file.examine(place) for place in file.complete}
+    found = {place: one for place, (one, text) in examined.items() if not text}
     if not found:
-        keys = _listed(torch_file.one_line(str(key)) for key in checkpoint)
-        near = nearest(places) or "no weight of its names"
+        keys = listed(torch_file.one_line(str(key)) for key in checkpoint)
+        near = file.nearest(file.places) or "no weight of its names"
         raise InputError(f"{what}: does not fit: {near} (its top-level keys: {keys})")
-    near = ""
-    if len(found) == 1 and next(iter(found.values())).hints & _AVERAGED:
-        (prefix,) = (place.prefix for place in found)
-        others = (place for place in places if not place.prefix.startswith(prefix))
-        others = (p for p in others if not _AVERAGED & (_words(p.prefix) | _roles(p.prefix, pairs)))
-        near = nearest(others, least=len(needed) / 10)
+    if len(found) == 1 and which_encoder.is_average(file.hints(only := next(iter(found)))):
+        others = (p for p in file.places if not p.prefix.startswith(only.prefix))
+        trained = (p for p in others if not which_encoder.is_average(file.hints(p)))
+        near = file.nearest(trained, least=len(file.needed) / 10)
     several = Counter(one.prefix for one in found.values())
-    return [
-        one if several[one.prefix] == 1 else one._replace(prefix=place.prefix.removesuffix("."))
+    whole = {
+        place: one if several[one.prefix] == 1 else one._replace(prefix=place.prefix[:-1])
         for place, one in found.items()
-    ], near
-
-
-def choose(
-    found: list[Found], *, averaged: bool, prefix: str | None = None, near: str = "", what: str
-) -> Found:
-    """The backbone of a prefix, or of a part of one; by default the trained or the averaged one.
-
-    One alone is it in any case, unless it is not what is asked for: an averaged one must be called
-    so; and where one is and something is near to be another, that may be the trained one. Equal
-    ones count once, what an optimizer keeps does not. InputError that begins with `what` where
-    names do not tell.
-    """
-    if prefix is not None:
-        chosen = _of_prefix(found, prefix, what=what)
-    else:
-        networks = [one for one in found if not _OPTIMIZER.search(one.prefix)]
-        chosen = _chosen(networks or found, averaged=averaged, near=near, what=what)
-    return chosen._replace(others=[one for one in found if one.weights is not chosen.weights])
-
-
-def _of_prefix(found: list[Found], prefix: str, *, what: str) -> Found:
-    """The one whose prefix it is, or the end of it, or else a part."""
-    given, exact = _unwrapped(prefix.rstrip(".")), prefix.rstrip(".")
-    ways = (
-        lambda one: one.prefix == exact,
-        lambda one: one.prefix == given,
-        lambda one: given and one.prefix.endswith(f".{given}"),
-        lambda one: given and f".{given}." in f".{one.prefix}.",
-    )
-    same = next((some for way in ways if (some := [*filter(way, found)])), [])
-    if len(_distinct(same)) != 1:
-        count, asked = "more than one" if same else "no", torch_file.one_line(prefix) or "''"
-        names = f"{count} backbone of this name; it has {_listed(found)}"
-        raise InputError(f"{what}: --prefix {asked}: {names}")
-    return same[0]._replace(role=same[0].prefix)
-
-
-def _chosen(found: list[Found], *, averaged: bool, near: str, what: str) -> Found:
-    names = f"it has {_listed(found)}"
-    role = "target" if averaged else "query"
-    if len(found) == 1:
-        is_average = bool(found[0].hints & _AVERAGED)
-        if is_average and not averaged and near:
-            raise InputError(
-                f"{what}: only {found[0]} fits, an averaged one (--use_target); {near}"
-            )
-        if is_average or not averaged:
-            return found[0]._replace(role="target" if is_average else "query")
-    common = set.intersection(*(one.hints for one in found))
-    own = [(one, one.hints - common) for one in found]
-    fitting = [(one, some) for one, some in own if bool(some & _AVERAGED) == averaged]
-    for some in ([one for one, _ in fitting], [one for one, some in fitting if some & _TRAINED]):
-        if len(_distinct(some)) == 1:
-            return some[0]._replace(role=role)
-    if not fitting:
-        raise InputError(f"{what}: no {role} encoder in it; {names}")
-    raise InputError(f"{what}: which is its {role} encoder? {names} (name one: --prefix)")
-
-
-def _unwrapped(name: str) -> str:
-    """A name without what wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    }
+    return list(whole.values()), near
 
 
 def _layouts(module: nn.Module) -> list[dict[str, str]]:
@@ -294,7 +212,7 @@ def _layouts(module: nn.Module) -> list[dict[str, str]]:
     The numbers are those of nn.Sequential(*children), of all children or of those that do anything.
     A child left out that does something, as an activation, would make another network of it.
     """
-    own = {_unwrapped(n): name for n, name in spellings(module.state_dict()).items()}
+    own = {unwrapped_name(n): name for n, name in spellings(module.state_dict()).items()}
     children = list(module.named_children())
     tables = [own]
     for some in (children, [c for c in children if not isinstance(c[1], nn.Identity)]):
@@ -314,7 +232,7 @@ def _places(
     most = max(name.count(".") for table in layouts for name in table) + 1
     for name in stored:
         parts = name.split(".")
-        starts = [i for i, part in enumerate(parts) if part not in _WRAPPERS][-most:]
+        starts = [i for i, part in enumerate(parts) if part not in which_encoder.WRAPPERS][-most:]
         for number, start in enumerate(starts):
             suffix = ".".join(parts[i] for i in starts[number:])
             for layout, table in enumerate(layouts):
@@ -337,7 +255,7 @@ def _beside(
     for name, one in rest.items():
         if name.startswith(others):
             continue
-        short = _unwrapped(name.removeprefix(prefix))
+        short = unwrapped_name(name.removeprefix(prefix))
         top = short.partition(".")[0]
         if f"{short}.".startswith(f"{classifier}."):
             groups[classifier][short] = one.value
@@ -360,37 +278,13 @@ def _is_head(name: str, weights: Iterable[Tensor]) -> bool:
     Matrices can be a queue too. A bare vector, or a token of three dimensions, may be part of a
     backbone of another build.
     """
-    if _words(name) & _HEAD:
+    if words_of(name) & _HEAD:
         return True
     if not all(map(torch_file.is_dense, weights)):
         return False
     shapes = [v.shape for v in weights if v.is_floating_point() and v.numel() > 1]
     flat = all(len(shape) < 3 or (len(shape) == 4 and shape[2:] == (1, 1)) for shape in shapes)
     return not shapes or (flat and any(len(shape) > 1 for shape in shapes))
-
-
-def _listed(names: Iterable[object]) -> str:
-    """The first of them between commas, and how many more there are."""
-    shown = list(map(str, names))
-    more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
-    return ", ".join(shown[:_SHOWN] + more)
-
-
-def _words(name: str) -> set[str]:
-    """The words of a name in small letters, without numbers behind them: modelEMA, net_q.head2."""
-    words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", name)
-    return {re.sub(r"(?<=[a-z]{2})\d+$", "", word.lower()) for word in words}
-
-
-def _roles(prefix: str, pairs: set[frozenset[str]]) -> set[str]:
-    """What a single letter says, if there is a prefix with its counterpart; pairs: their words."""
-    words, roles = _words(prefix), set()
-    for trained, averaged in _PAIRS:
-        if trained in words and words - {trained} | {averaged} in pairs:
-            roles.add("query")
-        if averaged in words and words - {averaged} | {trained} in pairs:
-            roles.add("target")
-    return roles
 
 
 def _has_type_of(own: Tensor, value: Tensor) -> bool:
@@ -403,16 +297,3 @@ def _has_type_of(own: Tensor, value: Tensor) -> bool:
 def is_like(own: Tensor, value: Tensor) -> bool:
     """Whether a weight out of a file has the type and the shape of one."""
     return _has_type_of(own, value) and own.shape == value.shape
-
-
-def _distinct(found: list[Found]) -> list[Found]:
-    """Those whose weights are not those of one before."""
-    kept: list[Found] = []
-    for one in found:
-        if not any(_are_equal(one.weights, other.weights) for other in kept):
-            kept.append(one)
-    return kept
-
-
-def _are_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(v, others[n]) for n, v in some.items())

@@ -141,11 +141,18 @@ def torchvision_file(module):
     return model.state_dict()
 
 
+@cache
+def _backbone(*, small_stem):
+    return build_backbone("resnet18", small_stem=small_stem)
+
+
 def read(state, module, **which):
     """The weights that are loaded of a checkpoint, and where they stood."""
-    backbone = build_backbone("resnet18", small_stem=module.conv1.kernel_size == (3, 3))
+    backbone = _backbone(small_stem=module.conv1.kernel_size == (3, 3))
+    for value in backbone.module.state_dict().values():
+        value.zero_()
     found = checkpoint.load_backbone(backbone, state, what="--weights x", **which)
-    return backbone.module.state_dict(), found
+    return {name: value.clone() for name, value in backbone.module.state_dict().items()}, found
 
 
 def assert_same(weights, module):

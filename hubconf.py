@@ -55,16 +55,18 @@ def cmsf(
     None: as the checkpoint says, or resnet50. weights: a path, or an http(s) or file URL, which is
     downloaded once to torch.hub's folder of checkpoints; None: random. encoder: of several
     backbones in it "query", the one trained by gradient, or "target", a moving average; prefix: the
-    one whose names begin so. small_stem: a ResNet's 3x3 first convolution; None: as the checkpoint
-    says. image_size: S of networks that are built for one size, such as vision transformers; None:
-    as the checkpoint says, or 224. sha256: what the file's must begin with. progress: of the
-    download.
+    one under these names, or under a part of them. small_stem: a ResNet's 3x3 first convolution;
+    None: as the checkpoint says. image_size: S of networks that are built for one size, such as
+    vision transformers; None: as the checkpoint says, or 224. sha256: what the file's must begin
+    with. progress: of the download.
 
     Raises ValueError for weights that are not there, cannot be read or do not fit, and for an arch
     that is unknown or cannot take the image size.
     """
     if encoder not in ("query", "target"):
         raise ValueError(f"encoder {encoder}: neither query nor target")
+    if prefix is not None and (weights is None or encoder == "target"):
+        raise ValueError(f"prefix {prefix}: not without weights, nor with the target encoder")
     own, state, what = _own(), {}, f"weights {weights}"
     try:
         if weights is not None:

@@ -47,8 +47,10 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--baselines", nargs="*", choices=both, default=both, help=more)
     group = parser.add_argument_group("settings of rows of --weights")
     said = "for all rows or for one; default: as its checkpoint says"
-    for flag in ("--arch", "--image_size", "--prefix"):
+    for flag in ("--arch", "--image_size"):
         group.add_argument(flag, **several, metavar="[NAME=]VALUE", help=said)
+    prefix = f"{options.PREFIX}; for all rows or for one"
+    group.add_argument("--prefix", **several, metavar="[NAME=]VALUE", help=prefix)
     names = {"nargs": "*", "action": "extend", "metavar": "NAME"}
     target = "rows of which the target encoder is measured; without a name: all"
     group.add_argument("--use_target", "--use-target", **names, help=target)

@@ -122,7 +122,7 @@ def test_what_cannot_be_measured_says_why(compare, image_tree, weights, tmp_path
 
 def test_files_of_somebody_else_stay(compare, call_script, image_tree, weights, tmp_path):
     flags = ("--weights", f"x={weights}", image_tree, "--baselines")
-    for name, text in (("results.md", "# my notes"), ("results.json", '{"my": "own"}')):
+    for name, text in (("results.md", "|  | my notes |"), ("results.json", '{"my": "own"}')):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
@@ -134,7 +134,7 @@ def test_files_of_somebody_else_stay(compare, call_script, image_tree, weights, 
 
 
 def test_a_random_network_by_name_is_one_row(compare, image_tree):
-    small = ("--arch", "conv4", "--image_size", 16)
+    small = ("--arch", "conv4", "--image_size", 16, "--prefix", "of_files_alone")
     results, _ = compare("--weights", "mine=random", *small, image_tree)
     assert list(results) == ["raw pixels", "mine"]
     assert results["mine"]["more"]["k-NN"].startswith("majority vote")

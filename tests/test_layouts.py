@@ -236,6 +236,16 @@ def test_names_that_wrappers_make_alike():
         with pytest.raises(InputError, match="which is its query encoder"):
             read(state, network())
     assert_same(read(one | {"module": other}, network(2), prefix="module")[0], network(2))
+    inside = {n.replace("layer1.", "layer1.module."): v for n, v in other.items() if "layer1" in n}
+    for state in (
+        one | inside,
+        inside | one,
+        one | {"conv1.module.weight": torch.zeros(64, 3, 7, 7)},
+    ):
+        with pytest.raises(InputError, match=r"two weights are called (layer1|conv1)\."):
+            read(state, network())
+    with pytest.raises(InputError, match=r"1 weights unknown, first module\.conv1\.weight"):
+        read(one | {"module.conv1.weight": torch.zeros(64, 3, 7, 7)}, network())
     wrapped = {n.replace(".", "._fsdp_wrapped_module.", 1): v for n, v in one.items()}
     wrapped = {f"_fsdp_wrapped_module.{n}": v for n, v in wrapped.items()}
     weights, found = read({"state_dict": wrapped}, network())
@@ -260,12 +270,13 @@ def test_words_that_do_not_tell(names):
     ("trained", "averaged"),
     [
         *(("encoder_s", "encoder_t"), ("net", "netEMA"), ("net", "emaModel"), ("net", "ema2")),
-        *(("query_encoder", "key_encoder"), ("0", "1.ema")),
+        *(("query_encoder", "key_encoder"), ("0", "1.ema"), ("encoder_q.module", "encoder_k")),
+        ("encoder_q._orig_mod", "encoder_t"),
     ],
 )
 def test_words_that_tell(trained, averaged):
     state = {averaged: named(network(2)), trained: named(network())}
-    assert read(state, network())[1].prefix == trained
+    assert f"{read(state, network())[1].prefix}." in (f"{trained}.", f"{trained.split('.')[0]}.")
     assert read(state, network(2), encoder="target")[1].prefix == averaged
 
 
@@ -289,6 +300,38 @@ def test_what_an_optimizer_keeps_is_no_network():
             read(state, network(), encoder="target")
     weights, _ = read({"optimizer": kept}, network(), prefix="momentum_buffer")
     assert_same(weights, network(2))
+    broken = {**named(network()), "conv1.weight": torch.ones(2)}
+    for state in ({"model": broken}, {"student": broken}, {}):
+        with pytest.raises(InputError, match="only what an optimizer keeps fits, optimizer.mom"):
+            read(state | {"optimizer": kept}, network())
+    with pytest.raises(InputError, match="only ema fits, an averaged one .*nearest is student: "):
+        read({"student": broken, "ema": named(network(2)), "optimizer": kept}, network())
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"teacher": 2, "teacher_ema": 3},
+        {"teacher": 2, "teacher_copy": 2},
+        {"teacher": 2, "init": 3},
+        {"init": 2},
+        {"encoder_k": 2},
+    ],
+)
+def test_what_is_left_of_a_file_is_not_taken_for_a_broken_student(others):
+    name = "encoder_q" if "encoder_k" in others else "student"
+    state = {name: {**named(network()), "conv1.weight": torch.ones(2)}}
+    state |= {other: named(network(seed)) for other, seed in others.items()}
+    for around in (lambda table: table, lambda table: {f"module.{n}": v for n, v in table.items()}):
+        with pytest.raises(InputError, match=f"only .* fits, .*; nearest is {name}: "):
+            read({**state, name: around(state[name])}, network())
+
+
+def test_averages_alone():
+    for states in ({"teacher": 2}, {"teacher": 2, "teacher_copy": 2}):
+        state = {name: named(network(seed)) for name, seed in states.items()}
+        for encoder in ("query", "target"):
+            assert read(state, network(), encoder=encoder)[1].role == "target"
 
 
 def test_an_average_alone_is_called_so():
@@ -315,8 +358,28 @@ def test_parts_of_a_prefix():
         read(state, network(), prefix="student", encoder="target")
 
 
+def test_a_dict_that_is_there_twice():
+    weights = named(network())
+    state = {"best": weights, "model_ema": weights, "model": weights}
+    assert read(state, network())[1].prefix == "best"
+    assert read(state, network(), prefix="model")[1].prefix == "model"
+    assert read(state, network(), encoder="target")[1].prefix == "model_ema"
+    for _ in range(7):
+        state = {number: state for number in range(10)}
+    with pytest.raises(InputError, match="more than 100 dicts in one another, or 1,000,000 in all"):
+        read(state, network())
+
+
+def test_a_counterpart_of_another_network():
+    """The letter k is told by encoder_q, whatever that is."""
+    state = {"encoder_q": {"fc.weight": torch.ones(2, 2)}, "encoder_k": named(network())}
+    assert read(state, network())[1].role == "target"
+
+
 def test_batch_counters_of_another_kind():
     weights = named(network())
+    without = {n: v for n, v in weights.items() if not n.endswith("num_batches_tracked")}
+    assert read({"net": without, "copy": weights}, network())[1].prefix == "net"
     for change in (torch.Tensor.half, torch.Tensor.reshape):
         state = {
             name: change(value, *[(1,)] * (change is torch.Tensor.reshape))
@@ -338,7 +401,9 @@ def test_weights_that_the_network_cannot_hold():
 def test_the_arch_that_a_file_of_others_names():
     for about in ({"arch": "resnet18"}, {"args": {"arch": "resnet18"}}):
         assert checkpoint.said({"state_dict": {}} | about, "arch", what="x") == "resnet18"
-    for about in ({}, {"arch": network()}, {"args": {}, "arch": "resnet18"}):
+    for about in ({"args": {}, "arch": "resnet18"}, {"args": None, "arch": "resnet18"}):
+        assert checkpoint.said({"state_dict": {}} | about, "arch", what="x") == "resnet18"
+    for about in ({}, {"arch": network()}):
         assert checkpoint.said({"state_dict": {}} | about, "arch", what="x") is None
 
 

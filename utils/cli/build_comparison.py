@@ -96,6 +96,10 @@ def _row_args(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
         ),
         "prefix": row_settings(args.prefix, files, flag="--prefix"),
     }
+    given = {text.partition("=")[0] for text in args.prefix or () if "=" in text}
+    for name, file in files.items():  # a prefix for all is one for all files
+        if file in result_files.NAMED and name not in given:
+            own["prefix"][name] = None
     for flag in ("use_target", "small_stem"):
         chosen = chosen_rows(getattr(args, flag), files, flag=f"--{flag}")
         own[flag] = {name: name in chosen for name in files}

@@ -33,14 +33,17 @@ MISPLACED = {
 
 def _is_record(path: Path) -> bool:
     rows = result_files.read_json(path)
-    return all(isinstance(row, dict) and result_files.OF in row for row in rows.values())
+    own = [isinstance(row, dict) and result_files.OF in row for row in rows.values()]
+    return bool(own) and all(own)
+
+
+def _is_table(path: Path) -> bool:
+    titles = [title.strip() for title in path.read_text().partition("\n")[0].split("|")[2:-1]]
+    return bool(titles) and set(titles) <= set(COLUMNS)
 
 
 # What is written of a table, and whether a file is such.
-WRITTEN = {
-    "results.json": _is_record,
-    "results.md": lambda path: path.read_text().startswith("|  | "),
-}
+WRITTEN = {"results.json": _is_record, "results.md": _is_table}
 
 
 class Row(NamedTuple):

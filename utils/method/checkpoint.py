@@ -19,7 +19,7 @@ from utils.method.encoders import Backbone, QueryTargetEncoders, mlp
 from utils.method.which_encoder import Found
 from utils.runtime import checked, safetensors_file, torch_file
 from utils.runtime.checked import Kind
-from utils.runtime.errors import DamagedError, InputError
+from utils.runtime.errors import DamagedError, InputError, printable
 
 FORMAT = "cmsf-2"
 EXPORTED = "cmsf-backbone-1"  # a backbone by itself: "state_dict" and "metadata"
@@ -117,7 +117,7 @@ def _checked(state: dict, *, what: str) -> dict:
         for name, value in (about | {"epoch": state.get("epoch")}).items():
             if not kinds[name].holds(value):
                 found = checked.shown(value)
-                print(f"{what}: its {name} is {found}, which is not noted", flush=True)
+                print(printable(f"{what}: its {name} is {found}, which is not noted"), flush=True)
         return {k: v for k, v in state.items() if k != "epoch" or epoch.holds(v)}
     for name in state:
         if not isinstance(name, str):
@@ -154,7 +154,7 @@ def settings(checkpoint: dict) -> dict:
     arch = {"arch": checkpoint["arch"]} if isinstance(checkpoint.get("arch"), str) else {}
     args = checkpoint.get("args", checkpoint.get("opt", metadata(checkpoint) or arch))
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return dict(args) if isinstance(args, dict) else {}
+    return {**arch, **args} if isinstance(args, dict) else arch
 
 
 def said(checkpoint: dict, name: str, *, what: str) -> Any:

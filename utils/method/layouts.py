@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.method import which_encoder
 from utils.method.encoders import Backbone
-from utils.method.which_encoder import Found, listed, unwrapped_name, words_of
+from utils.method.which_encoder import COUNTER, Found, Near, listed, unwrapped_name, words_of
 from utils.runtime import torch_file
 from utils.runtime.errors import InputError
 
@@ -28,12 +28,10 @@ _OLDER = (
     (re.compile(r"\.mlp\.3\."), ".mlp.linear_2."),
     (re.compile(r"\.downsample\."), ".shortcut."),
 )
-# Batch norms' batch counters, which files from before 2018 lack.
-_COUNTER = "num_batches_tracked"
 # Words in the name of what stands beside a backbone and is no part of it.
 _HEAD = {"head", "heads", "classifier", "projector", "projection", "predictor", "prediction"}
-_HEAD |= {"prototypes", "queue", "decoder", "mask", "optimizer", "optimizers", "optim"}
-_DEEPEST = 100  # dicts in one another
+_HEAD |= {"prototypes", "queue", "decoder", "mask", "optimizer", "optimizers", "optim", "opt"}
+_DEEPEST, _MOST = 100, 10**6  # dicts and lists in one another, and in all
 
 
 class _Stored(NamedTuple):
@@ -58,20 +56,21 @@ class _Place(NamedTuple):
 def _flatten(checkpoint: dict, *, what: str) -> dict[str, _Stored]:
     """The tensors in dicts and lists of any nesting, by their names with those in front.
 
-    InputError, begun by `what`, for dicts too deep in one another.
+    A dict that holds itself is passed once. InputError, begun by `what`, for dicts too deep in one
+    another, or too many.
     """
     stored: dict[str, _Stored] = {}
-    seen, to_do = set(), [((), checkpoint)]
-    for prefix, table in to_do:  # grows meanwhile; a dict can hold itself
-        if id(table) in seen:
+    to_do = [((), (), checkpoint)]
+    for prefix, around, table in to_do:  # grows meanwhile
+        if id(table) in around:
             continue
-        seen.add(id(table))
-        if len(prefix) > _DEEPEST:
-            raise InputError(f"{what}: more than {_DEEPEST} dicts in one another")
+        if len(prefix) > _DEEPEST or len(to_do) > _MOST:
+            most = f"{_DEEPEST} dicts in one another, or {_MOST:,} in all"
+            raise InputError(f"{what}: more than {most}")
         for key, value in table.items() if isinstance(table, dict) else enumerate(table):
             parts = (*prefix, str(key))
             if isinstance(value, (dict, list, tuple)):
-                to_do.append((parts, value))
+                to_do.append((parts, (*around, id(table)), value))
             elif isinstance(value, Tensor):
                 name = ".".join(parts)
                 stored[name] = _Stored(value, ".".join(prefix), twice=name in stored)
@@ -105,11 +104,11 @@ def faults(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
     As in PyTorch's own strict load only the batch norms' batch counters may be missing; here they
     may also be of another kind.
     """
-    counted = [name for name in own if name in weights and not name.endswith(_COUNTER)]
+    counted = [name for name in own if name in weights and not name.endswith(COUNTER)]
     both = [(name, own[name], weights[name]) for name in counted]
     shapes = [(n, a, b) for n, a, b in both if torch_file.is_dense(b) and a.shape != b.shape]
     problems = {
-        "missing": [name for name in own if name not in weights and not name.endswith(_COUNTER)],
+        "missing": [name for name in own if name not in weights and not name.endswith(COUNTER)],
         "unknown": [name for name in weights if name not in own],
         "of another shape": [f"{n} {tuple(b.shape)}, not {tuple(a.shape)}" for n, a, b in shapes],
         "of another type": [name for name, a, b in both if not _has_type_of(a, b)],
@@ -124,8 +123,8 @@ def faults(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
 
 def with_counters(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights, with a network's own batch counters for those that are missing or no such number."""
-    fitting = {n: v for n, v in weights.items() if not n.endswith(_COUNTER) or is_like(own[n], v)}
-    return {name: value for name, value in own.items() if name.endswith(_COUNTER)} | fitting
+    fitting = {n: v for n, v in weights.items() if not n.endswith(COUNTER) or is_like(own[n], v)}
+    return {name: value for name, value in own.items() if name.endswith(COUNTER)} | fitting
 
 
 class _File:
@@ -137,19 +136,19 @@ class _File:
         self.own = backbone.module.state_dict()
         self.layouts = _layouts(backbone.module)
         self.places = _places(self.stored, self.layouts)
-        self.needed = {name for name in self.own if not name.endswith(_COUNTER)}
+        self.needed = {name for name in self.own if not name.endswith(COUNTER)}
         self.complete = [p for p, names in self.places.items() if self.needed <= names.keys()]
         self._numbers = {name: number for number, name in enumerate(self.stored)}
         self._ordered = sorted(self.stored)  # so that a prefix is a range of them
-        self._words = {words_of(place.prefix) for place in self.places}
+        self._words = {words_of(unwrapped_name(prefix)) for prefix in _prefixes(self.stored)}
 
     def hints(self, place: _Place) -> frozenset[str]:
         """What the prefix says of the encoder; see `which_encoder`."""
-        return which_encoder.hints_of(place.prefix, self._words)
+        return which_encoder.hints_of(unwrapped_name(place.prefix), self._words)
 
     def examine(self, place: _Place) -> tuple[Found, str]:
         """What stands at a place, and how it does not fit, "" if it does."""
-        names, prefix = self.places[place], place.prefix
+        names, prefix = {n: found[0] for n, found in self.places[place].items()}, place.prefix
         weights = {n: self.stored[name].value for n, name in names.items()}
         ends = [bisect_left(self._ordered, end) for end in (prefix, f"{prefix}\U0010ffff")]
         below = set(self._ordered[slice(*ends)]) - set(names.values())
@@ -159,7 +158,8 @@ class _File:
         tops = {name.partition(".")[0] for name in self.layouts[place.layout]}
         others = {other.prefix for other in self.complete}
         unknown, aside = _beside(rest, prefix, tops, self.backbone.classifier, others)
-        twice = [name for name in names.values() if self.stored[name].twice]
+        several = [n for n, found in self.places[place].items() if len(found) > 1]
+        twice = several + [name for name in names.values() if self.stored[name].twice]
         text = f"two weights are called {torch_file.one_line(twice[0])}" if twice else ""
         one = Found(unwrapped_name(prefix.removesuffix(".")), weights, aside, self.hints(place))
         return one, text or faults(self.own, weights | unknown)
@@ -172,7 +172,7 @@ class _File:
 
         def right(place: _Place) -> int:
             names = self.places[place].items()
-            return sum(is_like(self.own[n], self.stored[name].value) for n, name in names)
+            return sum(is_like(self.own[n], self.stored[found[0]].value) for n, found in names)
 
         best = max(places, key=right, default=None)
         if best is None or right(best) < least:
@@ -180,30 +180,49 @@ class _File:
         return "nearest is {}: {}".format(*self.examine(best))
 
 
-def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found], str]:
+def find(checkpoint: dict, backbone: Backbone, *, what: str) -> tuple[list[Found], Near | None]:
     """All backbones of this build in a checkpoint, in the order of its names.
 
-    And of a single one, a moving average, in words what the nearest to one that is trained lacks,
-    "" where none has a tenth of the weights. InputError that begins with `what`, and says that of
-    the nearest, where there is none, and for dicts too deep in one another.
+    And what is nearest to be another one, that is trained; None where nothing has a tenth of the
+    weights. InputError that begins with `what`, and says how near the nearest is, where there is no
+    backbone, and for dicts too deep in one another, or too many.
     """
-    file, near = _File(checkpoint, backbone, what=what), ""
+    file = _File(checkpoint, backbone, what=what)
     examined = {place: file.examine(place) for place in file.complete}
     found = {place: one for place, (one, text) in examined.items() if not text}
     if not found:
         keys = listed(torch_file.one_line(str(key)) for key in checkpoint)
         near = file.nearest(file.places) or "no weight of its names"
         raise InputError(f"{what}: does not fit: {near} (its top-level keys: {keys})")
-    if len(found) == 1 and which_encoder.is_average(file.hints(only := next(iter(found)))):
-        others = (p for p in file.places if not p.prefix.startswith(only.prefix))
-        trained = (p for p in others if not which_encoder.is_average(file.hints(p)))
-        near = file.nearest(trained, least=len(file.needed) / 10)
     several = Counter(one.prefix for one in found.values())
     whole = {
         place: one if several[one.prefix] == 1 else one._replace(prefix=place.prefix[:-1])
         for place, one in found.items()
     }
-    return list(whole.values()), near
+    return list(whole.values()), _near(file, tuple(place.prefix for place in found))
+
+
+def _near(file: _File, found: tuple[str, ...]) -> Near | None:
+    """What may be meant to be the trained encoder, outside of the prefixes that were found."""
+    places: dict[bool, list[_Place]] = {True: [], False: []}
+    for place in file.places:
+        if not (place.prefix.startswith(found) or which_encoder.is_of_optimizer(place.prefix)):
+            hints = file.hints(place)
+            if not which_encoder.is_average(hints):
+                places[which_encoder.says_trained(hints)].append(place)
+    for is_trained, some in places.items():
+        if words := file.nearest(some, least=len(file.needed) / 10):
+            return Near(words, is_trained)
+    return None
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """All that names begin with, up to one of their dots."""
+    prefixes: set[str] = set()
+    for name in names:
+        while (dot := name.rfind(".")) >= 0 and (name := name[:dot]) not in prefixes:
+            prefixes.add(name)
+    return prefixes
 
 
 def _layouts(module: nn.Module) -> list[dict[str, str]]:
@@ -226,9 +245,9 @@ def _layouts(module: nn.Module) -> list[dict[str, str]]:
 
 def _places(
     stored: dict[str, _Stored], layouts: list[dict[str, str]]
-) -> dict[_Place, dict[str, str]]:
-    """Where any weight of the backbone's names stands: own name -> the name in the file."""
-    places: dict[_Place, dict[str, str]] = defaultdict(dict)
+) -> dict[_Place, dict[str, list[str]]]:
+    """Where any weight of the backbone's names stands: own name -> names in the file, best one."""
+    places: dict[_Place, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     most = max(name.count(".") for table in layouts for name in table) + 1
     for name in stored:
         parts = name.split(".")
@@ -238,7 +257,7 @@ def _places(
             for layout, table in enumerate(layouts):
                 if suffix in table:
                     prefix = "".join(f"{part}." for part in parts[:start])
-                    places[_Place(prefix, layout)].setdefault(table[suffix], name)
+                    places[_Place(prefix, layout)][table[suffix]].append(name)
     return places
 
 
@@ -255,9 +274,10 @@ def _beside(
     for name, one in rest.items():
         if name.startswith(others):
             continue
-        short = unwrapped_name(name.removeprefix(prefix))
-        top = short.partition(".")[0]
-        if f"{short}.".startswith(f"{classifier}."):
+        short = name.removeprefix(prefix)
+        plain = unwrapped_name(short)
+        top = plain.partition(".")[0]
+        if f"{plain}.".startswith(f"{classifier}."):
             groups[classifier][short] = one.value
         elif top in tops:
             unknown[short] = one.value

@@ -17,6 +17,8 @@ _AVERAGED = {"target", "teacher", "momentum", "ema", "swa", "averaged", "key", "
 _TRAINED = {"query", "student", "online"}
 # Letters that do so where both are there, as in encoder_q and encoder_k.
 _PAIRS = (("q", "k"), ("q", "t"), ("s", "t"))
+# Batch norms' batch counters, which files from before 2018 lack.
+COUNTER = "num_batches_tracked"
 # What an optimizer keeps of weights, and has under their names.
 _OPTIMIZER = re.compile(r"(?:^|\.)optim(?:izer)?s?(?:\.|$)|exp_avg|momentum_buffer")
 _SHOWN = 8  # names in a message
@@ -51,21 +53,43 @@ class Found(NamedTuple):
         return torch_file.one_line(self.prefix) if self.prefix else "the top level"
 
 
+class Near(NamedTuple):
+    """What is no backbone but may be meant to be the trained one, and how it does not fit.
+
+    is_trained: whether its name says that it is trained.
+    """
+
+    words: str
+    is_trained: bool
+
+
 def choose(
-    found: list[Found], *, averaged: bool, prefix: str | None = None, near: str = "", what: str
+    found: list[Found],
+    *,
+    averaged: bool,
+    prefix: str | None = None,
+    near: Near | None = None,
+    what: str,
 ) -> Found:
     """The backbone of a prefix, or of a part of one; by default the trained or the averaged one.
 
     One alone is it in any case, unless it is not what is asked for: an averaged one must be called
-    so; and where one is and something is near to be another, that may be the trained one. Equal
-    ones count once, what an optimizer keeps does not. InputError that begins with `what` where
-    names do not tell.
+    so; and what is near to be another may be the trained one. Equal ones count once, what an
+    optimizer keeps does not. InputError that begins with `what` where names do not tell.
     """
     if prefix is not None:
         chosen = _of_prefix(found, prefix, what=what)
     else:
-        networks = [one for one in found if not _OPTIMIZER.search(one.prefix)]
-        chosen = _chosen(networks or found, averaged=averaged, near=near, what=what)
+        networks = [one for one in found if not is_of_optimizer(one.prefix)]
+        if not networks:
+            more = f"; {near.words}" if near else ""
+            raise InputError(f"{what}: only what an optimizer keeps fits, {listed(found)}{more}")
+        chosen = _chosen(networks, averaged=averaged, what=what)
+        told = averaged or says_trained(chosen.hints)
+        average = chosen.role == "target"
+        if near and not told and (average or near.is_trained or len(networks) > 1):
+            kind = "an averaged one (--use_target)" if average else "perhaps not the trained one"
+            raise InputError(f"{what}: only {chosen} fits, {kind}; {near.words}")
     return chosen._replace(others=[one for one in found if one.weights is not chosen.weights])
 
 
@@ -86,20 +110,17 @@ def _of_prefix(found: list[Found], prefix: str, *, what: str) -> Found:
     return same[0]._replace(role=same[0].prefix)
 
 
-def _chosen(found: list[Found], *, averaged: bool, near: str, what: str) -> Found:
-    names = f"it has {listed(found)}"
-    role = "target" if averaged else "query"
-    if len(found) == 1:
-        average = is_average(found[0].hints)
-        if average and not averaged and near:
-            only = f"only {found[0]} fits, an averaged one (--use_target)"
-            raise InputError(f"{what}: {only}; {near}")
-        if average or not averaged:
-            return found[0]._replace(role="target" if average else "query")
+def _chosen(found: list[Found], *, averaged: bool, what: str) -> Found:
+    """The one that words tell; of averages alone one of them, which then is called so."""
     common = frozenset.intersection(*(one.hints for one in found))
-    own = [(one, one.hints - common) for one in found]
-    fitting = [(one, some) for one, some in own if is_average(some) == averaged]
-    for some in ([one for one, _ in fitting], [one for one, some in fitting if some & _TRAINED]):
+    if not any(is_average(one.hints - common) for one in found):
+        common = frozenset()
+    fitting = [one for one in found if is_average(one.hints - common) == averaged]
+    role = "target" if averaged else "query"
+    if not (fitting or averaged):
+        fitting, role = found, "target"
+    names = f"it has {listed(found)}"
+    for some in (fitting, [one for one in fitting if says_trained(one.hints - common)]):
         if len(_distinct(some)) == 1:
             return some[0]._replace(role=role)
     if not fitting:
@@ -133,6 +154,16 @@ def hints_of(prefix: str, others: set[frozenset[str]]) -> frozenset[str]:
     return words | frozenset(["query"] * trained + ["target"] * averaged)
 
 
+def is_of_optimizer(prefix: str) -> bool:
+    """Whether this is no network, but what an optimizer keeps of one."""
+    return bool(_OPTIMIZER.search(prefix))
+
+
+def says_trained(hints: frozenset[str]) -> bool:
+    """Whether one of these words says that an encoder is trained by gradient."""
+    return bool(hints & _TRAINED)
+
+
 def is_average(hints: frozenset[str]) -> bool:
     """Whether one of these words says that an encoder is a moving average."""
     return bool(hints & _AVERAGED)
@@ -148,4 +179,5 @@ def _distinct(found: list[Found]) -> list[Found]:
 
 
 def _are_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(v, others[n]) for n, v in some.items())
+    names = [name for name in {**some, **others} if not name.endswith(COUNTER)]
+    return all(torch.equal(some[name], others[name]) for name in names)

@@ -92,7 +92,7 @@ def test_cache_is_used_when_nothing_has_changed(run_linear, extractions, tmp_pat
         ("val image", "features of another val images:"),
         ("labels", "features of another train images:"),
         ("size", "features of another image size:"),
-        ("encoder", "features of another encoder:"),
+        ("encoder", "features of another encoder, backbone:"),
         ("truncated", "not a readable checkpoint"),
         ("other file", "no feature cache of this version"),
         ("not finite", "features of val are not finite features (N, 128)"),

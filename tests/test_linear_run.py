@@ -95,7 +95,7 @@ def test_a_result_that_is_there_is_kept(run_linear, weights, image_tree, tmp_pat
     other = write_checkpoint(tmp_path.parent / "other.pth", seed=1)
     for change, reason in (
         (("--weights", other), "sha256"),
-        (("--use-target",), "encoder"),
+        (("--use-target",), "encoder, backbone"),
         (("--label_fraction", 0.5), "images"),
         (("--wd", 0.5), "--wd (0.0001)"),
         (("--epochs", 1), "--epochs (3)"),

@@ -288,17 +288,17 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(image_tree, tmp_path):
 
 @pytest.mark.slow
 def test_demo_with_two_processes(tmp_path):
-    """Two processes learn: a random network has 43.3.
+    """Two processes learn: the random network has 43.3 here.
 
-    Seeds 0, 1, 2 reached 70.1, 80.4, 75.3 on one processor, and a processor that rounds otherwise
+    Seeds 0, 1, 2 reached 64.6, 68.1, 59.2 on one processor, and a processor that rounds otherwise
     is as another seed. That they do what one does is tested step by step.
     """
-    flags = ("--demo", "--no_channels_last", "--checkpoint_path", tmp_path)
+    flags = ("--demo", "--no_channels_last", "--epochs", 15, "--checkpoint_path", tmp_path)
     process = start(SCRIPT, *flags, processes=2)
     out, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     accuracy = float(next(x for x in out.splitlines() if x.startswith("CMSF-2Q")).split()[-1])
-    assert accuracy >= 60
+    assert accuracy >= 52
 
 
 def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):

@@ -76,7 +76,8 @@ def parse_args() -> argparse.Namespace:
     if args.demo and not (args.weights or args.results):
         args.weights = [f"CMSF-2Q={options.DEMO_CHECKPOINT}"]
     if args.data and not args.weights:
-        raise InputError(f"data {args.data}: nothing is measured without --weights")
+        hint = "nothing is measured without --weights; what is measured already: --results NAME=DIR"
+        raise InputError(f"data {args.data}: {hint}")
     if not (args.weights or args.results):
         raise InputError("--weights: name rows to measure, or by --results rows that are measured")
     if args.weights:

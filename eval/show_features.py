@@ -29,6 +29,7 @@ from utils.runtime import faiss_library, files, script
 from utils.runtime.errors import InputError
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
+PICTURE = {"ending": ".svg", "of": "features", "key": "confusions"}
 OWN = "<!-- by show_features.py -->\n"  # how its pictures begin, by which they are known
 K = 20
 MOST_POINTS = 10_000
@@ -54,16 +55,9 @@ def parse_args() -> argparse.Namespace:
     return options.parse(parser, demo=DEMO)
 
 
-def check_output(path: Path) -> None:
-    """InputError unless picture and JSON can be written without loss of another file."""
-    if path.suffix.lower() != ".svg":
-        raise InputError(f"--output {path}: name a file that ends in .svg")
-    for own, kind, is_own in (
-        (path.with_suffix(".json"), "record", lambda p: "confusions" in result_files.read_json(p)),
-        (path, "picture", lambda p: p.read_text().startswith(OWN)),
-    ):
-        result_files.check_own(own, flag="--output", kind=f"{kind} of features", is_own=is_own)
-    result_files.make_folder(path.parent, flag="--output")
+def is_own_picture(path: Path) -> bool:
+    """Whether a file is a picture of this script."""
+    return path.read_text().startswith(OWN)
 
 
 def choose_maps(named: str | None) -> list[str]:
@@ -154,7 +148,8 @@ def by_name(counts: np.ndarray, classes: list[str]) -> dict[str, dict[str, int]]
 def main() -> None:
     """Extract, map, vote, draw; write picture and JSON."""
     args = parse_args()
-    check_output(args.output)
+    result_files.check_picture(args.output, **PICTURE, is_own=is_own_picture)
+    result_files.make_folder(args.output.parent, flag="--output")
     faiss_library.load("k-NN")
     kinds = choose_maps(args.map)
     train, val = build_evaluation.read_labeled(args, only_labeled=False)

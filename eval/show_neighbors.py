@@ -37,6 +37,7 @@ from utils.runtime import distributed, files, script
 from utils.runtime.errors import InputError, printable
 
 DEMO = {"weights": options.DEMO_CHECKPOINT, "num_workers": 1}
+PICTURE = {"ending": ".png", "of": "neighbors", "key": "targets"}
 PROGRAM = "CMSF show_neighbors.py"  # what a picture says that it was made by
 RANKS = "rank: place among all rows of M by distance to t; the target itself has rank 1."
 COSINES = "cos: similarity, the cosine of the angle between both."
@@ -66,17 +67,6 @@ def parse_args() -> argparse.Namespace:
     path = Path("output/neighbors.png")
     group.add_argument("--output", type=arguments.path, default=path, help=text)
     return options.parse(parser, demo=DEMO)
-
-
-def check_output(path: Path) -> None:
-    """InputError unless picture and JSON can be written without loss of another file."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--output {path}: name a file that ends in .png")
-    for own, kind, is_own in (
-        (path.with_suffix(".json"), "record", lambda p: "targets" in result_files.read_json(p)),
-        (path, "picture", lambda p: result_files.is_png_of(p, PROGRAM)),
-    ):
-        result_files.check_own(own, flag="--output", kind=f"{kind} of neighbors", is_own=is_own)
 
 
 def named_targets(args: argparse.Namespace, images: ImageSet) -> list[int] | None:
@@ -160,7 +150,9 @@ def read_picture(images: ImageSet, bad_images: BadImages, number: int) -> Image.
 def main() -> None:
     """Choose, search, draw, write picture and JSON."""
     args = parse_args()
-    check_output(args.output)
+    result_files.check_picture(
+        args.output, **PICTURE, is_own=lambda p: result_files.is_png_of(p, PROGRAM)
+    )
     images = read_split(args.data, "train", dataset=args.dataset)
     named = named_targets(args, images)
     count = args.count if named is None else len(named)

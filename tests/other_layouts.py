@@ -135,6 +135,15 @@ SMALL_STEM = ("SupCon", "SimCLR for CIFAR")
 HEAD = torch.ones(5, 8)
 
 
+def changed(table, change):
+    """The tables with every tensor changed by its name, or without it if that gives None."""
+    inner = {
+        name: changed(value, change) if isinstance(value, dict) else change(str(name), value)
+        for name, value in table.items()
+    }
+    return {name: value for name, value in inner.items() if value is not None}
+
+
 def torchvision_file(module):
     model = torchvision.models.resnet18()
     model.load_state_dict(named(module) | named(model.fc, "fc."))

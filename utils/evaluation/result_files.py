@@ -61,6 +61,20 @@ def check_own(path: Path, *, flag: str, kind: str, is_own: Callable[[Path], bool
         raise InputError(f"{flag} {path}: is there already and no {kind}")
 
 
+def check_picture(
+    path: Path, *, ending: str, of: str, key: str, is_own: Callable[[Path], bool]
+) -> None:
+    """InputError where --output, a picture, or the JSON beside it would replace another file.
+
+    of: what it shows. key: what such a record has. is_own: whether a file is such a picture.
+    """
+    if path.suffix.lower() != ending:
+        raise InputError(f"--output {path}: name a file that ends in {ending}")
+    beside = path.with_suffix(".json")
+    check_own(beside, flag="--output", kind=f"record of {of}", is_own=lambda p: key in read_json(p))
+    check_own(path, flag="--output", kind=f"picture of {of}", is_own=is_own)
+
+
 def is_png_of(path: Path, program: str) -> bool:
     """Whether it is a PNG file that says that a program of this name, or one so begun, wrote it."""
     with path.open("rb") as file:
